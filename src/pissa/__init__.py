@@ -1,0 +1,51 @@
+"""pissa: fine-tune pretrained models through their principal components (PiSSA, arXiv 2404.02948).
+
+The public names below are loaded when they are first used, so that `import pissa` needs torch alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapt.apply import adapt as adapt
+    from .adapt.reference import reference as reference
+    from .adapt.reference import restore as restore
+    from .checkpoint.read import load as load
+    from .config import PissaConfig as PissaConfig
+    from .decompose.certificate import Certificate as Certificate
+    from .decompose.svd import truncated_svd as truncated_svd
+    from .errors import PissaError as PissaError
+    from .export import export_lora as export_lora
+    from .export import export_merged as export_merged
+    from .split import Split as Split
+    from .split import split_weight as split_weight
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PissaConfig": "config",
+    "PissaError": "errors",
+    "Certificate": "decompose.certificate",
+    "truncated_svd": "decompose.svd",
+    "Split": "split",
+    "split_weight": "split",
+    "adapt": "adapt.apply",
+    "reference": "adapt.reference",
+    "restore": "adapt.reference",
+    "load": "checkpoint.read",
+    "export_lora": "export",
+    "export_merged": "export",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'pissa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,29 @@
+"""What a decomposition can prove about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How factors came about and how far they are from the best possible ones.
+
+    The captured-energy loss of a rank-r approximation `W_r` is
+    `1 − (‖W‖² − ‖W − W_r‖²) / (the same for the optimal W_r)`: the share of the energy (squared Frobenius norm) which
+    the best rank-r approximation captures and this one misses. It is 0 for an exact truncated SVD and for `W = 0`.
+    """
+
+    algorithm: str
+    """Name of the algorithm that produced the factors."""
+    passes: int
+    """Products with W or Wᵀ, each a pass over the whole matrix (0 for factors that do not look at W)."""
+    seconds: float
+    """Wall-clock time of the decomposition."""
+    captured_energy_loss: float
+    """Computed, not assumed; dimensionless, in [0, 1]."""
+    bound: Literal["exact", "upper bound", "estimate"]
+    """How `captured_energy_loss` relates to the true loss."""
+    rounding: float = 0.0
+    """`‖W − (residual + scale·B·A)‖ / ‖W‖`: what rounding the residual to its storage dtype cost."""

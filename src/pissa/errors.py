@@ -1,0 +1,37 @@
+"""Every way in which pissa says no.
+
+A user's mistake raises one of these: one line that says what was given, what is allowed and what to do instead.
+The command line turns them into exit code 2 without a traceback; whatever else escapes is our fault and exits with 1.
+"""
+
+
+class PissaError(Exception):
+    """Base of all errors that pissa raises on purpose."""
+
+
+class ConfigError(PissaError, ValueError):
+    """A setting, or a combination of settings, that cannot be right."""
+
+
+class TargetError(PissaError, ValueError):
+    """A module that was asked for and cannot be adapted; the message names every offender."""
+
+
+class WeightError(PissaError, ValueError):
+    """A weight whose values or shape rule out a decomposition."""
+
+
+class CheckpointError(PissaError, ValueError):
+    """A model or adapter on disk that is missing, incomplete or not what it says."""
+
+
+class DataError(PissaError, ValueError):
+    """Training or evaluation data that cannot be read; the message gives file and line."""
+
+
+class OutputError(PissaError, OSError):
+    """A result that could not be written; nothing half-written is left behind."""
+
+
+class MissingExtraError(PissaError, ImportError):
+    """A feature whose optional dependency is not installed; the message names the extra."""
