@@ -1,0 +1,82 @@
+# `make demo` shows what PiSSA does, `make test` checks it; both set up .venv on their first run.
+#   make setup PYTHON=python3.12      another interpreter
+#   make demo DEMO_ARGS=--quick       arguments for `pissa demo`
+#   make test TEST_ARGS='-k export'   arguments for pytest; THREADS=2 for more threads each
+
+VENV ?= .venv
+PYTHON ?= python3
+THREADS ?= 1
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+
+# Data sets for the tests, where they lie beside the clone; tests that need them skip elsewhere.
+ifeq ($(origin PISSA_DATA),undefined)
+ifneq ($(wildcard ../shared/data/.),)
+export PISSA_DATA := $(abspath ../shared/data)
+endif
+endif
+
+# More threads than free cores make a small model many times slower.
+QUIET_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS)
+PYTEST := $(QUIET_THREADS) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-all lint format docs bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup     .venv with everything that demo and tests need (done once)"
+	@echo "make demo      fine-tune a real model with PiSSA and with LoRA, side by side"
+	@echo "make test      the tests; make test-all adds the slow ones"
+	@echo "make lint      ruff and pyright; make format mends what ruff can"
+	@echo "make docs      check the links and commands in README and CONTRIBUTING"
+	@echo "make bench     every benchmark; make bench-NAME runs benchmarks/NAME.py"
+	@echo "make clean     remove caches and build outputs, not .venv, runs or models"
+
+setup: $(STAMP)
+
+# An environment that works is kept. One that does not (interrupted, or its Python gone) is made again.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "pissa needs Python 3.10 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }; \
+	  echo "making $(VENV)"; \
+	  $(PYTHON) -m venv --clear $(VENV) || { \
+	    rm -rf $(VENV); \
+	    echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+demo: setup
+	$(BIN)/pissa demo $(DEMO_ARGS)
+
+test: setup
+	$(PYTEST) $(TEST_ARGS)
+
+test-all: setup
+	$(PYTEST) -m '' $(TEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup
+	$(PYTEST) tests/test_docs.py
+
+bench: $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/make_%,$(wildcard benchmarks/*.py)))
+
+bench-%: benchmarks/%.py setup
+	$(QUIET_THREADS) $(BIN)/python $< $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

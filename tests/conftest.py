@@ -1,0 +1,32 @@
+"""Settings of every test, made before torch is imported, and the fixtures that all rooms share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read once, when torch, transformers and matplotlib are imported; child processes inherit them.
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pissa_data() -> Path:
+    """The folder of real data sets (`gsm8k/` and others), or a skip where there is none."""
+    given = os.environ.get("PISSA_DATA")
+    if not given:
+        pytest.skip("needs real data: set PISSA_DATA to the folder that holds gsm8k/ and the other data sets")
+    if not Path(given).is_dir():
+        pytest.skip(f"needs real data: PISSA_DATA names {given}, which is not a folder")
+    return Path(given)
