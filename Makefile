@@ -39,7 +39,7 @@ help:
 setup: $(STAMP)
 
 # An environment that works is kept. One that does not (interrupted, or its Python gone) is made again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(BIN)/python
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "pissa needs Python 3.10 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }; \
@@ -51,6 +51,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
+$(BIN)/python: ;
+
 demo: setup
 	$(BIN)/pissa demo $(DEMO_ARGS)
 
@@ -61,9 +63,9 @@ test-all: setup
 	$(PYTEST) -m '' $(TEST_ARGS)
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	@failed=; for check in 'ruff check .' 'ruff format --check .' pyright; do \
+	  echo "$$check"; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/$$check || failed=1; \
+	done; test -z "$$failed"
 
 format: setup
 	$(BIN)/ruff check --fix .

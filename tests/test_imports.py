@@ -22,7 +22,7 @@ ROOMS = (
     "split",
     "ranks",
     "calibrate",
-    "adapt",
+    "live",
     "checkpoint",
     "export",
     "train",
@@ -205,9 +205,7 @@ def test_help_loads_no_framework() -> None:
     ("hidden", "rooms"),
     [pytest.param(HEAVY, TORCH_ONLY, id="torch-alone"), pytest.param(OPTIONAL, (*ROOMS, ROOT), id="core")],
 )
-def test_modules_import_without_what_they_may_not_need(
-    hidden: tuple[str, ...], rooms: tuple[str, ...]
-) -> None:
+def test_modules_import_without_what_they_may_not_need(hidden: tuple[str, ...], rooms: tuple[str, ...]) -> None:
     names = [
         "pissa" if name == ROOT else f"pissa.{name}"
         for name, _ in modules()
