@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, END_OF_TURN = "<pad>", "<bos>", "<eos>", "<end>"
 CORPUS = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "Below is an instruction that describes a task, paired with an input that provides further context.",
+    "Write a response that appropriately completes the request.",
     "\n\n### Instruction:\n\n\n### Input:\n\n\n### Response:",
     "How many are left now? There are 12 in all. The answer is: 34 56 78 90",
 ]
@@ -54,7 +54,7 @@ def tiny_tokenizer(
 def tiny_llama(
     *, vocab_size: int = 384, tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama of hidden size 32 with 2 layers, in evaluation mode, the same for the same seed.
+    """A randomly initialised Llama of hidden size 32 with 2 layers, in evaluation mode, equal for equal seeds.
 
     Args:
         vocab_size: rows of the embedding; the default holds every token of `tiny_tokenizer`.

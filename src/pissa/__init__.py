@@ -9,9 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapt.apply import adapt as adapt
-    from .adapt.reference import reference as reference
-    from .adapt.reference import restore as restore
     from .checkpoint.read import load as load
     from .config import PissaConfig as PissaConfig
     from .decompose.certificate import Certificate as Certificate
@@ -19,6 +16,9 @@ if TYPE_CHECKING:
     from .errors import PissaError as PissaError
     from .export import export_lora as export_lora
     from .export import export_merged as export_merged
+    from .live.apply import adapt as adapt
+    from .live.reference import reference as reference
+    from .live.reference import restore as restore
     from .split import Split as Split
     from .split import split_weight as split_weight
 
@@ -31,9 +31,9 @@ _HOMES = {
     "truncated_svd": "decompose.svd",
     "Split": "split",
     "split_weight": "split",
-    "adapt": "adapt.apply",
-    "reference": "adapt.reference",
-    "restore": "adapt.reference",
+    "adapt": "live.apply",
+    "reference": "live.reference",
+    "restore": "live.reference",
     "load": "checkpoint.read",
     "export_lora": "export",
     "export_merged": "export",

@@ -24,7 +24,7 @@ class PissaConfig:
     rank: int
     """Components per adapter, `r`: at least 1, at most the smaller side of every target."""
     alpha: float | None = None
-    """LoRA's numerator: the adapter is scaled by `alpha / rank`. None means `rank`, so the scale is 1 (paper, section 5)."""
+    """LoRA's numerator: the adapter is scaled by `alpha / rank`. None: `rank`, a scale of 1 (paper, section 5)."""
     method: Method = "pissa"
     """Where the initial adapter comes from: the principal components, or a LoRA baseline."""
     target_modules: str | tuple[str, ...] | list[str] = "all-linear"

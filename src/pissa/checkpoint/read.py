@@ -1,0 +1,304 @@
+"""Bases and adapters from disk.
+
+An adapter directory comes in three layouts, and each says by itself which one it is:
+
+    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0]; `pissa.json` says so
+    residual   a plain `save_pretrained` of an adapted model: the rank-r adapter, and `pissa_init/` beside it
+    LoRA       any other PEFT LoRA
+
+From the first two the residual is `W − s·B0·A0`, computed by the function that split it: same bits, never an SVD.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..live.apply import attach
+from ..live.state import INITIAL, TRAINABLE, AdapterFactors
+from .manifest import read_manifest
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+LOSSLESS = "lossless"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as its directory holds it."""
+
+    factors: dict[str, AdapterFactors]
+    """Module name -> trained and initial factors."""
+    config: LoraConfig
+    """PEFT's configuration of the adapter as trained (rank r)."""
+    base: str | None
+    """The base's directory or hub id, where it is recorded."""
+    others: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of modules that were trained in full, under PEFT's names."""
+
+
+def load(path: str | os.PathLike[str], base: str | nn.Module | None = None, *, is_trainable: bool = False) -> PeftModel:
+    """An adapted model as it was saved, at any step; nothing is decomposed.
+
+    Args:
+        path: a run's directory, a checkpoint inside it, an export, or what `model.save_pretrained` wrote.
+        base: the base model (it is changed, as by `adapt`), its directory or hub id; None for the one recorded.
+        is_trainable: whether adapter "default" is to be trained further.
+
+    Returns:
+        The adapted model: adapter "default" as trained, and `pissa_init` where the method has one.
+
+    Raises:
+        CheckpointError: the adapter or the base is missing, incomplete, or they do not fit each other.
+    """
+    saved = read_adapter(path)
+    if base is None:
+        base = saved.base
+    if base is None:
+        raise CheckpointError(f"{path} does not record its base; pass it: load(path, base=…)")
+    model = load_base(base) if isinstance(base, str | os.PathLike) else base
+    _check_fit(path, saved.factors, model)
+    subtract = any(factors.A0 is not None for factors in saved.factors.values())
+    trained = {name: (f.A, f.B) for name, f in saved.factors.items()}
+    initial = {
+        name: (f.A0, f.B0) if f.A0 is not None and f.B0 is not None else (f.A, f.B) for name, f in saved.factors.items()
+    }
+    adapted = attach(model, saved.config, initial, subtract=subtract, trained=trained)
+    if saved.others:
+        _load_others(adapted, saved.others)
+    if not is_trainable:
+        adapted.requires_grad_(False)
+    return adapted
+
+
+def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
+    """A causal language model through transformers, with the checkpoint's completeness checked first.
+
+    Args:
+        source: a directory or a hub id.
+        dtype: of the weights; "auto" for the checkpoint's own.
+        options: passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_directory(source)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load a language model from {source}: {first_line(error)}") from error
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer that lies with a model; its padding token is set to the end-of-sequence token where it has none.
+
+    Raises:
+        CheckpointError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot load a tokenizer from {source}: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"the tokenizer of {source} has no end-of-sequence token, so no answer could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_model_directory(source: str | os.PathLike[str]) -> None:
+    """Refuse a local model directory that is missing, empty or lacks shards; a hub id passes unchecked.
+
+    Raises:
+        CheckpointError: with what is missing.
+    """
+    path = Path(source)
+    if not path.exists():
+        if looks_like_path(source):
+            raise CheckpointError(f"{source} does not exist; give a model's directory or a hub id such as org/name")
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{source} is a file; give the directory that holds config.json and the weights")
+    if not (path / "config.json").is_file():
+        what = "is empty" if not any(path.iterdir()) else "has no config.json"
+        raise CheckpointError(f"{source} {what}; a model directory holds config.json and its weights")
+    indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
+    weights = [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.gguf")]
+    if not weights and not indices:
+        raise CheckpointError(f"{source} has a config.json but no weights (*.safetensors); download it again")
+    for index in indices:
+        missing = sorted(file for file in _indexed_files(index) if not (path / file).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{source} lacks {len(missing)} shard(s) that {index.name} names: {', '.join(missing)}"
+            )
+
+
+def looks_like_path(source: str | os.PathLike[str]) -> bool:
+    """Whether a source can only be a path: hub ids are `name` or `org/name`."""
+    text = os.fspath(source)
+    return text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith("/")
+
+
+def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
+    """Read an adapter directory of any layout, without its base.
+
+    Raises:
+        CheckpointError: it is no PEFT LoRA, or incomplete, or of a kind that a plain LoRA cannot express.
+    """
+    directory = _adapter_directory(Path(path))
+    config = _read_config(directory)
+    factors, others = _read_factors(directory, config)
+    manifest = read_manifest(directory) or {}
+    base = manifest.get("base") or config.base_model_name_or_path
+    if manifest.get("layout") == LOSSLESS:
+        config = config_with_ranks(config, config, 0.5)
+        factors = {name: _halves(f) for name, f in factors.items()}
+    elif (directory / INITIAL / CONFIG).is_file():
+        initial, _ = _read_factors(directory / INITIAL, _read_config(directory / INITIAL))
+        if set(initial) != set(factors):
+            raise CheckpointError(f"{directory} and its {INITIAL}/ adapt different modules; they are not of one run")
+        factors = {
+            name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()
+        }
+    return SavedAdapter(factors, config, base, others)
+
+
+def config_with_ranks(config: LoraConfig, source: LoraConfig, factor: float) -> LoraConfig:
+    """The configuration with every rank multiplied by `factor` and every alpha such that the scales stay."""
+    from copy import deepcopy
+
+    result = deepcopy(config)
+    alpha_factor = factor**0.5 if source.use_rslora else factor
+    result.r = round(source.r * factor)
+    result.lora_alpha = _whole(source.lora_alpha * alpha_factor)
+    result.rank_pattern = {key: round(rank * factor) for key, rank in (source.rank_pattern or {}).items()}
+    result.alpha_pattern = {key: _whole(a * alpha_factor) for key, a in (source.alpha_pattern or {}).items()}
+    return result
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message as one line."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _whole(alpha: float) -> Any:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _halves(factors: AdapterFactors) -> AdapterFactors:
+    r = factors.A.shape[0] // 2
+    return AdapterFactors(
+        factors.A[:r].contiguous(),
+        factors.B[:, :r].contiguous(),
+        factors.scale,
+        factors.A[r:].contiguous(),
+        -factors.B[:, r:].contiguous(),
+    )
+
+
+def _adapter_directory(path: Path) -> Path:
+    """The directory that holds the adapter as trained: a run's own, or its last state where only that has it all."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give a run or a PEFT adapter directory")
+    manifest = read_manifest(path)
+    trained = manifest.get("trained") if manifest else None
+    if trained:
+        path = path / trained
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path} has no {CONFIG}; give a finished run or a PEFT adapter directory")
+    return path
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    try:
+        document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        kind = document.get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA adapters")
+        config = LoraConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{directory / CONFIG} is not a PEFT configuration: {first_line(error)}") from error
+    assert isinstance(config, LoraConfig)
+    if config.use_dora:
+        raise CheckpointError(f"{directory} is a DoRA adapter, which a plain LoRA cannot express")
+    config.inference_mode = False
+    return config
+
+
+def _read_factors(directory: Path, config: LoraConfig) -> tuple[dict[str, AdapterFactors], dict[str, Tensor]]:
+    file = directory / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no {WEIGHTS}; the adapter is incomplete")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
+    sides: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        module, _, side = name.removesuffix(".weight").rpartition(".")
+        if side in ("lora_A", "lora_B") and name.endswith(".weight"):
+            sides.setdefault(module, {})[side] = tensor
+        elif ".base_layer." not in name:  # PEFT stores targeted embeddings' base weights beside their adapter
+            others[key] = tensor
+    halves = sorted(module for module, pair in sides.items() if len(pair) != 2)
+    if halves or not sides:
+        raise CheckpointError(
+            f"{file} has no complete lora_A/lora_B pair" + (f" for {', '.join(halves)}" if halves else "")
+        )
+    factors = {name: AdapterFactors(p["lora_A"], p["lora_B"], _scale(config, name)) for name, p in sides.items()}
+    return factors, others
+
+
+def _scale(config: LoraConfig, name: str) -> float:
+    rank = (config.rank_pattern or {}).get(get_pattern_key(list(config.rank_pattern or {}), name), config.r)
+    alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), name), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _check_fit(path: str | os.PathLike[str], factors: Mapping[str, AdapterFactors], model: nn.Module) -> None:
+    from ..live.layers import is_linear, weight_matrix
+
+    modules = dict(model.named_modules())
+    wrong = [
+        name
+        for name, f in factors.items()
+        if name not in modules
+        or not is_linear(modules[name])
+        or weight_matrix(modules[name]).shape != (f.B.shape[0], f.A.shape[1])
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} was made for another base: {', '.join(wrong[:20])} missing or of another shape")
+
+
+def _load_others(model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, tensors, adapter_name=TRAINABLE)
+
+
+def _indexed_files(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a shard index: {first_line(error)}; download it again") from error

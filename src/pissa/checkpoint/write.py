@@ -1,0 +1,136 @@
+"""Files appear whole or not at all.
+
+Everything is written under a temporary name beside its destination, flushed to the disk and renamed. Whoever reads
+while we write, or after we were killed, sees the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+
+TEMPORARY_PREFIX = ".pissa-partial-"
+
+
+@contextmanager
+def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary directory that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: `out` already holds something, or the disk refuses (full, read-only, no permission).
+    """
+    out = Path(out)
+    check_free(out)
+    with _explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out.parent))
+    try:
+        with _explained(out):
+            yield partial
+            _flush_tree(partial)
+            if out.exists():
+                out.rmdir()
+            os.chmod(partial, 0o777 & ~_umask())
+            partial.replace(out)
+            _flush(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def output_files(out: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
+    """A temporary directory whose files are moved into the existing directory `out` when the block ends well.
+
+    Each file replaces its namesake in one step; the file named `last`, without which no reader accepts the
+    others, is taken away first and comes last, so that a mixture of old and new is never readable.
+    """
+    out = Path(out)
+    with _explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out))
+    try:
+        with _explained(out):
+            yield partial
+            _flush_tree(partial)
+            (out / last).unlink(missing_ok=True)
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
+                os.chmod(file, 0o666 & ~_umask())
+                file.replace(out / file.name)
+            _flush(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document, whole or not at all."""
+    with _explained(path):
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=2, sort_keys=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def check_free(out: str | os.PathLike[str]) -> None:
+    """Refuse an output directory that already holds something.
+
+    Raises:
+        OutputError: `out` is a file or a directory with content.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} already holds something; name a new or empty directory, or remove it first")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors wraps the system's error in one of its own that has no errno
+        if full or "No space left on device" in str(error):
+            raise OutputError(
+                f"the disk that holds {path} is full; make room and run the same command again"
+            ) from error
+        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+            raise OutputError(f"{path} cannot be written: {error.strerror}; choose another directory") from error
+        raise
+
+
+def _flush_tree(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

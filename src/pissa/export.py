@@ -1,0 +1,257 @@
+"""What training changed, as an ordinary LoRA or a merged model for the untouched base (paper, appendix C).
+
+    ΔW = s·(B·A − B0·A0) = s · [B | −B0] · [A ; A0]
+
+is a LoRA of rank 2r, exactly. Its optimal rank-R approximation needs no dense matrix: with thin QR factorisations
+`[B | −B0] = Q_B R_B` and `[A ; A0]ᵀ = Q_A R_A`, the singular values of ΔW are those of the 2r × 2r core
+`s·R_B·R_Aᵀ`, and the discarded ones are the error (Eckart and Young).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint.manifest import MANIFEST, package_versions
+from .checkpoint.read import (
+    CONFIG,
+    LOSSLESS,
+    PREFIX,
+    WEIGHTS,
+    SavedAdapter,
+    config_with_ranks,
+    load,
+    read_adapter,
+)
+from .checkpoint.write import output_directory, write_json
+from .errors import ConfigError, PissaError
+from .live.layers import as_stored, weight_matrix
+from .live.state import AdapterFactors, active_adapter_name, adapter_factors, adapter_layers, base_layer
+from .split import combine
+
+
+class LoraExport(dict[str, Tensor]):
+    """A LoRA for the untouched base: PEFT's state dict (name -> tensor) with its configuration."""
+
+    config: LoraConfig
+    """PEFT's configuration that goes with the tensors."""
+    base: str | None
+    """Directory or hub id of the base it is for."""
+    layout: str | None
+    """"lossless" where the initial adapter can be read back out of it."""
+    errors: dict[str, float]
+    """Module name -> `‖ΔW − exported ΔW‖ / ‖ΔW‖` (Frobenius); all 0 for a lossless export."""
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    A: Tensor
+    B: Tensor
+    error: float = 0.0
+
+
+def export_lora(
+    model_or_dir: PeftModel | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+) -> LoraExport:
+    """Export an adapter as a LoRA that loads on the original base anywhere.
+
+    Args:
+        model_or_dir: an adapted model, or a saved run or adapter directory; the base is not needed.
+        out: directory to write (new or empty); None to get the tensors only.
+        rank: None for the lossless export (rank 2r; r for the LoRA baselines); else the optimal LoRA of at most this
+            rank per module.
+        tolerance: in place of `rank`: per module, the smallest rank whose relative error is at most this.
+
+    Returns:
+        The tensors, with configuration and per-module errors.
+
+    Raises:
+        ConfigError: rank below 1, tolerance outside [0, 1), or both given.
+        CheckpointError, OutputError: the directory cannot be read, or `out` not written.
+
+    Source: paper, appendix C; the truncation is the Eckart-Young optimum.
+    """
+    if rank is not None and tolerance is not None:
+        raise ConfigError("give rank or tolerance, not both")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank is {rank}; give at least 1, or leave it out for the lossless export")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(f"tolerance is {tolerance}; allowed: 0 up to, not including, 1")
+    saved = read_adapter(model_or_dir) if not isinstance(model_or_dir, PeftModel) else _from_live(model_or_dir)
+    lossless = rank is None and tolerance is None
+    export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
+    if out is not None:
+        with output_directory(out) as partial:
+            write_lora(export, partial)
+    return export
+
+
+def write_lora(export: LoraExport, directory: Path) -> None:
+    """Write an export's files (weights, configuration, manifest) into a directory that exists."""
+    save_file({key: tensor.contiguous() for key, tensor in export.items()}, directory / WEIGHTS, {"format": "pt"})
+    manifest = {
+        "layout": export.layout,
+        "base": export.base,
+        "largest_error": max(export.errors.values(), default=0.0),
+        "versions": package_versions(),
+    }
+    write_json(directory / MANIFEST, manifest)
+    config = deepcopy(export.config)
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    assert (directory / CONFIG).is_file()
+
+
+def export_merged(
+    model_or_dir: PeftModel | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+) -> None:
+    """Write the fine-tuned model as a plain transformers checkpoint, adapter merged, in the base's dtype.
+
+    Args:
+        model_or_dir: an adapted model (left as it is), or a saved run or adapter directory.
+        out: directory to write, new or empty.
+        base: the base's directory or hub id, for a saved adapter that does not record it.
+
+    Raises:
+        CheckpointError, OutputError: what is read is incomplete, or `out` cannot be written.
+    """
+    model = model_or_dir if isinstance(model_or_dir, PeftModel) else load(model_or_dir, base)
+    with output_directory(out) as partial:
+        plain: Any = model.get_base_model()
+        merged_config = deepcopy(plain.config)
+        state = _merged_state(model)
+        if any(_is_output_head(plain, name) for name in adapter_layers(model)):
+            merged_config.tie_word_embeddings = False
+        _save_plain(plain, merged_config, state, partial)
+
+
+def optimal_low_rank(factors: AdapterFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of ΔW from two thin QRs and a 2r × 2r core, in fp64.
+
+    Returns:
+        U (out, k), S (k,) descending, Vh (k, in), k = min(2r, out, in).
+    """
+    A, B = (tensor.double() for tensor in _concatenated(factors))
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.T), full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def _concatenated(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
+    """[A ; A0] (2r, in) and [B | −B0] (out, 2r); A and B alone for a LoRA baseline."""
+    if factors.A0 is None or factors.B0 is None:
+        return factors.A, factors.B
+    return torch.cat([factors.A, factors.A0]), torch.cat([factors.B, -factors.B0], dim=1)
+
+
+def _lossless(saved: SavedAdapter) -> LoraExport:
+    doubled = any(factors.A0 is not None for factors in saved.factors.values())
+    config = config_with_ranks(saved.config, saved.config, 2.0) if doubled else deepcopy(saved.config)
+    parts = {name: _LowRank(*_concatenated(factors)) for name, factors in saved.factors.items()}
+    return _as_export(saved, parts, config, LOSSLESS if doubled else None)
+
+
+def _truncated(saved: SavedAdapter, rank: int | None, tolerance: float) -> LoraExport:
+    parts = {name: _truncate(factors, rank, tolerance) for name, factors in saved.factors.items()}
+    ranks = {name: part.A.shape[0] for name, part in parts.items()}
+    config = deepcopy(saved.config)
+    config.use_rslora = False
+    config.r = max(ranks.values())
+    config.lora_alpha = config.r  # scale 1: s is inside the factors
+    config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
+    return _as_export(saved, parts, config, None)
+
+
+def _truncate(factors: AdapterFactors, rank: int | None, tolerance: float) -> _LowRank:
+    U, S, Vh = optimal_low_rank(factors)
+    # tails[k] is the norm of what is lost when k components are kept
+    tails = torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)]).sqrt()
+    kept = min(rank, len(S)) if rank is not None else int((tails > tolerance * tails[0]).sum())
+    kept = max(kept, 1)
+    root = S[:kept].sqrt()
+    error = float(tails[kept] / tails[0]) if tails[0] > 0 else 0.0
+    return _LowRank((root[:, None] * Vh[:kept]).float(), (U[:, :kept] * root).float(), error)
+
+
+def _as_export(
+    saved: SavedAdapter, parts: Mapping[str, _LowRank], config: LoraConfig, layout: str | None
+) -> LoraExport:
+    export = LoraExport()
+    for name, part in parts.items():
+        export[f"{PREFIX}{name}.lora_A.weight"] = part.A
+        export[f"{PREFIX}{name}.lora_B.weight"] = part.B
+    export.update(saved.others)
+    config.base_model_name_or_path = saved.base
+    config.lora_dropout = 0.0
+    export.config, export.base, export.layout = config, saved.base, layout
+    export.errors = {name: part.error for name, part in parts.items()}
+    return export
+
+
+def _from_live(model: PeftModel) -> SavedAdapter:
+    adapter = active_adapter_name(model)
+    config = model.peft_config[adapter]
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise PissaError(f"adapter {adapter!r} is not a plain LoRA ({type(config).__name__}); it has no such export")
+    if any(layer.merged for layer in adapter_layers(model).values()):
+        raise PissaError("the adapters are merged into the weights: call unmerge_adapter() first")
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    others = {key: value.detach() for key, value in state.items() if ".lora_" not in key}
+    return SavedAdapter(adapter_factors(model, adapter), config, config.base_model_name_or_path, others)
+
+
+def _merged_state(model: PeftModel) -> dict[str, Tensor]:
+    """The base model's state dict with every adapter added to its weight and PEFT's own names taken out."""
+    adapter = active_adapter_name(model)
+    factors, layers = adapter_factors(model, adapter), adapter_layers(model)
+    state: dict[str, Tensor] = {}
+    for key, tensor in model.get_base_model().state_dict().items():
+        if ".lora_" in key or ".original_module." in key:
+            continue
+        if ".modules_to_save." in key:
+            if f".modules_to_save.{adapter}." not in key:
+                continue
+            key = key.replace(f".modules_to_save.{adapter}.", ".")
+        key = key.replace(".base_layer.", ".")
+        name, _, kind = key.rpartition(".")
+        if kind == "weight" and name in factors:
+            module, f = base_layer(layers[name]), factors[name]
+            tensor = as_stored(module, combine(weight_matrix(module), f.A, f.B, f.scale))
+        state[key] = tensor
+    return state
+
+
+def _is_output_head(model: Any, name: str) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head is not None and model.get_submodule(name) is head
+
+
+def _save_plain(model: Any, config: Any, state: dict[str, Tensor], directory: Path) -> None:
+    """Save through an empty twin of the base, so that the live model keeps its adapters."""
+    with torch.device("meta"):
+        twin = type(model)(config)
+    twin.load_state_dict(state, strict=False, assign=True)
+    twin.tie_weights()
+    left = [name for name, parameter in twin.named_parameters() if parameter.is_meta]
+    if left:
+        raise PissaError(f"cannot merge: no weight for {', '.join(left[:20])}")
+    twin.generation_config = model.generation_config
+    twin.save_pretrained(directory)

@@ -1,0 +1,119 @@
+"""The base's function back, at any time.
+
+In a model whose weights are residuals, `disable_adapter()` is not the base: it is the residual alone. The base is
+residual + `pissa_init`, which `reference` switches to for the length of a block and `restore` adds back for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..errors import PissaError
+from ..split import combine
+from .layers import set_weight_matrix, weight_matrix
+from .state import INITIAL, adapter_factors, adapter_layers, base_layer, has_initial_adapter
+
+PRESERVING_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@contextmanager
+def reference(model: PeftModel) -> Iterator[PeftModel]:
+    """Inside the block the model computes what the base computes; afterwards everything is as it was.
+
+    Exact up to the residual's rounding (`model.pissa.certificates`) for PiSSA, bit for bit for the LoRA baselines.
+
+    Args:
+        model: an adapted model, trained or not, in training or evaluation mode.
+
+    Raises:
+        PissaError: the model has no adapter, its adapters are merged, or its weights were changed by an initialisation
+            that pissa did not make, so that the base cannot be known.
+    """
+    _check(model)
+    if not has_initial_adapter(model):
+        with model.disable_adapter():
+            yield model
+        return
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = list(model.active_adapters)
+    runtime: Any = model.base_model
+    runtime.set_adapter(INITIAL, inference_mode=True)
+    try:
+        yield model
+    finally:
+        runtime.set_adapter(active)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+
+
+def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
+    """Take the adapters off and give the base model back.
+
+    Args:
+        model: an adapted model; it must not be used afterwards.
+        base: the base model as it was before `adapt`, where it is at hand: its weights are copied, bit for bit.
+            Without it the weights are `residual + s·B0·A0`, which is the base up to the residual's rounding (bit for
+            bit for the LoRA baselines, which never change it).
+
+    Returns:
+        The model that `adapt` was given, without adapters, tied again where it was tied.
+
+    Raises:
+        PissaError: as for `reference`, or `base` has other modules or shapes.
+    """
+    _check(model)
+    layers = adapter_layers(model)
+    originals = _original_weights(base, layers) if base is not None else {}
+    record = getattr(model, "pissa", None)
+    untied = record.untied if record is not None else {}
+    if has_initial_adapter(model):
+        initial = adapter_factors(model, INITIAL)
+        for name, layer in layers.items():
+            if name in untied:
+                continue
+            module = base_layer(layer)
+            weight = combine(weight_matrix(module), initial[name].A, initial[name].B, initial[name].scale)
+            set_weight_matrix(module, originals[name].to(weight) if name in originals else weight)
+    runtime: Any = model
+    plain = runtime.unload()
+    for name, kept in untied.items():
+        plain.get_submodule(name).weight = plain.get_submodule(kept).weight
+        if hasattr(plain, "all_tied_weights_keys"):
+            plain.all_tied_weights_keys[f"{name}.weight"] = f"{kept}.weight"
+    if record is not None and record.tie_word_embeddings is not None:
+        plain.config.tie_word_embeddings = record.tie_word_embeddings
+    return plain
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, PeftModel):
+        raise PissaError(f"a model from pissa.adapt or pissa.load is needed, got {type(model).__name__}")
+    if has_initial_adapter(model):
+        merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
+        if merged:
+            raise PissaError(f"adapters are merged into {len(merged)} modules: call unmerge_adapter() first")
+        return
+    initialisations = {name: getattr(config, "init_lora_weights", True) for name, config in model.peft_config.items()}
+    foreign = {name: how for name, how in initialisations.items() if how not in PRESERVING_INITIALISATIONS}
+    if foreign:
+        raise PissaError(f"the base cannot be known: {foreign} changed its weights for good; adapt with pissa.adapt")
+
+
+def _original_weights(base: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, torch.Tensor]:
+    modules = dict(base.named_modules())
+    wrong = [n for n, layer in layers.items() if n not in modules or not _same_shape(modules[n], base_layer(layer))]
+    if wrong:
+        raise PissaError(f"base is another model: {', '.join(wrong)} missing or of another shape")
+    return {name: weight_matrix(modules[name]) for name in layers}
+
+
+def _same_shape(left: nn.Module, right: nn.Module) -> bool:
+    weights: Any = getattr(left, "weight", None), right.weight
+    return weights[0] is not None and weights[0].shape == weights[1].shape

@@ -1,0 +1,98 @@
+"""An adapted model's adapter as plain tensors.
+
+What training changed is, per module,
+
+    ΔW = s · (B·A − B0·A0)
+
+with the trained factors A, B and the initial ones A0, B0. Whatever loads, saves or exports an adapter moves this
+record; the model it came from is not needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..errors import PissaError
+
+TRAINABLE = "default"
+INITIAL = "pissa_init"
+
+
+@dataclass(frozen=True)
+class AdapterFactors:
+    """One module's adapter. For a LoRA baseline, whose initial product is zero, A0 and B0 are None."""
+
+    A: Tensor
+    """(r, in)."""
+    B: Tensor
+    """(out, r)."""
+    scale: float
+    A0: Tensor | None = None
+    """(r, in): A at step 0."""
+    B0: Tensor | None = None
+    """(out, r): B at step 0."""
+
+
+def adapter_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers by their module's name in the base model."""
+    base = model.get_base_model()
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
+def has_initial_adapter(model: nn.Module) -> bool:
+    """Whether the model's weights are residuals, that is, whether it carries `pissa_init`."""
+    return INITIAL in getattr(model, "peft_config", {})
+
+
+def active_adapter_name(model: PeftModel) -> str:
+    """The one adapter that is being trained or used."""
+    names = [name for name in model.peft_config if name != INITIAL]
+    active = [name for name in model.active_adapters if name != INITIAL]
+    chosen = active if len(active) == 1 else names
+    if len(chosen) != 1:
+        raise PissaError(f"the model has the adapters {names}; activate the one that is meant with set_adapter")
+    return chosen[0]
+
+
+def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, AdapterFactors]:
+    """Detached views of a live model's adapter, by module name.
+
+    Args:
+        model: an adapted model.
+        adapter: the adapter's name; None for the active one.
+    """
+    adapter = adapter or active_adapter_name(model)
+    factors = {}
+    for name, layer in adapter_layers(model).items():
+        if adapter not in layer.lora_A:
+            continue
+        A, B = _pair(layer, adapter)
+        A0, B0 = _pair(layer, INITIAL) if INITIAL in layer.lora_A else (None, None)
+        factors[name] = AdapterFactors(A, B, float(layer.scaling[adapter]), A0, B0)
+    return factors
+
+
+def set_factors(layer: LoraLayer, adapter: str, A: Tensor, B: Tensor, *, trainable: bool) -> None:
+    """Put factors (copied, contiguous, fp32, on the layer's device) into a layer's adapter."""
+    device = base_layer(layer).weight.device
+    for holder, tensor in ((layer.lora_A[adapter], A), (layer.lora_B[adapter], B)):
+        value = tensor.detach().to(device=device, dtype=torch.float32, copy=True).contiguous()
+        holder.weight = nn.Parameter(value, requires_grad=trainable)
+
+
+def base_layer(layer: LoraLayer) -> Any:
+    """The layer that PEFT wrapped, whose weight is the base's or the residual."""
+    wrapped: Any = layer
+    return wrapped.get_base_layer()
+
+
+def _pair(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    holders: Any = layer.lora_A[adapter], layer.lora_B[adapter]
+    A, B = (holder.weight.detach() for holder in holders)
+    return A, B

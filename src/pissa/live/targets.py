@@ -1,0 +1,171 @@
+"""Which modules are adapted, and with which rank and alpha each.
+
+Nothing is skipped silently: a name that matches nothing, a module of a kind that cannot be adapted, a rank that a
+weight is too small for, a weight that is not finite: every offender is gathered and one error names them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..config import PissaConfig
+from ..errors import ConfigError, TargetError, WeightError
+from ..split import STORAGE_DTYPES
+from .layers import is_linear, weight_matrix
+
+CLASSIFICATION_HEADS = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter."""
+
+    name: str
+    """Its full name in the model."""
+    module: nn.Module
+    rank: int
+    alpha: float | None
+    """None: scale 1."""
+
+
+def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
+    """Find the modules that the configuration asks for and check that each can be adapted.
+
+    Args:
+        model: a model without adapters.
+        config: target_modules, exclude_modules, ranks and alphas.
+
+    Returns:
+        The targets in the model's order, at least one.
+
+    Raises:
+        TargetError: nothing matches, or something that matches cannot be adapted.
+        ConfigError: a rank above the smaller side of a target, or a pattern that matches no target.
+        WeightError: a target's weight is quantised, not loaded, or holds NaN or Inf.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise TargetError(
+            "the model already carries adapters, and its weights may be residuals: call pissa.restore (or PEFT's "
+            "unload) first, or load the base again"
+        )
+    modules = dict(model.named_modules())
+    names = _select(model, modules, config)
+    unsupported = [f"{name} ({type(modules[name]).__name__})" for name in names if not is_linear(modules[name])]
+    attention = [name for name in names if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)]
+    if unsupported or attention:
+        raise TargetError(
+            f"cannot adapt {_listed([*unsupported, *attention])}: only nn.Linear and Conv1D layers that are called as "
+            "modules can be; name them in exclude_modules, or narrow target_modules"
+        )
+    targets = [_with_rank(name, modules[name], config) for name in names]
+    _check_patterns(names, config)
+    _check_weights(targets)
+    return targets
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """Whether a module's name is meant: a string is one regular expression for whole names, a list holds names or
+    name endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig) -> list[str]:
+    if config.target_modules == "all-linear":
+        heads = _output_heads(model, modules)
+        chosen = [name for name, module in modules.items() if is_linear(module) and name not in heads]
+        chosen = [name for name in chosen if not any(_inside(name, kept) for kept in config.modules_to_save)]
+    else:
+        chosen = [name for name in modules if name and matches(name, config.target_modules)]
+        _check_all_matched(chosen, modules, config.target_modules)
+    left = [name for name in chosen if not (config.exclude_modules and matches(name, config.exclude_modules))]
+    if not left:
+        raise TargetError(
+            f"no module matches target_modules={config.target_modules!r}"
+            + (f" once exclude_modules={config.exclude_modules!r} is taken away" if chosen else "")
+            + f"; the model's linear layers end in: {', '.join(_linear_endings(modules)) or 'it has none'}"
+        )
+    return left
+
+
+def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """The output projection of a language model, or the head of a classifier: "all-linear" leaves them alone."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    head = get_output() if callable(get_output) else None
+    heads = {name for name, module in modules.items() if head is not None and module is head}
+    if not heads:
+        heads = {name for name in modules if any(_inside(name, head) for head in CLASSIFICATION_HEADS)}
+    return heads
+
+
+def _inside(name: str, ancestor: str) -> bool:
+    return f".{ancestor}." in f".{name}."
+
+
+def _check_all_matched(chosen: list[str], modules: dict[str, nn.Module], patterns: str | Sequence[str]) -> None:
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    missing = [p for p in wanted if not any(matches(name, p if isinstance(patterns, str) else [p]) for name in chosen)]
+    if missing:
+        endings = _linear_endings(modules)
+        close = [c for p in missing for c in difflib.get_close_matches(p.rpartition(".")[2], endings, n=3, cutoff=0.4)]
+        raise TargetError(
+            f"no module matches {_listed([repr(p) for p in missing])}; closest names: "
+            f"{', '.join(dict.fromkeys(close)) or ', '.join(endings) or 'none, the model has no linear layer'}"
+        )
+
+
+def _linear_endings(modules: dict[str, nn.Module]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
+
+
+def _with_rank(name: str, module: nn.Module, config: PissaConfig) -> Target:
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
+    return Target(name, module, rank, alpha)
+
+
+def _check_patterns(names: list[str], config: PissaConfig) -> None:
+    unused = [
+        f"{field}[{key!r}]"
+        for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+        for key in pattern
+        if not any(get_pattern_key([key], name) == key for name in names)
+    ]
+    if unused:
+        raise ConfigError(f"{_listed(unused)} matches no target; the targets are {_listed(names)}")
+
+
+def _check_weights(targets: list[Target]) -> None:
+    unready, low, bad = [], [], []
+    for target in targets:
+        weight = weight_matrix(target.module)
+        if weight.dtype not in STORAGE_DTYPES or weight.is_meta or weight.numel() == 0 or weight.ndim != 2:
+            unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
+        elif target.rank > min(weight.shape):
+            low.append(f"{target.name} {tuple(weight.shape)}: {target.rank} > {min(weight.shape)}")
+        elif not bool(torch.isfinite(weight).all()):
+            bad.append(target.name)
+    if unready:
+        raise WeightError(
+            f"cannot split {_listed(unready)}: weights must be loaded whole in float32, bfloat16 or float16 "
+            "(a quantised or sharded base cannot be split; load it without quantisation)"
+        )
+    if low:
+        raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")
+    if bad:
+        raise WeightError(f"NaN or Inf in the weight of {_listed(bad)}: repair or reload the checkpoint")
+
+
+def _listed(items: Sequence[str], most: int = 300) -> str:
+    """All the items in one line; a very long list is cut with the count of the rest."""
+    rest = len(items) - most
+    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
