@@ -1,0 +1,228 @@
+"""Greedy generation in batches, and the share of problems that a model solves with it.
+
+Prompts are padded on the left by hand, so that the tokenizer is only asked for ids and never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, DataError
+from ..train.encode import default_bos, token_ids
+from ..train.prompts import Template, check_template, prompt_text
+from ..train.rows import Example, RowError, unusable_rows
+from .answers import extract_answer, same_answer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One problem, and what a model made of it."""
+
+    prompt: str
+    """The text that the model was given."""
+    generated: str
+    """The text that it wrote."""
+    expected: str
+    """The reference's answer, a whole number or "numerator/denominator"."""
+    answer: str | None
+    """The answer read from `generated`, in the same form; None where it states none."""
+    correct: bool
+    """Whether the two are equal."""
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """How many problems were solved."""
+
+    fraction: float
+    """Correct samples over all samples, in [0, 1]."""
+    samples: list[Sample]
+    """One per problem, in the order of the problems."""
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    add_bos: bool = True,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Continue each prompt greedily, up to the end of sequence.
+
+    The model runs in evaluation mode with a key-value cache; modes and settings are as before afterwards.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        tokenizer: its tokenizer; never changed.
+        prompts: texts, all of them at least one token long.
+        max_new_tokens: tokens after which an unfinished continuation is cut.
+        batch_size: prompts continued at once, neighbours in length.
+        add_bos: put bos before a prompt where the tokenizer does by default; False for prompts in a chat
+            template, which writes its own.
+        progress: called after every batch with the number of prompts done and in all.
+
+    Returns:
+        The continuations without special tokens, in the order of the prompts.
+
+    Raises:
+        ConfigError: `max_new_tokens` or `batch_size` below 1.
+        DataError: a prompt without tokens.
+    """
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value!r}; give at least 1")
+    prefix = default_bos(tokenizer) if add_bos else []
+    ids = [prefix + tokens for tokens in token_ids(prompts, tokenizer)]
+    empty = [str(number) for number, tokens in enumerate(ids, 1) if not tokens]
+    if empty:
+        raise DataError(f"nothing to continue: these prompts have no tokens: {', '.join(empty[:10])}")
+    settings = _greedy(model, tokenizer, max_new_tokens)
+    texts = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for index, tokens in zip(batch, _continue(model, [ids[i] for i in batch], settings), strict=True):
+                texts[index] = tokenizer.decode(tokens, skip_special_tokens=True)
+            if progress is not None:
+                progress(start + len(batch), len(order))
+    return texts
+
+
+def exact_match(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Example],
+    *,
+    template: Template = "alpaca",
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> ExactMatch:
+    """Share of problems whose generated solution states the reference's answer (see `answers.py`).
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        tokenizer: its tokenizer; never changed.
+        problems: examples whose last assistant message ends in a marked answer.
+        template: the prompt template that the model was trained with.
+        max_new_tokens: tokens after which an unfinished solution is cut.
+        batch_size: problems solved at once.
+        progress: called after every batch with the number of problems done and in all.
+
+    Raises:
+        ConfigError: a setting that cannot be right.
+        DataError: no problems, problems that do not fit the template, or whose reference states no answer.
+    """
+    check_template(template, tokenizer)
+    prompts, expected = _posed(problems, tokenizer, template)
+    texts = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        add_bos=template != "chat",
+        progress=progress,
+    )
+    samples = [_judged(*triple) for triple in zip(prompts, texts, expected, strict=True)]
+    return ExactMatch(sum(sample.correct for sample in samples) / len(samples), samples)
+
+
+def _posed(problems: Sequence[Example], tokenizer: Any, template: Template) -> tuple[list[str], list[Fraction]]:
+    """Prompt and expected answer of every problem."""
+    if not problems:
+        raise DataError("there are no problems to solve; give at least one")
+    prompts: list[str] = []
+    expected: list[Fraction] = []
+    offenders: list[str] = []
+    for number, problem in enumerate(problems, 1):
+        try:
+            answer = extract_answer(problem.response)
+            if answer is None:
+                raise RowError("states no answer")
+            prompts.append(prompt_text(problem, tokenizer, template))
+            expected.append(answer)
+        except RowError as reason:
+            offenders.append(f"{problem.where or f'row {number}'} {reason}")
+    if offenders:
+        remedy = 'A reference ends in "The answer is: N" or "#### N"'
+        raise unusable_rows("the problems", offenders, len(problems), remedy)
+    return prompts, expected
+
+
+def _judged(prompt: str, generated: str, expected: Fraction) -> Sample:
+    answer = extract_answer(generated)
+    return Sample(
+        prompt,
+        generated,
+        str(expected),
+        None if answer is None else str(answer),
+        same_answer(answer, expected),
+    )
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+    """Generation settings that name everything a model's own defaults could bend greedy decoding with."""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None)
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.eos_token_id}
+    stops = sorted(end for end in ends if end is not None)
+    padding = [tokenizer.pad_token_id, *stops, 0]
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=stops or None,
+        pad_token_id=next(token for token in padding if token is not None),
+    )
+
+
+@torch.no_grad()
+def _continue(model: Any, prompts: list[list[int]], settings: Any) -> list[list[int]]:
+    """The new tokens of each prompt, up to and without the first end-of-sequence token."""
+    width = max(len(tokens) for tokens in prompts)
+    ids = [[settings.pad_token_id] * (width - len(tokens)) + tokens for tokens in prompts]
+    mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts]
+    written = model.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=settings,
+    )
+    return [_until_stop(row, settings.eos_token_id or []) for row in written[:, width:].tolist()]
+
+
+def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
+    for position, token in enumerate(tokens):
+        if token in stops:
+            return tokens[:position]
+    return tokens
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it was in, whatever its parent's."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,1 @@
+"""Experiments: problems whose answers are known, and comparisons of methods on them or on real data."""
