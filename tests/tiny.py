@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
@@ -22,8 +24,8 @@ CHAT_TEMPLATE = (
 
 def tiny_tokenizer(
     *, pad_is_eos: bool = False, add_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most 384 tokens that encodes any text without loss.
+) -> Any:
+    """A `PreTrainedTokenizerFast`: byte-level BPE, at most 384 tokens, encodes any text without loss.
 
     Args:
         pad_is_eos: let the padding token be the end-of-sequence token, as many chat models have it.

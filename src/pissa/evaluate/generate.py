@@ -90,7 +90,7 @@ def generate(
     settings = _greedy(model, tokenizer, max_new_tokens)
     texts = [""] * len(ids)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
-    with _evaluating(model):
+    with _generating(model, settings):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for index, tokens in zip(batch, _continue(model, [ids[i] for i in batch], settings), strict=True):
@@ -174,7 +174,7 @@ def _judged(prompt: str, generated: str, expected: Fraction) -> Sample:
 
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
-    """Generation settings that name everything a model's own defaults could bend greedy decoding with."""
+    """Settings of greedy decoding; it stops where the tokenizer or the model's own settings say that a text ends."""
     from transformers import GenerationConfig
 
     own = getattr(model, "generation_config", None)
@@ -184,10 +184,6 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     padding = [tokenizer.pad_token_id, *stops, 0]
     return GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=stops or None,
@@ -217,12 +213,20 @@ def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in, whatever its parent's."""
+def _generating(model: Any, settings: Any) -> Iterator[None]:
+    """Evaluation mode and these generation settings inside; afterwards every module is as it was.
+
+    The settings replace the model's own, which `generate` would otherwise fill gaps from, and warn about.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    defaults = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
     model.eval()
+    for module, _ in defaults:
+        module.generation_config = settings
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for module, own in defaults:
+            module.generation_config = own
