@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from .errors import ConfigError
 
 Method = Literal["pissa", "lora-kaiming", "lora-gaussian"]
 METHODS: tuple[Method, ...] = get_args(Method)
+LARGEST_ALPHA = 1e30
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class PissaConfig:
         if self.alpha is not None:
             alphas["alpha"] = self.alpha
         for where, alpha in alphas.items():
-            if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+            if not (isinstance(alpha, (int, float)) and 0 < alpha < LARGEST_ALPHA):
                 raise ConfigError(f"{where} is {alpha!r}; give a positive number, or leave it out for a scale of 1")
+        self._check_names()
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; allowed: 0 up to, not including, 1")
         if not 0 <= self.tolerance < 1:
@@ -75,6 +78,22 @@ class PissaConfig:
             )
         if not self.target_modules:
             raise ConfigError('target_modules is empty; give names, a regular expression or "all-linear"')
+
+    def _check_names(self) -> None:
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; give a list of names")
+        expressions = {
+            "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
+            **{f"rank_pattern[{key!r}]": key for key in self.rank_pattern},
+            **{f"alpha_pattern[{key!r}]": key for key in self.alpha_pattern},
+        }
+        for where, expression in expressions.items():
+            try:
+                if isinstance(expression, str):
+                    re.compile(expression)
+            except re.error as error:
+                raise ConfigError(f"{where} is no regular expression: {error}") from error
 
     @property
     def starts_at_zero(self) -> bool:

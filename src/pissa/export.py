@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .checkpoint.manifest import MANIFEST, package_versions
 from .checkpoint.read import (
@@ -32,11 +33,20 @@ from .checkpoint.read import (
     load,
     read_adapter,
 )
-from .checkpoint.write import output_directory, write_json
+from .checkpoint.write import check_free, output_directory, write_json
 from .errors import ConfigError, PissaError
 from .live.layers import as_stored, weight_matrix
-from .live.state import AdapterFactors, active_adapter_name, adapter_factors, adapter_layers, base_layer
-from .split import combine
+from .live.state import (
+    AdapterFactors,
+    active_adapter_name,
+    adapter_factors,
+    adapter_layers,
+    base_layer,
+    has_initial_adapter,
+    not_plain_lora,
+)
+from .live.targets import pattern_keys
+from .split import STORAGE_DTYPES, combine
 
 
 class LoraExport(dict[str, Tensor]):
@@ -90,6 +100,8 @@ def export_lora(
         raise ConfigError(f"rank is {rank}; give at least 1, or leave it out for the lossless export")
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance is {tolerance}; allowed: 0 up to, not including, 1")
+    if out is not None:
+        check_free(out)
     saved = read_adapter(model_or_dir) if not isinstance(model_or_dir, PeftModel) else _from_live(model_or_dir)
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
@@ -129,14 +141,18 @@ def export_merged(
         base: the base's directory or hub id, for a saved adapter that does not record it.
 
     Raises:
+        PissaError: the model is not one of transformers, or its adapter is no plain LoRA.
         CheckpointError, OutputError: what is read is incomplete, or `out` cannot be written.
     """
+    check_free(out)
     model = model_or_dir if isinstance(model_or_dir, PeftModel) else load(model_or_dir, base)
+    plain: Any = model.get_base_model()
+    if not isinstance(plain, PreTrainedModel):
+        raise PissaError(f"{type(plain).__name__} is no transformers model; export_lora works for any module")
     with output_directory(out) as partial:
-        plain: Any = model.get_base_model()
         merged_config = deepcopy(plain.config)
         state = _merged_state(model)
-        if any(_is_output_head(plain, name) for name in adapter_layers(model)):
+        if _ties_broken(plain, state):
             merged_config.tie_word_embeddings = False
         _save_plain(plain, merged_config, state, partial)
 
@@ -175,7 +191,8 @@ def _truncated(saved: SavedAdapter, rank: int | None, tolerance: float) -> LoraE
     config.use_rslora = False
     config.r = max(ranks.values())
     config.lora_alpha = config.r  # scale 1: s is inside the factors
-    config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
+    keys = pattern_keys(ranks)
+    config.rank_pattern = {keys[name]: r for name, r in ranks.items() if r != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
     return _as_export(saved, parts, config, None)
 
@@ -207,20 +224,32 @@ def _as_export(
 
 
 def _from_live(model: PeftModel) -> SavedAdapter:
-    adapter = active_adapter_name(model)
+    adapter = _exportable(model)
     config = model.peft_config[adapter]
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        raise PissaError(f"adapter {adapter!r} is not a plain LoRA ({type(config).__name__}); it has no such export")
-    if any(layer.merged for layer in adapter_layers(model).values()):
-        raise PissaError("the adapters are merged into the weights: call unmerge_adapter() first")
+    assert isinstance(config, LoraConfig)
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     others = {key: value.detach() for key, value in state.items() if ".lora_" not in key}
     return SavedAdapter(adapter_factors(model, adapter), config, config.base_model_name_or_path, others)
 
 
+def _exportable(model: PeftModel) -> str:
+    """The name of the adapter that an export takes.
+
+    Raises:
+        PissaError: it is no plain LoRA, or merged into the weights.
+    """
+    adapter = active_adapter_name(model)
+    reason = not_plain_lora(model.peft_config[adapter], initial_known=has_initial_adapter(model))
+    if reason:
+        raise PissaError(f"adapter {adapter!r} {reason}")
+    if any(layer.merged for layer in adapter_layers(model).values()):
+        raise PissaError("the adapters are merged into the weights: call unmerge_adapter() first")
+    return adapter
+
+
 def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     """The base model's state dict with every adapter added to its weight and PEFT's own names taken out."""
-    adapter = active_adapter_name(model)
+    adapter = _exportable(model)
     factors, layers = adapter_factors(model, adapter), adapter_layers(model)
     state: dict[str, Tensor] = {}
     for key, tensor in model.get_base_model().state_dict().items():
@@ -234,14 +263,19 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
         name, _, kind = key.rpartition(".")
         if kind == "weight" and name in factors:
             module, f = base_layer(layers[name]), factors[name]
+            if tensor.dtype not in STORAGE_DTYPES:
+                raise PissaError(
+                    f"cannot merge into {name}, which is stored as {tensor.dtype}: load the base unquantised"
+                )
             tensor = as_stored(module, combine(weight_matrix(module), f.A, f.B, f.scale))
         state[key] = tensor
     return state
 
 
-def _is_output_head(model: Any, name: str) -> bool:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head is not None and model.get_submodule(name) is head
+def _ties_broken(model: Any, state: dict[str, Tensor]) -> bool:
+    """Whether weights that the base shares came out different."""
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return any(not torch.equal(state[a], state[b]) for a, b in ties.items() if a in state and b in state)
 
 
 def _save_plain(model: Any, config: Any, state: dict[str, Tensor], directory: Path) -> None:

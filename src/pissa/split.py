@@ -10,6 +10,7 @@ the certificate.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,7 +56,7 @@ def split_weight(W: Tensor, config: PissaConfig, *, name: str | None = None) -> 
         The split; `split.restore()` equals W up to `split.certificate.rounding`.
 
     Raises:
-        WeightError: W is not a finite matrix of a supported dtype.
+        WeightError: W is not a finite matrix of a supported dtype, or its residual does not fit into that dtype.
         ConfigError: the rank exceeds the smaller side of W.
     """
     label = name or "the weight"
@@ -76,6 +77,8 @@ def split_weight(W: Tensor, config: PissaConfig, *, name: str | None = None) -> 
         A, B = A.contiguous(), B.contiguous()
         residual = W.detach().clone() if config.starts_at_zero else combine(W.detach(), A, B, -scale)
         rounding = relative_error(W.detach(), combine(residual.float(), A, B, scale))
+    if not math.isfinite(rounding):
+        raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
 
 

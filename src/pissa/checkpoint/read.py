@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..live.apply import attach
-from ..live.state import INITIAL, TRAINABLE, AdapterFactors
+from ..live.state import INITIAL, TRAINABLE, AdapterFactors, not_plain_lora
 from .manifest import read_manifest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -153,7 +153,7 @@ def check_model_directory(source: str | os.PathLike[str]) -> None:
 def looks_like_path(source: str | os.PathLike[str]) -> bool:
     """Whether a source can only be a path: hub ids are `name` or `org/name`."""
     text = os.fspath(source)
-    return text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith("/")
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
@@ -169,14 +169,22 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     base = manifest.get("base") or config.base_model_name_or_path
     if manifest.get("layout") == LOSSLESS:
         config = config_with_ranks(config, config, 0.5)
+        odd = [name for name, f in factors.items() if f.A.shape[0] % 2]
+        if odd:
+            raise CheckpointError(f"{directory} is no lossless export: odd rank at {', '.join(odd)}")
         factors = {name: _halves(f) for name, f in factors.items()}
     elif (directory / INITIAL / CONFIG).is_file():
         initial, _ = _read_factors(directory / INITIAL, _read_config(directory / INITIAL))
-        if set(initial) != set(factors):
-            raise CheckpointError(f"{directory} and its {INITIAL}/ adapt different modules; they are not of one run")
+        if {n: (f.A.shape, f.B.shape) for n, f in initial.items()} != {
+            n: (f.A.shape, f.B.shape) for n, f in factors.items()
+        }:
+            raise CheckpointError(f"{directory} and its {INITIAL}/ differ in modules or ranks; they are not of one run")
         factors = {
             name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()
         }
+    reason = not_plain_lora(config, initial_known=any(f.A0 is not None for f in factors.values()))
+    if reason:
+        raise CheckpointError(f"the adapter in {directory} {reason}")
     return SavedAdapter(factors, config, base, others)
 
 
@@ -238,8 +246,9 @@ def _read_config(directory: Path) -> LoraConfig:
             raise
         raise CheckpointError(f"{directory / CONFIG} is not a PEFT configuration: {first_line(error)}") from error
     assert isinstance(config, LoraConfig)
-    if config.use_dora:
-        raise CheckpointError(f"{directory} is a DoRA adapter, which a plain LoRA cannot express")
+    reason = not_plain_lora(config, initial_known=True)
+    if reason:
+        raise CheckpointError(f"the adapter in {directory} {reason}")
     config.inference_mode = False
     return config
 
@@ -254,24 +263,40 @@ def _read_factors(directory: Path, config: LoraConfig) -> tuple[dict[str, Adapte
         raise CheckpointError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
     sides: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
+    foreign: list[str] = []
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         module, _, side = name.removesuffix(".weight").rpartition(".")
-        if side in ("lora_A", "lora_B") and name.endswith(".weight"):
+        if side in ("lora_A", "lora_B") and name.endswith(".weight") and tensor.ndim == 2:
             sides.setdefault(module, {})[side] = tensor
+        elif ".lora_" in name:
+            foreign.append(name)
         elif ".base_layer." not in name:  # PEFT stores targeted embeddings' base weights beside their adapter
             others[key] = tensor
+    if foreign:
+        raise CheckpointError(f"{file} is no LoRA of linear layers alone: it holds {', '.join(foreign[:20])}")
     halves = sorted(module for module, pair in sides.items() if len(pair) != 2)
     if halves or not sides:
         raise CheckpointError(
             f"{file} has no complete lora_A/lora_B pair" + (f" for {', '.join(halves)}" if halves else "")
         )
+    misfits = [
+        f"{name} {tuple(p['lora_B'].shape)} x {tuple(p['lora_A'].shape)}"
+        for name, p in sides.items()
+        if not p["lora_A"].shape[0] == p["lora_B"].shape[1] == _rank(config, name)
+    ]
+    if misfits:
+        raise CheckpointError(f"{file}: the ranks do not fit each other or {CONFIG}: {', '.join(misfits[:20])}")
     factors = {name: AdapterFactors(p["lora_A"], p["lora_B"], _scale(config, name)) for name, p in sides.items()}
     return factors, others
 
 
+def _rank(config: LoraConfig, name: str) -> int:
+    return (config.rank_pattern or {}).get(get_pattern_key(list(config.rank_pattern or {}), name), config.r)
+
+
 def _scale(config: LoraConfig, name: str) -> float:
-    rank = (config.rank_pattern or {}).get(get_pattern_key(list(config.rank_pattern or {}), name), config.r)
+    rank = _rank(config, name)
     alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), name), config.lora_alpha)
     return alpha / (rank**0.5 if config.use_rslora else rank)
 

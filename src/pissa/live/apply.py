@@ -24,7 +24,7 @@ from ..errors import PissaError
 from ..split import combine, split_weight
 from .layers import set_weight_matrix, weight_matrix
 from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors
-from .targets import Target, resolve_targets
+from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,6 +41,8 @@ class AdaptationRecord:
     """Target whose weight was shared -> the module that keeps the shared weight."""
     tie_word_embeddings: bool | None = None
     """The base configuration's value, where untying changed it."""
+    trainable: frozenset[str] = frozenset()
+    """The base's parameters that required a gradient."""
 
 
 def adapt(model: nn.Module, config: PissaConfig, *, progress: Progress | None = None) -> PeftModel:
@@ -100,21 +102,25 @@ def attach(
     """
     shared = _shared_weights(model, list(initial)) if subtract else {}
     tied_before = _declare_untied(model, shared) if shared else None
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
     if subtract:
         adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")
+    for wrapper in (adapted, adapted.base_model):
+        wrapper.training = model.training
     for name, (A0, B0) in initial.items():
-        layer = layers[name]
+        layer: Any = layers[name]
+        layer.train(base_layer(layer).training)
         set_factors(layer, TRAINABLE, *(trained or initial)[name], trainable=True)
         if subtract:
             set_factors(layer, INITIAL, A0, B0, trainable=False)
             module = base_layer(layer)
             residual = combine(weight_matrix(module), A0, B0, -float(layer.scaling[TRAINABLE]))
             set_weight_matrix(module, residual)
-    adapted.pissa = AdaptationRecord(None, {}, shared, tied_before)  # pyright: ignore[reportArgumentType]
+    adapted.pissa = AdaptationRecord(None, {}, shared, tied_before, trainable)  # pyright: ignore[reportArgumentType]
     return adapted
 
 
@@ -123,12 +129,13 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     reloads the adapter decomposes the residual."""
     default_alpha = _lora_alpha(config, config.rank, config.alpha)
     alphas = {target.name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
+    keys = pattern_keys([*alphas])
     return LoraConfig(
         r=config.rank,
         lora_alpha=default_alpha,  # pyright: ignore[reportArgumentType] -- PEFT computes with floats as well
-        target_modules=[target.name for target in targets],
-        rank_pattern={t.name: t.rank for t in targets if t.rank != config.rank},
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != default_alpha},
+        target_modules=peft_targets(model, [*alphas]),
+        rank_pattern={keys[t.name]: t.rank for t in targets if t.rank != config.rank},
+        alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
         lora_dropout=config.dropout,
         fan_in_fan_out=all(isinstance(target.module, Conv1D) for target in targets),

@@ -13,14 +13,20 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import PissaError
 from ..split import combine
 from .layers import set_weight_matrix, weight_matrix
-from .state import INITIAL, adapter_factors, adapter_layers, base_layer, has_initial_adapter
-
-PRESERVING_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+from .state import (
+    INITIAL,
+    PRESERVING_INITIALISATIONS,
+    adapter_factors,
+    adapter_layers,
+    base_layer,
+    has_initial_adapter,
+)
 
 
 @contextmanager
@@ -37,18 +43,11 @@ def reference(model: PeftModel) -> Iterator[PeftModel]:
             that pissa did not make, so that the base cannot be known.
     """
     _check(model)
-    if not has_initial_adapter(model):
-        with model.disable_adapter():
-            yield model
-        return
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    active = list(model.active_adapters)
-    runtime: Any = model.base_model
-    runtime.set_adapter(INITIAL, inference_mode=True)
     try:
-        yield model
+        with _initial_adapter_active(model) if has_initial_adapter(model) else model.disable_adapter():
+            yield model
     finally:
-        runtime.set_adapter(active)
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
 
@@ -63,7 +62,7 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
             bit for the LoRA baselines, which never change it).
 
     Returns:
-        The model that `adapt` was given, without adapters, tied again where it was tied.
+        The model that `adapt` was given, without adapters, tied and trainable where it was.
 
     Raises:
         PissaError: as for `reference`, or `base` has other modules or shapes.
@@ -80,7 +79,10 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
                 continue
             module = base_layer(layer)
             weight = combine(weight_matrix(module), initial[name].A, initial[name].B, initial[name].scale)
-            set_weight_matrix(module, originals[name].to(weight) if name in originals else weight)
+            set_weight_matrix(module, originals[name].to(weight, copy=True) if name in originals else weight)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([])  # else unloading keeps the trained copy
     runtime: Any = model
     plain = runtime.unload()
     for name, kept in untied.items():
@@ -89,7 +91,26 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
             plain.all_tied_weights_keys[f"{name}.weight"] = f"{kept}.weight"
     if record is not None and record.tie_word_embeddings is not None:
         plain.config.tie_word_embeddings = record.tie_word_embeddings
+    if record is not None:
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(name in record.trainable)
     return plain
+
+
+@contextmanager
+def _initial_adapter_active(model: PeftModel) -> Iterator[None]:
+    runtime: Any = model.base_model
+    active = list(model.active_adapters)
+    disabled = any(layer.disable_adapters for layer in adapter_layers(model).values())
+    if disabled:
+        runtime.enable_adapter_layers()
+    runtime.set_adapter(INITIAL, inference_mode=True)
+    try:
+        yield
+    finally:
+        runtime.set_adapter(active)
+        if disabled:
+            runtime.disable_adapter_layers()
 
 
 def _check(model: nn.Module) -> None:
@@ -99,7 +120,6 @@ def _check(model: nn.Module) -> None:
         merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
         if merged:
             raise PissaError(f"adapters are merged into {len(merged)} modules: call unmerge_adapter() first")
-        return
     initialisations = {name: getattr(config, "init_lora_weights", True) for name, config in model.peft_config.items()}
     foreign = {name: how for name, how in initialisations.items() if how not in PRESERVING_INITIALISATIONS}
     if foreign:

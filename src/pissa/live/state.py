@@ -19,9 +19,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import PissaError
+from .layers import is_linear
 
 TRAINABLE = "default"
 INITIAL = "pissa_init"
+PRESERVING_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+"""What PEFT may have done at initialisation without changing the base's weights."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,29 @@ def has_initial_adapter(model: nn.Module) -> bool:
     return INITIAL in getattr(model, "peft_config", {})
 
 
+def not_plain_lora(config: Any, *, initial_known: bool) -> str | None:
+    """Why an adapter is something else than `s·B·A` added to the base's own weights; None where it is just that.
+
+    Args:
+        config: PEFT's configuration of the adapter.
+        initial_known: whether the initial factors are at hand, so that it does not matter what the base's weights
+            were replaced by.
+    """
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        return f"is of type {getattr(config.peft_type, 'value', config.peft_type)}; pissa handles LORA"
+    if config.use_dora:
+        return "is a DoRA adapter, which a plain LoRA cannot express"
+    if config.lora_bias:
+        return "trains biases inside the adapter (lora_bias), which a plain LoRA cannot express"
+    how = config.init_lora_weights
+    if how not in PRESERVING_INITIALISATIONS and not initial_known:
+        return (
+            f"was initialised by PEFT as {how!r}, which changed the base's weights and kept no record of it; "
+            "convert it with PEFT (path_initial_model_for_weight_conversion), or adapt with pissa.adapt"
+        )
+    return None
+
+
 def active_adapter_name(model: PeftModel) -> str:
     """The one adapter that is being trained or used."""
     names = [name for name in model.peft_config if name != INITIAL]
@@ -66,15 +92,23 @@ def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, A
     Args:
         model: an adapted model.
         adapter: the adapter's name; None for the active one.
+
+    Raises:
+        PissaError: it adapts something else than linear layers.
     """
     adapter = adapter or active_adapter_name(model)
-    factors = {}
+    factors, others = {}, []
     for name, layer in adapter_layers(model).items():
+        if adapter in layer.lora_embedding_A or (adapter in layer.lora_A and not is_linear(base_layer(layer))):
+            others.append(f"{name} ({type(base_layer(layer)).__name__})")
+            continue
         if adapter not in layer.lora_A:
             continue
         A, B = _pair(layer, adapter)
         A0, B0 = _pair(layer, INITIAL) if INITIAL in layer.lora_A else (None, None)
         factors[name] = AdapterFactors(A, B, float(layer.scaling[adapter]), A0, B0)
+    if others:
+        raise PissaError(f"adapter {adapter!r} adapts {', '.join(others)}; pissa handles linear layers only")
     return factors
 
 

@@ -79,15 +79,46 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
+def peft_targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """`target_modules` by which PEFT finds these modules and no others: their names, or, where another module's name
+    ends in one of them, a regular expression."""
+    wanted = set(names)
+    others = (name for name, _ in model.named_modules() if name not in wanted)
+    if any(ending in wanted for name in others for ending in _proper_endings(name)):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def pattern_keys(names: Iterable[str]) -> dict[str, str]:
+    """Target -> the key of `rank_pattern` and `alpha_pattern` by which PEFT finds this target and no other."""
+    names = list(names)
+    endings = {ending for name in names for ending in _proper_endings(name)}
+    return {name: f"^{name}" if name in endings else name for name in names}
+
+
+def _proper_endings(name: str) -> Iterable[str]:
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
 def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig) -> list[str]:
+    saved = _saved_in_full(modules, config.modules_to_save)
+    if config.exclude_modules:
+        _check_all_matched([*modules], modules, config.exclude_modules, "exclude_modules: ")
     if config.target_modules == "all-linear":
         heads = _output_heads(model, modules)
         chosen = [name for name, module in modules.items() if is_linear(module) and name not in heads]
-        chosen = [name for name in chosen if not any(_inside(name, kept) for kept in config.modules_to_save)]
+        chosen = [name for name in chosen if not _lies_in(name, saved)]
     else:
         chosen = [name for name in modules if name and matches(name, config.target_modules)]
         _check_all_matched(chosen, modules, config.target_modules)
     left = [name for name in chosen if not (config.exclude_modules and matches(name, config.exclude_modules))]
+    both = [name for name in left if _lies_in(name, saved)]
+    if both:
+        raise TargetError(
+            f"{_listed(both)}: target and modules_to_save at once; take them from one of the two, or exclude_modules"
+        )
     if not left:
         raise TargetError(
             f"no module matches target_modules={config.target_modules!r}"
@@ -107,18 +138,37 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     return heads
 
 
+def _saved_in_full(modules: dict[str, nn.Module], wanted: Sequence[str]) -> set[str]:
+    """The modules that PEFT takes for `modules_to_save`: all whose name ends in one of these strings."""
+    missing = [key for key in wanted if not any(name.endswith(key) for name in modules if name)]
+    if missing:
+        endings = {name.rpartition(".")[2] for name in modules if name}
+        close = [c for key in missing for c in difflib.get_close_matches(key.rpartition(".")[2], endings, n=3)]
+        raise TargetError(
+            f"modules_to_save: no module's name ends in {_listed([repr(key) for key in missing])}; "
+            f"closest names: {', '.join(dict.fromkeys(close)) or 'none'}"
+        )
+    return {name for name in modules if name and any(name.endswith(key) for key in wanted)}
+
+
+def _lies_in(name: str, ancestors: set[str]) -> bool:
+    return any(name == ancestor or name.startswith(f"{ancestor}.") for ancestor in ancestors)
+
+
 def _inside(name: str, ancestor: str) -> bool:
     return f".{ancestor}." in f".{name}."
 
 
-def _check_all_matched(chosen: list[str], modules: dict[str, nn.Module], patterns: str | Sequence[str]) -> None:
+def _check_all_matched(
+    chosen: list[str], modules: dict[str, nn.Module], patterns: str | Sequence[str], where: str = ""
+) -> None:
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     missing = [p for p in wanted if not any(matches(name, p if isinstance(patterns, str) else [p]) for name in chosen)]
     if missing:
         endings = _linear_endings(modules)
         close = [c for p in missing for c in difflib.get_close_matches(p.rpartition(".")[2], endings, n=3, cutoff=0.4)]
         raise TargetError(
-            f"no module matches {_listed([repr(p) for p in missing])}; closest names: "
+            f"{where}no module matches {_listed([repr(p) for p in missing])}; closest names: "
             f"{', '.join(dict.fromkeys(close)) or ', '.join(endings) or 'none, the model has no linear layer'}"
         )
 
