@@ -152,7 +152,7 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[str, 
     datasets = _extra("datasets")
     try:
         rows = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"there is no file {name}, and no data set of that id could be loaded from the hub "
             f"(split {split!r}, subset {subset!r}): {_one_line(error)}"
