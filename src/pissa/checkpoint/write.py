@@ -30,11 +30,11 @@ def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """
     out = Path(out)
     check_free(out)
-    with _explained(out):
+    with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out.parent))
     try:
-        with _explained(out):
+        with explained(out):
             yield partial
             _flush_tree(partial)
             if out.exists():
@@ -55,11 +55,11 @@ def output_files(out: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
     others, is taken away first and comes last, so that a mixture of old and new is never readable.
     """
     out = Path(out)
-    with _explained(out):
+    with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out))
     try:
-        with _explained(out):
+        with explained(out):
             yield partial
             _flush_tree(partial)
             (out / last).unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def output_files(out: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
 
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document, whole or not at all."""
-    with _explained(path):
+    with explained(path):
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -99,8 +99,22 @@ def check_free(out: str | os.PathLike[str]) -> None:
         raise OutputError(f"{out} already holds something; name a new or empty directory, or remove it first")
 
 
+def durable_rename(partial: Path, final: Path) -> None:
+    """Flush a directory and everything in it to the disk, then give it its name, in place of an older one."""
+    _flush_tree(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)
+    _flush(final.parent)
+
+
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system says of a full, read-only or forbidden disk into one clear line.
+
+    Raises:
+        OutputError: in place of such an error; any other passes as it is.
+    """
     try:
         yield
     except OutputError:

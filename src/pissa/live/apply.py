@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -111,6 +112,9 @@ def attach(
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")
     for wrapper in (adapted, adapted.base_model):
         wrapper.training = model.training
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.train(module.original_module.training)
     for name, (A0, B0) in initial.items():
         layer: Any = layers[name]
         layer.train(base_layer(layer).training)

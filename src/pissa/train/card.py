@@ -1,0 +1,56 @@
+"""The model card of a run: what it is, what it is for and how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..export import LoraExport
+
+LOADING = """```python
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "PATH-OF-THIS-DIRECTORY")
+```"""
+
+
+def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
+    """A README.md with front matter that the hub reads.
+
+    Args:
+        results: what results.json holds.
+        export: the LoRA that lies beside the card; None for a model fine-tuned in full.
+    """
+    base = results["base"]
+    front = ["---", f"base_model: {base}", "library_name: " + ("peft" if export is not None else "transformers")]
+    front += ["tags:", "- pissa", "- lora" if export is not None else "- full-fine-tuning", "---", ""]
+    losses = results["losses"]
+    facts = [
+        f"- base: `{base}`, loaded in {results['dtype']}",
+        f"- method: {results['method']}" + (f", rank {results['rank']}" if results["rank"] else ""),
+        f"- learning rate {results['learning_rate']:g}, {len(losses)} steps, seed {results['seed']}",
+        f"- training loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last" if losses else "",
+        f"- data: {results['data']}",
+    ]
+    if export is None:
+        body = ["# Fine-tuned model", "", *filter(None, facts), "", "An ordinary transformers model."]
+        return "\n".join([*front, *body, ""])
+    worst = max(export.errors.values(), default=0.0)
+    kind = (
+        "exactly what training changed"
+        if worst == 0
+        else f"the best approximation of its rank; largest relative error of a module's update: {worst:.2e}"
+    )
+    body = [
+        "# LoRA for the untouched base",
+        "",
+        f"Fine-tuned with pissa. This directory is an ordinary LoRA of rank {export.config.r} for `{base}`, {kind}.",
+        "",
+        *filter(None, facts),
+        "",
+        LOADING.format(base=base),
+        "",
+        "`state/` holds what continues the run; it is not needed to use the adapter.",
+    ]
+    return "\n".join([*front, *body, ""])

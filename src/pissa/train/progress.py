@@ -1,0 +1,131 @@
+"""What a run shows and writes while it goes: a line of numbers per step, and a bar for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import OutputError
+
+STEP_KEYS = ("loss", "grad_norm", "learning_rate")
+
+
+def make_progress(console: Console | None = None) -> Progress:
+    """The bar that every long job shows, on stderr."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )
+
+
+class StepLog(TrainerCallback):
+    """Appends one JSON line a step to `log.jsonl` and moves the bar; a resumed run first takes later lines out."""
+
+    def __init__(self, path: Path, *, progress: Progress | None, label: str) -> None:
+        self.path, self.progress, self.label = path, progress, label
+        self.trainer: Any = None
+        self.task: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Drop the lines of steps that are about to be done again, and start the bar."""
+        self.trainer.take_tokens_per_second()
+        if not state.is_world_process_zero:
+            return
+        kept = [record for record in read_log(self.path) if record["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        if self.progress is not None:
+            self.task = self.progress.add_task(
+                self.label, total=state.max_steps, completed=state.global_step, note="", start=True
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **context: Any,
+    ) -> None:
+        """Write the step's record."""
+        if logs is None or "loss" not in logs:
+            return
+        record = {"step": state.global_step, **{key: float(logs[key]) for key in STEP_KEYS if key in logs}}
+        record["tokens_per_second"] = self.trainer.take_tokens_per_second()
+        if not state.is_world_process_zero:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}; make room and run again") from error
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step, note=_note(record))
+
+
+class StopAtStepEnd(TrainerCallback):
+    """On the first Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; on the second stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, *_: Any, **context: Any) -> None:
+        """Listen for the signals."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Save and stop where that was asked for."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The records of `log.jsonl`; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _note(record: dict[str, float]) -> str:
+    return (
+        f"loss {record['loss']:.3f}  grad {record.get('grad_norm', float('nan')):.2f}  "
+        f"{record['tokens_per_second']:,.0f} tok/s"
+    )

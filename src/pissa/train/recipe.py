@@ -1,0 +1,186 @@
+"""How a model is trained: the paper's recipe (section 5) as defaults, every value a field and a command-line flag."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..config import METHODS, PissaConfig
+from ..errors import ConfigError
+from .prompts import TEMPLATES, Template
+
+TrainingMethod = Literal["pissa", "lora", "lora-kaiming", "lora-gaussian", "full"]
+TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
+DTYPES = ("auto", "fp32", "bf16")
+ALIASES = {"lora": "lora-kaiming"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run's settings.
+
+    Raises:
+        ConfigError: a value out of its range, with the field's name and what is allowed.
+    """
+
+    method: TrainingMethod = "pissa"
+    """pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model is trained."""
+    rank: int = 16
+    """Components per adapter."""
+    alpha: float | None = None
+    """LoRA's numerator; None for alpha = rank."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules to adapt, see `PissaConfig`."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    allow_dropout: bool = False
+    """Accept that dropout changes the pretrained function under PiSSA."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the frozen weights; auto: bf16 where the hardware computes in it, else fp32. Adapters are always fp32.
+    With method full the weights are fp32 and bf16 means autocast."""
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 for no clipping."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int = 128
+    """Examples per optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: int = 4
+    """Examples per forward pass and process; batch_size is made of these by gradient accumulation."""
+    max_length: int = 512
+    """Tokens per example; what is longer is cut and counted."""
+    template: Template = "alpaca"
+    """Prompt template: alpaca, chat (the tokenizer's own) or none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    export_rank: int | None = None
+    """Rank of the run's LoRA; None for the lossless export."""
+    log_to: Literal["jsonl", "tensorboard"] = "jsonl"
+    """Beside the JSON lines in state/log.jsonl, which are always written."""
+    seed: int = 0
+    """Of the initial factors and of the order of the data."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_ranges(self)
+        if self.method != "full":
+            self.pissa_config()
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained; False for full fine-tuning."""
+        return self.method != "full"
+
+    def pissa_config(self) -> PissaConfig:
+        """The adapter's configuration."""
+        method = ALIASES.get(self.method, self.method)
+        assert method in METHODS
+        return PissaConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            method=method,
+            target_modules=self.target_modules,
+            dropout=self.dropout,
+            allow_dropout=self.allow_dropout,
+            seed=self.seed,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for YAML and JSON."""
+        return asdict(self)
+
+
+def read_recipe(path: str | Path, **flags: Any) -> Recipe:
+    """A recipe from a YAML file of field: value pairs; flags that are not None win.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or names a field that does not exist.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document or {}, dict):
+        raise ConfigError(f"{path} holds {type(document).__name__}; give lines of the form `learning_rate: 2e-4`")
+    return recipe_from(
+        {**(document or {}), **{name: value for name, value in flags.items() if value is not None}}, path
+    )
+
+
+def recipe_from(values: dict[str, Any], source: str | Path = "the recipe") -> Recipe:
+    """A recipe from plain values, with dashes allowed for underscores and numbers as text (YAML reads `2e-4` so).
+
+    Raises:
+        ConfigError: unknown names, or values of another type.
+    """
+    known = {field.name: field for field in fields(Recipe)}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{source} names {', '.join(unknown)}; known: {', '.join(known)}")
+    converted = {name: _converted(name, value, str(known[name].type)) for name, value in values.items()}
+    return Recipe(**converted)
+
+
+def _converted(name: str, value: Any, annotation: str) -> Any:
+    if isinstance(value, list):
+        return tuple(str(item) for item in value)
+    if value is None or not annotation.startswith(("int", "float")):
+        return value
+    try:
+        number = float(value)
+        return int(number) if annotation.startswith("int") and number == int(number) else number
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{name} is {value!r}; give a number") from error
+
+
+def _check_choices(recipe: Recipe) -> None:
+    choices = {
+        "method": TRAINING_METHODS,
+        "dtype": DTYPES,
+        "schedule": ("cosine", "linear", "constant"),
+        "template": TEMPLATES,
+        "log_to": ("jsonl", "tensorboard"),
+    }
+    for name, allowed in choices.items():
+        value = getattr(recipe, name)
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank")
+    for name in (*counts, "max_length"):
+        value, least = getattr(recipe, name), 2 if name == "max_length" else 1
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
+    for name in ("learning_rate", "epochs"):
+        if not 0 < getattr(recipe, name) < float("inf"):
+            raise ConfigError(f"{name} is {getattr(recipe, name)!r}; give a positive number")
+    for name in ("weight_decay", "max_grad_norm"):
+        if not 0 <= getattr(recipe, name) < float("inf"):
+            raise ConfigError(f"{name} is {getattr(recipe, name)!r}; give 0 or a positive number")
+    if not 0 <= recipe.warmup_ratio < 1:
+        raise ConfigError(f"warmup_ratio is {recipe.warmup_ratio!r}; allowed: 0 up to, not including, 1")
+    if not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**32:
+        raise ConfigError(f"seed is {recipe.seed!r}; give a whole number from 0 to 2^32 − 1")
+    if recipe.batch_size % recipe.micro_batch_size:
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} is no multiple of micro_batch_size {recipe.micro_batch_size}; change one"
+        )

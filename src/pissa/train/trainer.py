@@ -1,0 +1,140 @@
+"""transformers' Trainer with four things changed.
+
+loss          the vocabulary projection is computed at response tokens only: it is a quarter of a step
+order         batches of similar length, a function of seed and epoch (`sampler.py`)
+checkpoints   appear whole or not at all
+adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..checkpoint.write import TEMPORARY_PREFIX, durable_rename, explained
+from ..export import export_lora, write_lora
+from .encode import IGNORED
+from .sampler import LengthGroupedBatches
+
+KEPT_CHECKPOINTS = 2
+
+
+def response_loss(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Summed cross-entropy over the labelled tokens, with logits computed nowhere else.
+
+    Args:
+        model: a causal language model, possibly wrapped.
+        head: its output projection, whose input is (batch, length, hidden).
+        inputs: input_ids, attention_mask and labels, each (batch, length); label t is predicted at t − 1.
+
+    Returns:
+        The sum in nats, fp32, and the number of tokens it runs over.
+    """
+    labels = inputs["labels"]
+    targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    learned = targets != IGNORED
+    with _only_at(head, learned):
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    loss = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[learned], reduction="sum")
+    return loss, int(learned.sum())
+
+
+@contextmanager
+def _only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Let the projection see the hidden states of these positions only; logits are then (positions, vocabulary)."""
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class ResponseTrainer(Trainer):
+    """Trains on response tokens; `step_records` holds loss, gradient norm, learning rate and tokens/s by step."""
+
+    def __init__(self, *args: Any, lengths: list[int], batch_size: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # our loss is a sum over the whole accumulated batch divided by its token count
+        self.model_accepts_loss_kwargs = True
+        self.sampler = LengthGroupedBatches(lengths, batch_size, self.args.seed)
+        self.tokens_in_step = 0
+        self.step_started = time.perf_counter()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedBatches:
+        return self.sampler
+
+    def _run_epoch(self, *args: Any, **options: Any) -> Any:
+        self.sampler.set_epoch(options["epoch"])
+        return super()._run_epoch(*args, **options)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        self.tokens_in_step += int(inputs["attention_mask"].sum())
+        loss, count = response_loss(model, head, inputs)
+        if num_items_in_batch is None:
+            return loss / max(count, 1)
+        # gradients are averaged over processes, the token count is that of all of them together
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def take_tokens_per_second(self) -> float:
+        """Tokens per second over all processes since the last call (padding not counted)."""
+        now = time.perf_counter()
+        rate = self.tokens_in_step * self.accelerator.num_processes / max(now - self.step_started, 1e-9)
+        self.tokens_in_step, self.step_started = 0, now
+        return rate
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        state = Path(str(self.args.output_dir))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = state / f"{TEMPORARY_PREFIX}{name}"
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(partial)
+        try:
+            with explained(partial):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            self.args.output_dir = str(state)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            with explained(partial):
+                durable_rename(partial / name, state / name)
+            shutil.rmtree(partial, ignore_errors=True)
+            rotate_checkpoints(output_dir=str(state), save_total_limit=KEPT_CHECKPOINTS, use_mtime=False)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            directory = Path(output_dir or str(self.args.output_dir))
+            directory.mkdir(parents=True, exist_ok=True)
+            write_lora(export_lora(model), directory)
+        return None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # adapters were loaded with the model, before the optimizer was made for them
+        if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
