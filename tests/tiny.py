@@ -1,13 +1,16 @@
-"""A tokenizer and a model small enough for every test to make its own."""
+"""A tokenizer and models small enough for every test to make its own, and what tests do with them."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, END_OF_TURN = "<pad>", "<bos>", "<eos>", "<end>"
 CORPUS = [
@@ -81,3 +84,86 @@ def tiny_llama(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return model.to(dtype).eval()  # type: ignore[arg-type]
+
+
+def tiny_gpt2(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT2LMHeadModel:
+    """A randomly initialised GPT-2 of hidden size 32 with 2 layers: Conv1D layers, a tied head, no dropout."""
+    config = GPT2Config(
+        vocab_size=384,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config)
+    return model.to(dtype).eval()  # type: ignore[arg-type]
+
+
+def token_batch(seed: int = 0) -> Tensor:
+    """(2, 10) token ids that every tiny model knows."""
+    return torch.randint(0, 384, (2, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    """A model's logits for one fixed batch, (2, 10, vocab) fp32, in whatever mode the model is."""
+    with torch.no_grad():
+        return model(input_ids=token_batch()).logits.float()
+
+
+def train_steps(
+    model: nn.Module, steps: int = 3, *, first: int = 0, optimizer: torch.optim.Optimizer | None = None
+) -> list[float]:
+    """Train what is trainable for a few steps, each on a batch of its own; the mode stays as it is.
+
+    Args:
+        model: a causal language model.
+        steps: how many.
+        first: number of the first step, so that training can be continued with the batches that follow.
+        optimizer: to be continued; None for a new AdamW with a learning rate that visibly moves a tiny model.
+
+    Returns:
+        The loss of each step.
+    """
+    if optimizer is None:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(first, first + steps):
+        batch = token_batch(seed=100 + step)
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def largest_difference(left: Tensor, right: Tensor) -> float:
+    """The largest absolute difference of two tensors."""
+    return float((left.detach().double() - right.double()).abs().max())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything in a model's state dict."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether two dicts hold the same names with the same bits (NaN equals NaN)."""
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype
+        and left[name].shape == right[name].shape
+        and torch.equal(left[name].contiguous().view(torch.uint8), right[name].contiguous().view(torch.uint8))
+        for name in left
+    )
+
+
+def global_generators() -> tuple[Any, ...]:
+    """The states of all global random number generators."""
+    return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()

@@ -1,0 +1,75 @@
+"""A configuration that exists is one that can be carried out."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from pissa.config import METHODS, PissaConfig
+from pissa.decompose.methods import FACTORS
+from pissa.errors import ConfigError, PissaError
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": -3}, "rank is -3"),
+        ({"rank": 4.0}, "rank is 4.0"),
+        ({"rank": True}, "rank is True"),
+        ({"rank": 4, "alpha": 0}, "alpha is 0"),
+        ({"rank": 4, "alpha": -1.0}, "alpha is -1.0"),
+        ({"rank": 4, "alpha": float("nan")}, "alpha is nan"),
+        ({"rank": 4, "alpha": float("inf")}, "alpha is inf"),
+        ({"rank": 4, "alpha": 1e300}, "alpha is 1e"),
+        ({"rank": 4, "method": "pisa"}, "lora-kaiming"),
+        ({"rank": 4, "rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
+        ({"rank": 4, "alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\['q_proj'\] is -1"),
+        ({"rank": 4, "dropout": 1.0}, "dropout is 1.0"),
+        ({"rank": 4, "dropout": -0.1}, "dropout is -0.1"),
+        ({"rank": 4, "dropout": float("nan")}, "dropout is nan"),
+        ({"rank": 4, "tolerance": 1.0}, "tolerance is 1.0"),
+        ({"rank": 4, "tolerance": float("nan")}, "tolerance is nan"),
+        ({"rank": 4, "target_modules": ()}, "target_modules is empty"),
+        ({"rank": 4, "target_modules": "("}, "target_modules is no regular expression"),
+        ({"rank": 4, "exclude_modules": "*"}, "exclude_modules is no regular expression"),
+        ({"rank": 4, "rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is no regular expression"),
+        ({"rank": 4, "modules_to_save": "lm_head"}, "give a list"),
+    ],
+)
+def test_a_setting_that_cannot_be_right_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        PissaConfig(**settings)
+    assert isinstance(caught.value, PissaError) and isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+def test_dropout_needs_consent_only_where_it_breaks_preservation() -> None:
+    with pytest.raises(ConfigError, match="allow_dropout"):
+        PissaConfig(4, dropout=0.1)
+    assert PissaConfig(4, dropout=0.1, allow_dropout=True).dropout == 0.1
+    assert PissaConfig(4, dropout=0.1, method="lora-kaiming").dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "use_rslora", "scale"),
+    [(16, None, False, 1.0), (16, None, True, 1.0), (16, 8, False, 0.5), (16, 8, True, 2.0)],
+)
+def test_scale_is_alpha_over_rank_or_its_root(rank: int, alpha: float | None, use_rslora: bool, scale: float) -> None:
+    assert PissaConfig(rank, alpha, use_rslora=use_rslora).scale(rank, alpha) == scale
+
+
+def test_a_module_s_own_configuration_keeps_everything_but_rank_and_alpha() -> None:
+    config = PissaConfig(8, alpha=4, use_rslora=True, rank_pattern={"q": 2}, alpha_pattern={"q": 3.0}, seed=7)
+    assert config.for_module(2, 3.0) == PissaConfig(2, alpha=3.0, use_rslora=True, seed=7)
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PissaConfig(4).rank = 8  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_method_has_a_function() -> None:
+    assert set(METHODS) == set(FACTORS)
