@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import OutputError
 
 TEMPORARY_PREFIX = ".pissa-partial-"
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -26,10 +27,11 @@ def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary directory that becomes `out` when the block ends well, and vanishes when it does not.
 
     Raises:
-        OutputError: `out` already holds something, or the disk refuses (full, read-only, no permission).
+        OutputError: `out` already holds something, or cannot be written (disk full, no permission, no directory).
     """
     out = Path(out)
     check_free(out)
+    out = Path(os.path.realpath(out))  # a link to an empty directory keeps pointing there
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out.parent))
@@ -95,7 +97,9 @@ def check_free(out: str | os.PathLike[str]) -> None:
         OutputError: `out` is a file or a directory with content.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    with explained(out):
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken:
         raise OutputError(f"{out} already holds something; name a new or empty directory, or remove it first")
 
 
@@ -126,7 +130,7 @@ def explained(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"the disk that holds {path} is full; make room and run the same command again"
             ) from error
-        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise OutputError(f"{path} cannot be written: {error.strerror}; choose another directory") from error
         raise
 
