@@ -161,19 +161,21 @@ def optimal_low_rank(factors: AdapterFactors) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of ΔW from two thin QRs and a 2r × 2r core, in fp64.
 
     Returns:
-        U (out, k), S (k,) descending, Vh (k, in), k = min(2r, out, in).
+        U (out, k), S (k,) descending, Vh (k, in), k = min(2r, out, in). What rounding in fp64 alone could have made
+        of a smaller singular value is 0.
     """
     A, B = (tensor.double() for tensor in _concatenated(factors))
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.T), full_matrices=False)
-    return Q_B @ U, S, Vh @ Q_A.T
+    noise = torch.finfo(S.dtype).eps * max(A.shape + B.shape) * factors.scale * R_B.norm() * R_A.norm()
+    return Q_B @ U, torch.where(noise < S, S, 0.0), Vh @ Q_A.T
 
 
 def _concatenated(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
     """[A ; A0] (2r, in) and [B | −B0] (out, 2r); A and B alone for a LoRA baseline."""
     if factors.A0 is None or factors.B0 is None:
-        return factors.A, factors.B
+        return factors.A.clone(), factors.B.clone()
     return torch.cat([factors.A, factors.A0]), torch.cat([factors.B, -factors.B0], dim=1)
 
 
@@ -228,7 +230,7 @@ def _from_live(model: PeftModel) -> SavedAdapter:
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    others = {key: value.detach() for key, value in state.items() if ".lora_" not in key}
+    others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}
     return SavedAdapter(adapter_factors(model, adapter), config, config.base_model_name_or_path, others)
 
 

@@ -49,7 +49,12 @@ class SavedAdapter:
     """Tensors of modules that were trained in full, under PEFT's names."""
 
 
-def load(path: str | os.PathLike[str], base: str | nn.Module | None = None, *, is_trainable: bool = False) -> PeftModel:
+def load(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | nn.Module | None = None,
+    *,
+    is_trainable: bool = False,
+) -> PeftModel:
     """An adapted model as it was saved, at any step; nothing is decomposed.
 
     Args:
