@@ -6,6 +6,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 THREADS ?= 1
+export PISSA_CACHE ?= $(abspath .cache)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=

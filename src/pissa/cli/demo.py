@@ -1,0 +1,25 @@
+"""`pissa demo`: PiSSA and LoRA side by side on a real model, in minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Where results.json, curves.png and report.md go.")] = Path("runs/demo"),
+    model: Annotated[str | None, typer.Option(help="A directory or hub id. [SmolLM2-135M-Instruct]")] = None,
+    data: Annotated[str | None, typer.Option(help="Your data. [generated word problems]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A reduced pass of at most two minutes.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the data, its order and the initial factors.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
+) -> None:
+    """Fine-tune a real language model with PiSSA and with LoRA, side by side, and show the difference."""
+    from ..lab.demo import run_demo
+    from .main import show
+
+    results = run_demo(out, model=model, data=data, quick=quick, seed=seed)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    show(results, f"{text}\nwritten to {out}: results.json, curves.png, report.md", as_json=as_json)

@@ -1,0 +1,37 @@
+"""`pissa export`: a run as a LoRA of any rank for the base, or merged into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or a PEFT adapter's directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; new or empty.")],
+    rank: Annotated[int | None, typer.Option(help="Optimal LoRA of at most this rank. [lossless]")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Smallest ranks that keep each update's relative error below this.")
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged.")] = False,
+    base: Annotated[str | None, typer.Option(help="The base, where the run does not record it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write what training changed as a LoRA that loads on the untouched base, or as a merged model."""
+    from ..errors import ConfigError
+    from ..export import export_lora, export_merged
+    from .main import show
+
+    if merged and (rank is not None or tolerance is not None):
+        raise ConfigError("--merged writes the whole model; it takes neither --rank nor --tolerance")
+    if merged:
+        export_merged(run, out, base=base)
+        show({"out": str(out), "merged": True}, f"{out} is the merged model", as_json=as_json)
+        return
+    export = export_lora(run, out, rank=rank, tolerance=tolerance)
+    worst = max(export.errors.values(), default=0.0)
+    document = {"out": str(out), "rank": export.config.r, "base": export.base, "errors": export.errors}
+    how = "lossless" if worst == 0 else f"largest relative error of an update {worst:.2e}"
+    show(document, f"{out} is a LoRA of rank {export.config.r} for {export.base} ({how})", as_json=as_json)

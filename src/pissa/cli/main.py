@@ -1,0 +1,72 @@
+"""The `pissa` command: its subcommands, and what its exit codes mean.
+
+0   done
+1   our fault: a traceback follows
+2   the input is wrong: one line says what and how to mend it
+130 interrupted: one line says what is saved
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import typer
+
+from ..errors import PissaError
+from . import demo, export, train
+
+app = typer.Typer(
+    name="pissa",
+    help="Fine-tune pretrained models through their principal components (PiSSA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.command)
+app.command("export")(export.command)
+app.command("demo")(demo.command)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with one of the codes above."""
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except PissaError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        _complain(str(interrupt) or "interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        usage = _usage_error(error)
+        if usage is None:
+            raise
+        _complain(usage)
+        sys.exit(2)
+
+
+def show(document: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a result: one JSON document, or the text for people."""
+    print(json.dumps(document, indent=2) if as_json else text)
+
+
+def _complain(message: str) -> None:
+    print(f"pissa: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _usage_error(error: Exception) -> str | None:
+    """The message of a wrong flag or argument; None for any other exception."""
+    message = getattr(error, "format_message", None)
+    if message is None:
+        return None
+    context = getattr(error, "ctx", None)
+    hint = f"; see {context.command_path} --help" if context is not None else ""
+    return f"{message().rstrip('.')}{hint}"

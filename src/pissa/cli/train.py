@@ -1,0 +1,85 @@
+"""`pissa train`: fine-tune a model; the same command continues a run that stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="The base: a directory or a hub id.")],
+    data: Annotated[str, typer.Option(help=".jsonl, .jsonl.gz, .json, .parquet or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The run's directory; it becomes a LoRA for the base.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="pissa, lora, lora-kaiming, lora-gaussian or full. [pissa]")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help='"all-linear", names separated by commas, or a regular expression.')
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout on the adapter's input. [0]")] = None,
+    allow_dropout: Annotated[
+        bool | None, typer.Option("--allow-dropout", help="Accept that dropout changes the function under PiSSA.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Frozen weights: auto (bf16 where the hardware has it), fp32, bf16. [auto]")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate. [2e-5]")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant. [cosine]")] = None,
+    warmup_ratio: Annotated[float | None, typer.Option(help="Share of steps for warm-up. [0.03]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay. [0]")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip gradients to this norm; 0: no. [1]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [1]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples per optimizer step, over all processes. [128]")
+    ] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Examples per forward pass and process. [4]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per example. [512]")] = None,
+    template: Annotated[str | None, typer.Option(help="Prompt: alpaca, chat or none. [alpaca]")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [50]")] = None,
+    export_rank: Annotated[
+        int | None, typer.Option(help="Rank of the run's LoRA. [lossless: 2 x rank for PiSSA]")
+    ] = None,
+    log_to: Annotated[str | None, typer.Option(help="jsonl or tensorboard. [jsonl]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the initial factors and the data's order. [0]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
+) -> None:
+    """Fine-tune MODEL on DATA with PiSSA, LoRA or in full.
+
+    OUT becomes an ordinary LoRA for the untouched base (a model with --method full). A run that was stopped goes on
+    when the same command is given again.
+    """
+    flags = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("model", "data", "out", "config", "as_json") and value is not None
+    }
+    from ..train.recipe import read_recipe, recipe_from
+    from ..train.run import train
+    from .main import show
+
+    if target_modules is not None and "," in target_modules:
+        flags["target_modules"] = [name.strip() for name in target_modules.split(",") if name.strip()]
+    elif target_modules is not None and target_modules.replace("_", "").isalnum():
+        flags["target_modules"] = [target_modules]
+    recipe = read_recipe(config, **flags) if config is not None else recipe_from(flags, "the command line")
+    result = train(model, data, out, recipe)
+    results = result.results
+    losses = results["losses"]
+    text = (
+        f"{results['data']}\n"
+        f"{results['method']}: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last of {len(losses)}\n"
+        f"{result.directory} is "
+        + ("the fine-tuned model" if not recipe.adapts else f"a LoRA for {results['base']}; plain PEFT loads it")
+    )
+    show({"directory": str(result.directory), **results}, text, as_json=as_json)

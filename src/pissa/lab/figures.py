@@ -1,0 +1,43 @@
+"""Figures of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..errors import MissingExtraError
+
+COLOURS = ("#d1495b", "#2e86ab", "#66a182", "#8d6a9f", "#e8a33d", "#4a4e69")
+
+
+def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
+    """Loss and gradient norm by step, one line a run, as a PNG.
+
+    Args:
+        runs: each with `label`, `losses` and `grad_norms` (one number a step).
+        path: the file to write.
+        title: above both panels.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
+    except ImportError as error:
+        raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 2)
+    for panel, key, name in zip(panels, ("losses", "grad_norms"), ("training loss", "gradient norm"), strict=True):
+        for run, colour in zip(runs, COLOURS, strict=False):
+            values = run[key]
+            panel.plot(range(1, len(values) + 1), values, label=run["label"], color=colour, linewidth=1.6)
+        panel.set(xlabel="step", ylabel=name, yscale="log")
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(ScalarFormatter())
+        panel.tick_params(axis="y", which="both", labelsize=8)
+        panel.grid(alpha=0.25, which="both")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.savefig(path)
