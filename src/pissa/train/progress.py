@@ -6,16 +6,20 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..checkpoint.write import TEMPORARY_PREFIX, explained
 from ..errors import OutputError
 
+SAME_REQUEST_SECONDS = 1.0
 STEP_KEYS = ("loss", "grad_norm", "learning_rate")
 
 
@@ -24,7 +28,7 @@ def make_progress(console: Console | None = None) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
@@ -47,8 +51,7 @@ class StepLog(TrainerCallback):
         self.trainer.take_tokens_per_second()
         if not state.is_world_process_zero:
             return
-        kept = [record for record in read_log(self.path) if record["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._keep_up_to(state.global_step)
         if self.progress is not None:
             self.task = self.progress.add_task(
                 self.label, total=state.max_steps, completed=state.global_step, note="", start=True
@@ -72,17 +75,33 @@ class StepLog(TrainerCallback):
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+                if control.should_save:
+                    # no checkpoint without the lines of its steps
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror}; make room and run again") from error
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step, note=_note(record))
 
+    def _keep_up_to(self, step: int) -> None:
+        """Leave the lines of the steps up to this one, in one stroke."""
+        kept = [record for record in read_log(self.path) if record["step"] <= step]
+        partial = self.path.with_name(f"{TEMPORARY_PREFIX}{self.path.name}")
+        with explained(self.path):
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            partial.replace(self.path)
+
 
 class StopAtStepEnd(TrainerCallback):
-    """On the first Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; on the second stops at once."""
+    """On the first Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; on the second stops at once.
+
+    Launchers pass a signal on that the terminal has sent already: what follows within a moment is still the first.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._requested_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, *_: Any, **context: Any) -> None:
@@ -93,7 +112,11 @@ class StopAtStepEnd(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Save and stop where that was asked for."""
+        """Save and stop where that was asked for, in all processes after the same step."""
+        if args.world_size > 1:
+            asked = torch.tensor(int(self.requested), device=args.device)
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+            self.requested = bool(asked)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
@@ -101,14 +124,16 @@ class StopAtStepEnd(TrainerCallback):
     def release(self) -> None:
         """Give the signals back to whoever had them."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._requested_at = True, now
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        elif now - self._requested_at > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.requested = True
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -73,10 +73,13 @@ class Recipe:
     """Of the initial factors and of the order of the data."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choices(self)
         _check_ranges(self)
-        if self.method != "full":
+        if self.adapts:
             self.pissa_config()
+        else:
+            _check_unused(self)
 
     @property
     def adapts(self) -> bool:
@@ -141,13 +144,36 @@ def recipe_from(values: dict[str, Any], source: str | Path = "the recipe") -> Re
 def _converted(name: str, value: Any, annotation: str) -> Any:
     if isinstance(value, list):
         return tuple(str(item) for item in value)
-    if value is None or not annotation.startswith(("int", "float")):
+    if isinstance(value, bool) or value is None or not annotation.startswith(("int", "float")):
         return value
     try:
         number = float(value)
         return int(number) if annotation.startswith("int") and number == int(number) else number
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{name} is {value!r}; give a number") from error
+
+
+def _check_types(recipe: Recipe) -> None:
+    for field in fields(recipe):
+        value, annotation = getattr(recipe, field.name), str(field.type)
+        if value is None and annotation.endswith("| None"):
+            continue
+        if annotation == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{field.name} is {value!r}; give true or false")
+        if annotation.startswith("float") and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{field.name} is {value!r}; give a number")
+    targets = recipe.target_modules
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"target_modules is {targets!r}; give a name, a list of names or a regular expression")
+
+
+def _check_unused(recipe: Recipe) -> None:
+    """Refuse what full fine-tuning would ignore."""
+    names = ("alpha", "target_modules", "dropout", "allow_dropout", "export_rank")
+    given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) != f.default]
+    if given:
+        raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
 
 
 def _check_choices(recipe: Recipe) -> None:
@@ -178,7 +204,7 @@ def _check_ranges(recipe: Recipe) -> None:
             raise ConfigError(f"{name} is {getattr(recipe, name)!r}; give 0 or a positive number")
     if not 0 <= recipe.warmup_ratio < 1:
         raise ConfigError(f"warmup_ratio is {recipe.warmup_ratio!r}; allowed: 0 up to, not including, 1")
-    if not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**32:
+    if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**32:
         raise ConfigError(f"seed is {recipe.seed!r}; give a whole number from 0 to 2^32 − 1")
     if recipe.batch_size % recipe.micro_batch_size:
         raise ConfigError(

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..checkpoint.write import TEMPORARY_PREFIX, durable_rename, explained
 from ..export import export_lora, write_lora
+from ..live.state import active_adapter_name
 from .encode import IGNORED
 from .sampler import LengthGroupedBatches
 
@@ -67,7 +68,9 @@ class ResponseTrainer(Trainer):
         super().__init__(*args, **options)
         # our loss is a sum over the whole accumulated batch divided by its token count
         self.model_accepts_loss_kwargs = True
-        self.sampler = LengthGroupedBatches(lengths, batch_size, self.args.seed)
+        shared = self.args.per_device_train_batch_size * self.args.world_size
+        multiple = shared if self.args.world_size > 1 else 1
+        self.sampler = LengthGroupedBatches(lengths, batch_size, self.args.seed, multiple=multiple)
         self.tokens_in_step = 0
         self.step_started = time.perf_counter()
 
@@ -75,6 +78,10 @@ class ResponseTrainer(Trainer):
         return self.sampler
 
     def _run_epoch(self, *args: Any, **options: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # continued from the last step's checkpoint: Trainer would do one step too many
+            self.control.should_training_stop = True
+            return None
         self.sampler.set_epoch(options["epoch"])
         return super()._run_epoch(*args, **options)
 
@@ -131,8 +138,16 @@ class ResponseTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
-            write_lora(export_lora(model), directory)
+            export = export_lora(model)
+            # whoever continues trains with it; in evaluation it does nothing
+            export.config.lora_dropout = self._dropout(model)
+            write_lora(export, directory)
         return None
+
+    @staticmethod
+    def _dropout(model: PeftModel) -> float:
+        config: Any = model.peft_config[active_adapter_name(model)]
+        return config.lora_dropout
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # adapters were loaded with the model, before the optimizer was made for them

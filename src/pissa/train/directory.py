@@ -1,0 +1,198 @@
+"""A run's directory: what lies where, whether it may be written, and what a stopped run left in it.
+
+RUN/                 the LoRA for the untouched base (method full: the model), with its card, tokenizer, pissa.json
+RUN/results.json     settings, losses by step, speed, versions, hardware
+RUN/state/           what continues the run:
+    run.json             settings, fingerprints of base and data, figures of the split
+    log.jsonl            one line a step
+    checkpoint-N/        adapter (itself a LoRA for the base), optimizer, schedule, generators
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..checkpoint.write import TEMPORARY_PREFIX, explained, write_json
+from ..errors import OutputError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The places inside one run's directory."""
+
+    path: Path
+    """RUN."""
+
+    @property
+    def state(self) -> Path:
+        """What continues the run."""
+        return self.path / "state"
+
+    @property
+    def record(self) -> Path:
+        """The run's settings and what they were applied to."""
+        return self.state / "run.json"
+
+    @property
+    def log(self) -> Path:
+        """One JSON line a step."""
+        return self.state / "log.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """There when the run is finished."""
+        return self.path / "results.json"
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint from which the run continues; None for one that has none yet."""
+        last = get_last_checkpoint(str(self.state)) if self.state.is_dir() else None
+        return Path(last) if last is not None else None
+
+    @property
+    def what_is_saved(self) -> str:
+        """One line for whoever interrupted the run."""
+        last = self.last_checkpoint
+        if last is None:
+            return "interrupted before the first checkpoint: nothing is saved; the same command starts again"
+        return f"interrupted; {last} is saved: the same command continues from there"
+
+
+def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of a run that is finished; None for one to start or continue. Nothing is written.
+
+    Raises:
+        OutputError: the directory holds something that is not this run, or cannot be written.
+    """
+    _check_writable(directory.path)
+    if not directory.record.is_file():
+        places = (directory.path, directory.state)
+        if any(child != directory.state for place in places if place.is_dir() for child in _lasting(place)):
+            raise OutputError(
+                f"{directory.path} already holds something that is not a run; name a new directory, or remove it"
+            )
+        return None
+    before = read_record(directory)["settings"]
+    _check_same_settings(directory.path, json.loads(json.dumps(settings)), before)
+    if directory.results.is_file():
+        return json.loads(directory.results.read_text(encoding="utf-8"))
+    return None
+
+
+def check_same_inputs(directory: RunDirectory, fingerprints: dict[str, str]) -> None:
+    """Refuse to continue a run with another base or other data under the same names.
+
+    Raises:
+        OutputError: naming what changed.
+    """
+    if not directory.record.is_file():
+        return
+    record = read_record(directory)
+    changed = [what for what, mark in fingerprints.items() if record["fingerprints"].get(what) not in (None, mark)]
+    if changed:
+        names = {"base": f"the weights of {record['settings']['model']}", "data": f"the rows of {_data_name(record)}"}
+        raise OutputError(
+            f"{' and '.join(names[what] for what in changed)} are not those that {directory.path} was started with; "
+            "continue with what it was started with, or start in another directory"
+        )
+
+
+def read_record(directory: RunDirectory) -> dict[str, Any]:
+    """What `run.json` holds: settings, fingerprints, split.
+
+    Raises:
+        OutputError: it is not one of ours.
+    """
+    try:
+        record = json.loads(directory.record.read_text(encoding="utf-8"))
+        return {
+            "split": {},
+            **record,
+            "settings": dict(record["settings"]),
+            "fingerprints": dict(record["fingerprints"]),
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(
+            f"{directory.record} is not a run's record, so {directory.path} cannot be continued; "
+            "name a new directory, or remove it"
+        ) from error
+
+
+@contextmanager
+def only_writer(directory: RunDirectory) -> Iterator[None]:
+    """Make the directory's state for this process alone, and take away what a killed one left half-written.
+
+    Raises:
+        OutputError: another process is training into it, or it cannot be written.
+    """
+    with explained(directory.path):
+        directory.state.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory.state, os.O_RDONLY)
+    try:
+        if not _locked(descriptor):
+            raise OutputError(
+                f"another process is training into {directory.path}; wait for it, or name another directory"
+            )
+        for place in (directory.path, directory.state):
+            for leftover in place.glob(f"{TEMPORARY_PREFIX}*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_record(directory: RunDirectory, record: dict[str, Any]) -> None:
+    """Write `run.json`, whole or not at all."""
+    write_json(directory.record, record)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock that ends with the process; True also where the system or the file system has none."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a file, and a place where nothing can be made, before the work and not after it."""
+    nearest = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists() or place.is_symlink())
+    if not nearest.is_dir():
+        raise OutputError(f"{nearest} is a file; name a directory for the run")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: no permission in {nearest}; choose another directory")
+
+
+def _lasting(place: Path) -> Iterator[Path]:
+    """What a directory holds besides what a killed process left half-written."""
+    return (child for child in place.iterdir() if not child.name.startswith(TEMPORARY_PREFIX))
+
+
+def _check_same_settings(out: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
+    changed = [
+        f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)
+    ]
+    if changed:
+        raise OutputError(
+            f"{out} is another run ({'; '.join(changed)}); give the same settings to continue it, or another directory"
+        )
+
+
+def _data_name(record: dict[str, Any]) -> str:
+    return str(record["settings"]["data"])

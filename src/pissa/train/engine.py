@@ -1,0 +1,104 @@
+"""A recipe as transformers' TrainingArguments: processes, batches, precision.
+
+A batch of the recipe is that of one optimizer step, whatever the number of processes:
+
+    batch_size = micro_batch_size · processes · accumulation steps
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import ConfigError, MissingExtraError
+from .recipe import Recipe
+
+
+def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
+    """Trainer's arguments for a recipe; joins the other processes where a launcher started several.
+
+    Raises:
+        ConfigError: a batch that cannot be shared evenly between the processes.
+        MissingExtraError: TensorBoard is asked for and not installed.
+    """
+    processes = process_count()
+    per_step = recipe.micro_batch_size * processes
+    if recipe.batch_size % per_step:
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} is no multiple of micro_batch_size {recipe.micro_batch_size} times "
+            f"{processes} processes; change either"
+        )
+    if recipe.log_to == "tensorboard":
+        try:
+            import tensorboard as _tensorboard  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise MissingExtraError("log_to tensorboard needs that package: pip install tensorboard") from error
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(state),
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.batch_size // per_step,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=recipe.warmup_ratio,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        optim="adamw_torch",
+        bf16=autocasts(recipe),
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        report_to=["tensorboard"] if recipe.log_to == "tensorboard" else [],
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=not cuda,
+        ddp_backend=None if cuda or processes == 1 else "gloo",
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+    )
+    if arguments.n_gpu > 1:
+        # one process drives one GPU; DataParallel would multiply the batch
+        arguments._n_gpu = 1
+    return arguments
+
+
+def process_count() -> int:
+    """How many processes a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process that writes and shows."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def storage_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the frozen weights; weights that are trained are fp32."""
+    return torch.bfloat16 if recipe.adapts and _wants_bf16(recipe) else torch.float32
+
+
+def autocasts(recipe: Recipe) -> bool:
+    """Whether fp32 weights compute in bf16."""
+    return not recipe.adapts and _wants_bf16(recipe)
+
+
+def bf16_in_hardware() -> bool:
+    """Whether this machine multiplies bf16 natively: a CUDA GPU that does, or a CPU with AVX512-bf16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _wants_bf16(recipe: Recipe) -> bool:
+    return recipe.dtype == "bf16" or (recipe.dtype == "auto" and bf16_in_hardware())
