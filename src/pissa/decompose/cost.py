@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-BLOCK = 32
-"""Columns of a Krylov block: narrow enough for a high polynomial degree, wide enough for full speed of the products."""
+WIDEST = 64
+"""Columns of the widest Krylov block; wider ones gain no speed and lose polynomial degree."""
 EXACT_BELOW = 6e-7
 """Tolerances below this are below what fp32 products can certify."""
 
-EIGH = 14.0
+EIGH = 4.0
 """A symmetric eigenproblem of size n, all vectors, costs this times n³ multiply-adds."""
 OVERHEAD = 6e7
 """Fixed cost of one Krylov block in multiply-adds: small factorisations and calls."""
@@ -26,15 +26,20 @@ def choose(m: int, n: int, rank: int, tolerance: float, *, warm: bool = False) -
     if tolerance < EXACT_BELOW:
         return "exact"
     columns = krylov_columns(rank, tolerance)
-    if columns + BLOCK > n:
+    if columns + block_width(rank) > n:
         return "gram"
-    return "gram" if gram_cost(m, n, rank) < krylov_cost(m, n, columns) else "krylov"
+    return "gram" if gram_cost(m, n, rank) < krylov_cost(m, n, rank, columns) else "krylov"
+
+
+def block_width(rank: int) -> int:
+    """Columns of a Krylov block: narrow for a high polynomial degree, wide for the speed of the products."""
+    return min(WIDEST, max(16, rank // 2))
 
 
 def krylov_columns(rank: int, tolerance: float) -> int:
-    """Columns after which real weights meet the tolerance: about 3r at 1e-3, 0.4r more for each further decade."""
+    """Columns after which real weights meet the tolerance: about 5r at 1e-3, 0.4r more for each further decade."""
     decades = max(0.0, math.log10(1e-3 / max(tolerance, EXACT_BELOW)))
-    return int((3.0 + 0.4 * decades) * rank) + BLOCK
+    return int((5.0 + 0.4 * decades) * rank) + block_width(rank)
 
 
 def gram_cost(m: int, n: int, rank: int) -> float:
@@ -42,6 +47,6 @@ def gram_cost(m: int, n: int, rank: int) -> float:
     return m * n * n + m * n * rank + EIGH * n**3
 
 
-def krylov_cost(m: int, n: int, columns: int) -> float:
+def krylov_cost(m: int, n: int, rank: int, columns: int) -> float:
     """Products, two rounds of projections on both sides, the checks of the core, and the overhead of each block."""
-    return 2 * m * n * columns + 2 * (m + n) * columns**2 + 6 * EIGH * columns**3 + OVERHEAD * columns / BLOCK
+    return 2 * m * n * columns + 2 * (m + n) * columns**2 + 4 * EIGH * columns**3 + OVERHEAD * columns / block_width(rank)

@@ -28,6 +28,8 @@ COINCIDENT = 1e-3
 """Relative spread of b neighbouring squared Ritz values below which they may be copies of one."""
 EXHAUSTED = 1e-5
 """New directions weaker than this, against the norm of W, are rounding noise."""
+FP32_CHECKS = 1e-4
+"""Tolerances from here on are checked with fp32 eigenvalues, at half the time."""
 MATURE = 2
 """Blocks that must follow random columns before a certificate."""
 
@@ -128,19 +130,20 @@ class GolubKahan:
         shape = (*like.shape[:-1], width)
         return torch.randn(shape, dtype=like.dtype, device=like.device, generator=self.generator)
 
-    def core(self) -> Tensor:
-        """T (..., K, L), fp64."""
-        T = self.W.new_zeros((*self.W.shape[:-2], self.U.count, self.V.count), dtype=torch.float64)
+    def core(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """T (..., K, L)."""
+        T = self.W.new_zeros((*self.W.shape[:-2], self.U.count, self.V.count), dtype=dtype)
         top = 0
         for row in self.rows:
             T[..., top : top + row.shape[-2], : row.shape[-1]] = row
             top += row.shape[-2]
         return T
 
-    def certify(self, rank: int, total: Tensor) -> Spectrum:
+    def certify(self, rank: int, total: Tensor, tolerance: float = 0.0) -> Spectrum:
         """What the best `rank` triplets of the bases so far may have missed."""
         complement = self.W.shape[-1] - self.U.count
-        return certify(self.core(), rank, self.newest.shape[-1], total, complement)
+        dtype = torch.float32 if tolerance >= FP32_CHECKS else torch.float64
+        return certify(self.core(dtype), rank, self.newest.shape[-1], total, complement)
 
     def triplets(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (..., m, r), S (..., r), Vh (..., r, n), fp32."""
@@ -176,12 +179,12 @@ def block_krylov(
     """
     b = start.shape[-1]
     state = GolubKahan(W, start, generator, capacity=3 * rank + b)
-    goal, previous, extra = max(rank, b if b >= rank else int(1.5 * rank)), None, 0
+    goal, previous, extra = max(rank, b if b >= rank else 2 * rank), None, 0
     while True:
         while not state.complete and (state.U.count < goal or state.young):
             state.advance(extra)
             extra = 0
-        spectrum = state.certify(rank, total)
+        spectrum = state.certify(rank, total, tolerance)
         worst = float(spectrum.loss.max())
         exhausted = float(spectrum.missed.max()) < ROUNDING_SHARE
         if state.complete or exhausted or worst <= tolerance:

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 ROUNDING = 3e-7
-"""Relative error of energies computed in fp32: no certificate claims a smaller loss."""
+"""Relative error of energies of fp32 products: no certificate claims a smaller loss."""
+FP32_ROUNDING = 3e-6
+"""The same where the core's eigenvalues are computed in fp32 too."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def certify(T: Tensor, rank: int, newest: int, total: Tensor, complement: int) -
     """The captured-energy loss that the Ritz triplets of T can have at most, up to the estimate of d.
 
     Args:
-        T: (..., K, L) core.
+        T: (..., K, L) core, fp64 or fp32.
         rank: r, at most K.
         newest: how many of V's last columns are not yet in V_old; 0 when V is complete.
         total: (...,) ‖W‖².
@@ -93,8 +95,8 @@ def certify(T: Tensor, rank: int, newest: int, total: Tensor, complement: int) -
     Returns:
         The spectrum; a loss of 0 for W = 0.
     """
-    T = T.double()
-    energies = torch.linalg.eigvalsh(T @ T.mT).flip(-1).clamp_min(0)
+    rounding = ROUNDING if T.dtype == torch.float64 else FP32_ROUNDING
+    energies = torch.linalg.eigvalsh(T @ T.mT).flip(-1).clamp_min(0).double()
     captured = energies[..., :rank].sum(-1)
     missed = (total - energies.sum(-1)).clamp_min(0)
     best = captured
@@ -102,10 +104,10 @@ def certify(T: Tensor, rank: int, newest: int, total: Tensor, complement: int) -
         d = missed_energy(T, energies, rank, newest, missed, complement)
         A = T.mT @ T
         A.diagonal(dim1=-2, dim2=-1)[..., -newest:] += d[..., None]
-        best = torch.linalg.eigvalsh(A)[..., -rank:].clamp_min(d[..., None]).sum(-1)
+        best = torch.linalg.eigvalsh(A)[..., -rank:].double().clamp_min(d[..., None]).sum(-1)
     floor = total.clamp_min(torch.finfo(total.dtype).tiny)
     loss = torch.where(total > 0, 1 - captured / best.clamp_min(torch.finfo(best.dtype).tiny), 0.0)
-    return Spectrum(energies, loss.clamp_min(0) + torch.where(total > 0, ROUNDING, 0.0), missed / floor)
+    return Spectrum(energies, loss.clamp_min(0) + torch.where(total > 0, rounding, 0.0), missed / floor)
 
 
 def missed_energy(
@@ -115,7 +117,7 @@ def missed_energy(
     K = T.shape[-2]
     if newest < K:
         block = T[..., -newest:, :]
-        found = torch.linalg.eigvalsh(block @ block.mT)[..., -1]
+        found = torch.linalg.eigvalsh(block @ block.mT)[..., -1].double()
     else:
         # One block only, a subspace handed in: the first Ritz value beyond the wanted ones stands in.
         found = energies[..., min(rank, K - 1)]

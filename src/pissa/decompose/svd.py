@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, WeightError
 from .certificate import Certificate
-from .cost import BLOCK, choose
+from .cost import block_width, choose
 from .gram import exact_svd, gram_svd
 from .krylov import block_krylov, product
 from .ritz import Factorization
@@ -163,10 +163,10 @@ def run(
         begin = gaussian(W, rank if niter is not None else rank + OVERSAMPLING, seed)
     elif sketch is not None:
         begin, extra_passes = sketched_start(
-            W.to(sketch), rank, gaussian(W, max(BLOCK, rank // 2), seed), generator
+            W.to(sketch), rank, gaussian(W, block_width(rank), seed), generator
         )
     else:
-        begin = gaussian(W, BLOCK, seed)
+        begin = gaussian(W, block_width(rank), seed)
     if algorithm == "subspace":
         found = subspace_svd(W, rank, tolerance, begin, generator, total, niter)
     else:
