@@ -11,13 +11,15 @@ from pissa.decompose.svd import energy, gaussian, truncated_svd
 
 OPTIMISM = 2.0
 """A certificate given is at least the true loss divided by this (and the rounding of fp32)."""
+FIXED_NITER_OPTIMISM = 3.0
+"""The same for a fixed number of subspace iterations without oversampling, as the paper has it."""
 ROUNDING = 2e-6
 
 
-def assert_honest(name, W, rank, found, best):
+def assert_honest(name, W, rank, found, best, optimism=OPTIMISM):
     loss = energy_loss(W, *found[:3], best)
     certified = found.certificate.captured_energy_loss
-    assert loss <= OPTIMISM * certified + ROUNDING, f"{name}: lost {loss:.2e}, certified {certified:.2e}"
+    assert loss <= optimism * certified + ROUNDING, f"{name}: lost {loss:.2e}, certified {certified:.2e}"
 
 
 @pytest.mark.parametrize("rank", [5, 24, 48])
@@ -39,7 +41,7 @@ def test_the_certificate_of_the_papers_fast_svd_is_not_optimistic(niter):
     rank = 24
     for name, W in zoo(range(1)):
         found = truncated_svd(W, rank, algorithm="subspace", niter=niter)
-        assert_honest(f"{name} niter {niter}", W, rank, found, optimal_energy(W, rank))
+        assert_honest(f"{name} niter {niter}", W, rank, found, optimal_energy(W, rank), FIXED_NITER_OPTIMISM)
 
 
 def test_the_certificate_is_the_right_order_of_magnitude():

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 from .orthogonal import orthonormalize
-from .ritz import Factorization, Spectrum, certify, ritz_triplets
+from .ritz import Factorization, Spectrum, certify, repeated_energy, ritz_triplets
 
-COINCIDENT = 1e-3
-"""Relative spread of b neighbouring squared Ritz values below which they may be copies of one."""
 EXHAUSTED = 1e-5
 """New directions weaker than this, against the norm of W, are rounding noise."""
 FP32_CHECKS = 1e-4
@@ -187,16 +185,14 @@ def block_krylov(
         spectrum = state.certify(rank, total, tolerance)
         worst = float(spectrum.loss.max())
         exhausted = float(spectrum.missed.max()) < ROUNDING_SHARE
-        if state.complete or exhausted or worst <= tolerance:
-            extra = (
-                0
-                if state.complete or exhausted
-                else suspicious(spectrum.energies, rank, state.newest.shape[-1])
-            )
-            if extra == 0:
-                break
-            goal = state.U.count + 1
+        if state.complete or exhausted:
+            break
+        width = state.newest.shape[-1]
+        if width < rank and bool((repeated_energy(spectrum.energies, rank, width) > 0).any()):
+            goal, extra = state.U.count + 1, width
             continue
+        if worst <= tolerance:
+            break
         goal, previous = next_goal(state.U.count, worst, previous, tolerance, rank, growth)
     U, S, Vh = state.triplets(rank)
     return Factorization(
@@ -206,15 +202,6 @@ def block_krylov(
 
 ROUNDING_SHARE = 1e-7
 """Share of ‖W‖² below which what the bases miss is rounding."""
-
-
-def suspicious(energies: Tensor, rank: int, block: int) -> int:
-    """How many random columns to add: as many as the block has, when that many wanted Ritz values coincide."""
-    if block >= rank:
-        return 0
-    first, last = energies[..., : rank - block + 1], energies[..., block - 1 : rank]
-    coincide = (first - last <= COINCIDENT * first) & (first > 0)
-    return block if bool(coincide.any()) else 0
 
 
 def next_goal(

@@ -52,7 +52,7 @@ def orthonormalize(
         deviation = largest_deviation(G)
         shifted = G + torch.diag_embed((SHIFT * diagonal.sum(-1, keepdim=True)).expand_as(diagonal))
         upper, info = torch.linalg.cholesky_ex(shifted, upper=True)
-        if bool((info != 0).any()):
+        if bool((info != 0).any()) or bool((diagonal == 0).any()):
             Y, step = complete_basis(Y, generator)
         else:
             step = upper.to(Y.dtype)
@@ -69,7 +69,8 @@ def complete_basis(Y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     pivots = upper.diagonal(dim1=-2, dim2=-1).abs()
     dependent = pivots <= DEPENDENT * pivots.amax(-1, keepdim=True)
     # Scaled to the block, so that the random columns neither drown nor are drowned by the others.
-    size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
+    size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
     random = (
         torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator) * size / Y.shape[-2] ** 0.5
     )

@@ -13,7 +13,8 @@ the energy Σ θᵢ², i ≤ r, exactly. What could the best approximation captu
 so the sum of the r largest eigenvalues of the small matrix (d where it has fewer) bounds the optimum from above
 (Ky Fan), and 1 − Σθᵢ² / bound bounds the captured-energy loss. The only unknown is d. It is estimated by the energy
 of the newest rows of T, which are the directions that the method found last, never below the mean
-energy of a missed direction and never above the energy that is missed in all, `‖W‖² − ‖T‖²`: when that is all gone, the
+energy of a missed direction, never below a Ritz value that has as many copies as a block has columns (a Krylov
+space holds no more of them), and never above the energy that is missed in all, `‖W‖² − ‖T‖²`: when that is all gone, the
 bound is rigorous; until then the certificate is an estimate, and tests state how far off it can be.
 """
 
@@ -29,6 +30,10 @@ ROUNDING = 3e-7
 """Relative error of energies of fp32 products: no certificate claims a smaller loss."""
 FP32_ROUNDING = 3e-6
 """The same where the core's eigenvalues are computed in fp32 too."""
+
+
+COINCIDENT = 1e-3
+"""Relative spread of b neighbouring squared Ritz values below which they may be copies of one."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,25 @@ def missed_energy(
         block = T[..., -newest:, :]
         found = torch.linalg.eigvalsh(block @ block.mT)[..., -1].double()
     else:
-        # One block only, a subspace handed in: the first Ritz value beyond the wanted ones stands in.
-        found = energies[..., min(rank, K - 1)]
+        # One block only, a subspace handed in: a converged one misses less than the first Ritz value beyond the
+        # wanted ones, and what is unconverged of those shows in their coupling to the newest columns.
+        wanted = torch.linalg.eigh(T @ T.mT)[1][..., -rank:]
+        coupling = T[..., -newest:].mT @ wanted
+        found = energies[..., min(rank, K - 1)] + torch.linalg.matrix_norm(coupling, 2).square().double()
     mean = missed / max(complement, 1)
-    return torch.minimum(torch.maximum(found, mean), missed)
+    unseen = repeated_energy(energies, rank, newest)
+    return torch.minimum(torch.maximum(torch.maximum(found, mean), unseen), missed)
+
+
+def repeated_energy(energies: Tensor, rank: int, block: int) -> Tensor:
+    """The largest squared Ritz value among the first `rank` of which there seem to be as many copies as a block has
+    columns, so that there may be more; 0 where there is none; (...,).
+    """
+    starts = min(rank, energies.shape[-1] - block + 1)
+    if starts < 1:
+        return torch.zeros_like(energies[..., 0])
+    first, last = energies[..., :starts], energies[..., block - 1 : block - 1 + starts]
+    return torch.where(first - last <= COINCIDENT * first, first, 0.0).amax(-1)
 
 
 def signs(values: Tensor) -> Tensor:
