@@ -74,6 +74,6 @@ def test_an_exact_bound_of_the_missed_energy_makes_a_rigorous_bound():
             A.diagonal()[-state.newest.shape[-1] :] += true
             bound = torch.linalg.eigvalsh(A)[-rank:].clamp_min(true).sum()
             assert float(bound) >= best * (1 - 1e-6), name
-            loss = ritz.certify(T, rank, 16, energy(W), W.shape[1] - state.U.count).loss
+            loss = ritz.certify(T, rank, 16, 16, energy(W), W.shape[1] - state.U.count).loss
             assert 0 <= float(loss) <= 1 + 1e-5
             assert float(energies[:rank].sum()) <= best * (1 + 1e-5)

@@ -141,7 +141,8 @@ class GolubKahan:
         """What the best `rank` triplets of the bases so far may have missed."""
         complement = self.W.shape[-1] - self.U.count
         dtype = torch.float32 if tolerance >= FP32_CHECKS else torch.float64
-        return certify(self.core(dtype), rank, self.newest.shape[-1], total, complement)
+        last = self.rows[-1].shape[-2]
+        return certify(self.core(dtype), rank, last, self.newest.shape[-1], total, complement)
 
     def triplets(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (..., m, r), S (..., r), Vh (..., r, n), fp32."""

@@ -87,12 +87,13 @@ def ritz_triplets(T: Tensor, rank: int) -> RitzTriplets:
     return RitzTriplets(left, values, right * signs(R.diagonal(dim1=-2, dim2=-1))[..., None, :])
 
 
-def certify(T: Tensor, rank: int, newest: int, total: Tensor, complement: int) -> Spectrum:
+def certify(T: Tensor, rank: int, last: int, newest: int, total: Tensor, complement: int) -> Spectrum:
     """The captured-energy loss that the Ritz triplets of T can have at most, up to the estimate of d.
 
     Args:
         T: (..., K, L) core, fp64 or fp32.
         rank: r, at most K.
+        last: how many columns the newest block of U has.
         newest: how many of V's last columns are not yet in V_old; 0 when V is complete.
         total: (...,) ‖W‖².
         complement: dimension of what U misses, `min(m, n) − K`.
@@ -106,7 +107,7 @@ def certify(T: Tensor, rank: int, newest: int, total: Tensor, complement: int) -
     missed = (total - energies.sum(-1)).clamp_min(0)
     best = captured
     if newest:
-        d = missed_energy(T, energies, rank, newest, missed, complement)
+        d = missed_energy(T, energies, rank, last, newest, missed, complement)
         A = T.mT @ T
         A.diagonal(dim1=-2, dim2=-1)[..., -newest:] += d[..., None]
         best = torch.linalg.eigvalsh(A)[..., -rank:].double().clamp_min(d[..., None]).sum(-1)
@@ -116,12 +117,12 @@ def certify(T: Tensor, rank: int, newest: int, total: Tensor, complement: int) -
 
 
 def missed_energy(
-    T: Tensor, energies: Tensor, rank: int, newest: int, missed: Tensor, complement: int
+    T: Tensor, energies: Tensor, rank: int, last: int, newest: int, missed: Tensor, complement: int
 ) -> Tensor:
     """Estimate of d, the energy of the strongest direction that both bases miss; (...,)."""
     K = T.shape[-2]
-    if newest < K:
-        block = T[..., -newest:, :]
+    if last < K:
+        block = T[..., -last:, :]
         found = torch.linalg.eigvalsh(block @ block.mT)[..., -1].double()
     else:
         # One block only, a subspace handed in: a converged one misses less than the first Ritz value beyond the
@@ -130,7 +131,7 @@ def missed_energy(
         coupling = T[..., -newest:].mT @ wanted
         found = energies[..., min(rank, K - 1)] + torch.linalg.matrix_norm(coupling, 2).square().double()
     mean = missed / max(complement, 1)
-    unseen = repeated_energy(energies, rank, newest)
+    unseen = repeated_energy(energies, rank, last)
     return torch.minimum(torch.maximum(torch.maximum(found, mean), unseen), missed)
 
 
