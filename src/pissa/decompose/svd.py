@@ -1,37 +1,60 @@
-"""Truncated singular value decomposition of a weight matrix, with a certificate of its accuracy.
+"""Truncated singular value decomposition of weight matrices, with a certificate of its accuracy.
 
     W ≈ U · diag(S) · Vᵀ        U (m, r), S (r,) descending, Vh = Vᵀ (r, n)
 
-`exact` takes LAPACK's full SVD. `subspace` is the randomized range finder of Halko, Martinsson and Tropp
-(arXiv 0909.4061, algorithms 4.4 and 5.1), oversampled: a Gaussian sketch is multiplied by W and Wᵀ in turn,
-re-orthogonalised each time, and the SVD of the small projected matrix gives the triplets.
+This is the front door: it checks and scales W, turns it so that m ≥ n, picks an algorithm, fixes signs and writes the
+certificate. The methods have files of their own:
+
+    exact      LAPACK's full SVD                                                     gram.py
+    gram       eigenvectors of the smaller Gram matrix; wins for small min(m, n)     gram.py
+    krylov     block Golub-Kahan with full reorthogonalisation; wins for the rest    krylov.py
+    subspace   the paper's fast SVD with `niter`                                     subspace.py
+    auto       gram or krylov by a cost model, exact when nothing less will do       cost.py
+
+On a CPU the matrices of a batch are decomposed one after the other, so that a matrix has the same bits alone and in
+any batch. On CUDA a batch is one set of batched kernels and its first products run in bf16 (`sketch.py`).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, WeightError
 from .certificate import Certificate
+from .cost import block_width, choose
+from .gram import exact_svd, gram_svd
+from .krylov import block_krylov, product
+from .ritz import Factorization
+from .sketch import sketched_start
+from .subspace import OVERSAMPLING, subspace_svd
 
-Algorithm = Literal["auto", "exact", "subspace"]
-OVERSAMPLING = 16
+Algorithm = Literal["auto", "exact", "gram", "krylov", "subspace"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+
+SAFE_MAGNITUDE = (1e-6, 1e6)
+"""Matrices whose largest entry lies outside are scaled by a power of two, so that no square over- or underflows."""
+PROBES = 8
+"""Random columns added to a warm start, which find what a stale subspace has missed."""
 
 
 class TruncatedSVD(NamedTuple):
-    """The r largest singular triplets of a matrix and the certificate that comes with them."""
+    """The r largest singular triplets of a matrix, or of each of a batch, and what is proven about them."""
 
     U: Tensor
-    """(m, r), orthonormal columns, fp32."""
+    """(m, r) or (b, m, r), orthonormal columns, fp32."""
     S: Tensor
-    """(r,), descending, fp32."""
+    """(r,) or (b, r), descending, fp32."""
     Vh: Tensor
-    """(r, n), orthonormal rows, fp32."""
-    certificate: Certificate
+    """(r, n) or (b, r, n), orthonormal rows, fp32."""
+    certificate: Certificate | tuple[Certificate, ...]
+    """One certificate, or one for each matrix of a batch."""
 
 
 def truncated_svd(
@@ -42,40 +65,222 @@ def truncated_svd(
     algorithm: str = "auto",
     seed: int = 0,
     warm_start: Tensor | None = None,
+    niter: int | None = None,
 ) -> TruncatedSVD:
-    """The r largest singular triplets of W.
+    """The r largest singular triplets of a matrix or of a batch of equally shaped matrices.
 
     Args:
-        W: (m, n), any float dtype; decomposed in fp32 and never modified.
+        W: (m, n) or (b, m, n), any float dtype, any strides; decomposed in fp32 and never modified.
         rank: r, 1 to min(m, n).
-        tolerance: largest captured-energy loss.
-        algorithm: "exact", "subspace" or "auto".
-        seed: of the sketch, drawn from a generator of its own.
-        warm_start: (n, k) right subspace of a nearby matrix, used as the first sketch.
+        tolerance: largest certified captured-energy loss, in [0, 1). 1e-6 is reachable with every algorithm;
+            0 means the exact SVD.
+        algorithm: "auto", "exact", "gram", "krylov" or "subspace".
+        seed: of the sketch, drawn from a generator of its own: the global one is left alone.
+        warm_start: (n, k) right or (m, k) left subspace of a nearby matrix, with a leading b for a batch; for square W
+            it is taken as right. One product there and one back (two in all) then usually suffice.
+        niter: number of iterations of "subspace", as in the paper; None iterates until the tolerance is met.
 
     Returns:
-        U, S, Vh and the certificate. Signs: the entry of largest magnitude in each column of U is positive.
+        U, S, Vh and the certificate (a tuple of certificates for a batch). Signs: the entry of largest magnitude in
+        each column of U is positive.
 
     Raises:
-        WeightError: W is not a finite matrix.
-        ConfigError: the rank is out of range or the algorithm unknown.
+        WeightError: W is not a finite float matrix or batch of them.
+        ConfigError: a rank, tolerance, algorithm or warm start that does not fit.
+    """
+    check(W, rank, tolerance, algorithm, warm_start, niter)
+    W = W.detach()
+    if W.ndim == 2:
+        return decompose(W, rank, tolerance, algorithm, seed, warm_start, niter)
+    if W.device.type != "cpu":
+        return decompose(W, rank, tolerance, algorithm, seed, warm_start, niter)
+    starts = [None] * len(W) if warm_start is None else list(warm_start)
+    parts = [decompose(w, rank, tolerance, algorithm, seed, s, niter) for w, s in zip(W, starts, strict=True)]
+    return TruncatedSVD(
+        torch.stack([part.U for part in parts]),
+        torch.stack([part.S for part in parts]),
+        torch.stack([part.Vh for part in parts]),
+        tuple(part.certificate for part in parts if isinstance(part.certificate, Certificate)),
+    )
+
+
+def decompose(
+    W: Tensor,
+    rank: int,
+    tolerance: float,
+    algorithm: str,
+    seed: int,
+    warm_start: Tensor | None = None,
+    niter: int | None = None,
+    *,
+    sketch: torch.dtype | None = None,
+) -> TruncatedSVD:
+    """One matrix (m, n), or a batch (b, m, n) as one set of batched operations; the arguments are already checked.
+
+    `sketch` is the dtype of the first products, None for the device's default: bf16 on CUDA, none on a CPU.
     """
     start = time.perf_counter()
-    if W.ndim != 2 or not W.is_floating_point():
-        raise WeightError(f"a floating-point matrix is needed, got {W.dtype} of shape {tuple(W.shape)}")
-    if not 1 <= rank <= min(W.shape):
-        raise ConfigError(f"rank is {rank}; allowed: 1 to {min(W.shape)} for a matrix of shape {tuple(W.shape)}")
-    W = W.detach().float()
-    if not bool(torch.isfinite(W).all()):
-        raise WeightError("the matrix holds NaN or Inf")
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    U, Vh = fix_signs(U, Vh)
-    return TruncatedSVD(U, S, Vh, Certificate("exact", 0, time.perf_counter() - start, 0.0, "exact"))
+    with torch.no_grad(), full_precision():
+        W, exponent = scaled(W)
+        flipped = W.shape[-2] < W.shape[-1]
+        W = W.mT if flipped else W
+        if algorithm == "auto":
+            algorithm = choose(W.shape[-2], W.shape[-1], rank, tolerance, warm=warm_start is not None)
+        if sketch is None and W.is_cuda and tolerance >= 1e-4:
+            sketch = torch.bfloat16
+        found = run(W, rank, tolerance, algorithm, seed, warm_start, niter, flipped, sketch)
+        U, Vh = (found.Vh.mT, found.U.mT) if flipped else (found.U, found.Vh)
+        U, Vh = fix_signs(U, Vh)
+        S = unscaled(found.S, exponent)
+        losses = [min(1.0, loss) for loss in found.loss.reshape(-1).tolist()]
+    seconds = (time.perf_counter() - start) / max(len(losses), 1)
+    certificates = tuple(Certificate(algorithm, found.passes, seconds, loss, found.bound) for loss in losses)
+    return TruncatedSVD(U, S, Vh, certificates[0] if W.ndim == 2 else certificates)
+
+
+def run(
+    W: Tensor,
+    rank: int,
+    tolerance: float,
+    algorithm: str,
+    seed: int,
+    warm_start: Tensor | None,
+    niter: int | None,
+    flipped: bool,
+    sketch: torch.dtype | None,
+) -> Factorization:
+    """Hand W (..., m, n), m ≥ n, to the algorithm."""
+    if algorithm == "exact":
+        return exact_svd(W, rank)
+    generator = torch.Generator(W.device).manual_seed(seed)
+    if algorithm == "gram":
+        return gram_svd(W, rank, tolerance, generator)
+    total = energy(W)
+    extra_passes = 0
+    if warm_start is not None:
+        begin, extra_passes = warm_block(W, rank, warm_start, seed, flipped)
+    elif algorithm == "subspace":
+        begin = gaussian(W, rank if niter is not None else rank + OVERSAMPLING, seed)
+    elif sketch is not None:
+        begin, extra_passes = sketched_start(
+            W.to(sketch), rank, gaussian(W, block_width(rank), seed), generator
+        )
+    else:
+        begin = gaussian(W, block_width(rank), seed)
+    if algorithm == "subspace":
+        found = subspace_svd(W, rank, tolerance, begin, generator, total, niter)
+    else:
+        found = block_krylov(W, rank, tolerance, begin, generator, total)
+    return Factorization(found.U, found.S, found.Vh, found.loss, found.passes + extra_passes, found.bound)
+
+
+def check(
+    W: Tensor, rank: int, tolerance: float, algorithm: str, warm_start: Tensor | None, niter: int | None
+) -> None:
+    """Refuse what cannot be decomposed, but for NaN and Inf, which `scaled` finds on its way."""
+    if W.ndim not in (2, 3) or not W.is_floating_point():
+        raise WeightError(
+            f"a float matrix or a batch of them is needed, got {W.dtype} of shape {tuple(W.shape)}"
+        )
+    limit = min(W.shape[-2:])
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
+        raise ConfigError(
+            f"rank is {rank!r}; allowed: 1 to {limit} for a matrix of shape {tuple(W.shape[-2:])}"
+        )
+    if not 0 <= tolerance < 1:
+        raise ConfigError(f"tolerance is {tolerance!r}; allowed: 0 up to, not including, 1")
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"algorithm is {algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+    if niter is not None and (algorithm != "subspace" or niter < 0):
+        raise ConfigError(
+            f'niter is {niter!r}; it is a number from 0 for algorithm "subspace", leave it out otherwise'
+        )
+    if warm_start is None:
+        return
+    fits = (
+        warm_start.ndim == W.ndim and warm_start.shape[:-2] == W.shape[:-2] and warm_start.is_floating_point()
+    )
+    if not fits or warm_start.shape[-2] not in W.shape[-2:] or not 1 <= warm_start.shape[-1] <= limit:
+        raise ConfigError(
+            f"warm_start is {warm_start.dtype} of shape {tuple(warm_start.shape)}; a matrix of shape {tuple(W.shape)} "
+            f"takes (n, k) or (m, k), with the same leading batch, k from 1 to {limit}"
+        )
+    if algorithm in ("exact", "gram"):
+        raise ConfigError(f'algorithm "{algorithm}" cannot use a warm start; take "auto" or "krylov"')
+    if not bool(torch.isfinite(warm_start).all()):
+        raise ConfigError("warm_start holds NaN or Inf; leave it out for a fresh start")
+
+
+def scaled(W: Tensor) -> tuple[Tensor, int]:
+    """W in fp32 with one unit stride, times a power of two where squares would not fit; and the power's exponent.
+
+    Raises:
+        WeightError: W holds NaN or Inf.
+    """
+    low, high = torch.aminmax(W) if W.numel() else (W.new_zeros(()), W.new_zeros(()))
+    largest = max(-float(low), float(high))
+    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+        raise WeightError("the matrix holds NaN or Inf; repair or reload the weight")
+    exponent = 0
+    if largest > 0 and not SAFE_MAGNITUDE[0] <= largest <= SAFE_MAGNITUDE[1]:
+        exponent = -math.frexp(largest)[1]
+        W = unscaled(W.double(), -exponent)
+    W = W.float()
+    return (W if 1 in W.stride()[-2:] else W.contiguous()), exponent
+
+
+def unscaled(values: Tensor, exponent: int) -> Tensor:
+    """`values · 2^−exponent`, in two steps because the power itself may not fit."""
+    if exponent == 0:
+        return values
+    half = -exponent // 2
+    return values * 2.0**half * 2.0 ** (-exponent - half)
+
+
+def energy(W: Tensor) -> Tensor:
+    """‖W‖² (...,), fp64: fp32 within a row or column, fp64 across them."""
+    along = -1 if W.stride(-1) == 1 else -2
+    return torch.linalg.vector_norm(W, dim=along).double().square().sum(-1)
+
+
+def gaussian(W: Tensor, columns: int, seed: int) -> Tensor:
+    """A sketch (..., n, k) from the seed alone, the same for every matrix of a batch."""
+    n = W.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(n, min(columns, n), generator=generator).to(W.device)
+    return sketch.expand(*W.shape[:-2], *sketch.shape).clone()
+
+
+def warm_block(W: Tensor, rank: int, warm_start: Tensor, seed: int, flipped: bool) -> tuple[Tensor, int]:
+    """The first block (..., n, k) that a warm start gives, widened by random probes; and the products it took."""
+    m, n = W.shape[-2:]
+    known = warm_start.detach().to(W.device, torch.float32)
+    is_right = known.shape[-2] == (m if flipped else n)
+    passes = 0
+    if is_right == flipped:
+        # The subspace is on the long side: one product brings it to the short one.
+        known, passes = product(W.mT, known), 1
+    probes = gaussian(W, min(n - known.shape[-1], max(PROBES, rank + PROBES - known.shape[-1])), seed)
+    probes = probes * (torch.linalg.vector_norm(known, dim=(-2, -1), keepdim=True) / n**0.5)
+    return torch.cat([known, probes], -1), passes
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep fp32 products in fp32, whatever the process allows (TF32, bf16) elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Flip triplets so that the entry of largest magnitude in each column of U is positive."""
-    pivot = U.gather(0, U.abs().argmax(0, keepdim=True))
+    pivot = U.gather(-2, U.abs().argmax(-2, keepdim=True))
     signs = torch.where(pivot < 0, -1.0, 1.0).to(U.dtype)
-    return U * signs, Vh * signs.T
+    return U * signs, Vh * signs.mT
