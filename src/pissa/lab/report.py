@@ -78,8 +78,8 @@ def _same_rate(pissa: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
     lower, higher = sorted(ends, key=lambda name: ends[name])
     return (
         f"At the same learning rate ({pissa['learning_rate']:g}) {lower}'s training loss ends lower: "
-        f"{ends[lower]:.3f} against {ends[higher]:.3f}. PiSSA's first gradient norm is {ratio:.1f} times LoRA's: its factors start large, along the"
-        " principal directions, where LoRA's B starts at zero."
+        f"{ends[lower]:.3f} against {ends[higher]:.3f}. PiSSA's first gradient norm is {ratio:.1f} times LoRA's: its "
+        "factors start large, along the principal directions, where LoRA's B starts at zero."
     )
 
 
