@@ -37,6 +37,7 @@ from .checkpoint.write import check_free, output_directory, write_json
 from .errors import ConfigError, PissaError
 from .live.layers import as_stored, weight_matrix
 from .live.state import (
+    INITIAL,
     AdapterFactors,
     active_adapter_name,
     adapter_factors,
@@ -47,6 +48,8 @@ from .live.state import (
 )
 from .live.targets import pattern_keys
 from .split import STORAGE_DTYPES, combine
+
+FSDP_WRAPPER = "_fsdp_wrapped_module."
 
 
 class LoraExport(dict[str, Tensor]):
@@ -75,6 +78,7 @@ def export_lora(
     *,
     rank: int | None = None,
     tolerance: float | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> LoraExport:
     """Export an adapter as a LoRA that loads on the original base anywhere.
 
@@ -84,6 +88,7 @@ def export_lora(
         rank: None for the lossless export (rank 2r; r for the LoRA baselines); else the optimal LoRA of at most this
             rank per module.
         tolerance: in place of `rank`: per module, the smallest rank whose relative error is at most this.
+        state: of a live model whose parameters are shards: its whole state dict, from which the tensors are taken.
 
     Returns:
         The tensors, with configuration and per-module errors.
@@ -102,7 +107,8 @@ def export_lora(
         raise ConfigError(f"tolerance is {tolerance}; allowed: 0 up to, not including, 1")
     if out is not None:
         check_free(out)
-    saved = read_adapter(model_or_dir) if not isinstance(model_or_dir, PeftModel) else _from_live(model_or_dir)
+    live = isinstance(model_or_dir, PeftModel)
+    saved = _from_live(model_or_dir, state) if live else read_adapter(model_or_dir)
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
     if out is not None:
@@ -225,13 +231,28 @@ def _as_export(
     return export
 
 
-def _from_live(model: PeftModel) -> SavedAdapter:
+def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> SavedAdapter:
     adapter = _exportable(model)
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    factors = adapter_factors(model, adapter)
+    if whole is not None:
+        factors = {name.replace(FSDP_WRAPPER, ""): f for name, f in factors.items()}
+        factors = {name: _whole_factors(name, f, adapter, whole) for name, f in factors.items()}
+    given = dict(whole) if whole is not None else None
+    state = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
     others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}
-    return SavedAdapter(adapter_factors(model, adapter), config, config.base_model_name_or_path, others)
+    return SavedAdapter(factors, config, config.base_model_name_or_path, others)
+
+
+def _whole_factors(name: str, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
+    def tensor(side: str, of: str) -> Tensor:
+        return state[f"{PREFIX}{name}.{side}.{of}.weight"].detach().cpu().float()
+
+    A, B = tensor("lora_A", adapter), tensor("lora_B", adapter)
+    if shards.A0 is None:
+        return AdapterFactors(A, B, shards.scale)
+    return AdapterFactors(A, B, shards.scale, tensor("lora_A", INITIAL), tensor("lora_B", INITIAL))
 
 
 def _exportable(model: PeftModel) -> str:

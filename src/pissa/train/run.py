@@ -128,9 +128,11 @@ def _train(
         log = StepLog(directory.log, progress=progress, label=label or recipe.method)
         trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log)
         trained = trainer.accelerator.unwrap_model(trainer.model).eval()
+        whole = trainer.whole_state()
         results = _results(recipe, settings, encoded, fingerprints, split, trained, read_log(directory.log))
         if is_main_process():
-            _publish(directory, trained, tokenizer, recipe, results, trainer.state.global_step)
+            step = trainer.state.global_step
+            _publish(directory, trained, whole, tokenizer, recipe, results, step)
     trainer.accelerator.wait_for_everyone()
     return RunResult(directory.path, results, trained)
 
@@ -162,10 +164,12 @@ def _prepare(source: str, recipe: Recipe, checkpoint: Path | None, progress: Pro
             progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
 
     start = time.perf_counter()
-    adapted: Any = adapt(base, recipe.pissa_config(), progress=show)
+    try:
+        adapted: Any = adapt(base, recipe.pissa_config(), progress=show)
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
     seconds = time.perf_counter() - start
-    if progress is not None and task is not None:
-        progress.remove_task(task)
     return _Prepared(adapted, mark, _figures(seconds, adapted.pissa.certificates))
 
 
@@ -215,13 +219,19 @@ def _run(
 
 
 def _publish(
-    directory: RunDirectory, model: Any, tokenizer: Any, recipe: Recipe, results: dict[str, Any], step: int
+    directory: RunDirectory,
+    model: Any,
+    whole: dict[str, Any] | None,
+    tokenizer: Any,
+    recipe: Recipe,
+    results: dict[str, Any],
+    step: int,
 ) -> None:
     """Put the result into the run's directory: for adapters one LoRA for the untouched base, with its card."""
-    export: LoraExport | None = export_lora(model, rank=recipe.export_rank) if recipe.adapts else None
+    export: LoraExport | None = export_lora(model, rank=recipe.export_rank, state=whole) if recipe.adapts else None
     with output_files(directory.path, last=CONFIG if export is not None else "config.json") as partial:
         if export is None:
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, state_dict=whole)
         else:
             write_lora(export, partial)
         if recipe.export_rank is not None:

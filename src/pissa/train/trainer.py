@@ -23,6 +23,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..checkpoint.write import TEMPORARY_PREFIX, durable_rename, explained
+from ..errors import ConfigError
 from ..export import export_lora, write_lora
 from ..live.state import active_adapter_name
 from .encode import IGNORED
@@ -66,6 +67,7 @@ class ResponseTrainer(Trainer):
 
     def __init__(self, *args: Any, lengths: list[int], batch_size: int, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._check_engine()
         # our loss is a sum over the whole accumulated batch divided by its token count
         self.model_accepts_loss_kwargs = True
         shared = self.args.per_device_train_batch_size * self.args.world_size
@@ -138,11 +140,29 @@ class ResponseTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
-            export = export_lora(model)
+            export = export_lora(model, state=state_dict)
             # whoever continues trains with it; in evaluation it does nothing
             export.config.lora_dropout = self._dropout(model)
             write_lora(export, directory)
         return None
+
+    def whole_state(self) -> dict[str, Any] | None:
+        """The model's state dict, gathered, where its engine shards it; None where every process holds it whole."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
+
+    def _check_engine(self) -> None:
+        """Refuse engines whose state cannot be gathered into one LoRA.
+
+        Raises:
+            ConfigError: with the setting to use instead.
+        """
+        state: Any = self.accelerator.state
+        if self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+            raise ConfigError(
+                "DeepSpeed ZeRO-3 shards what pissa splits and saves; use ZeRO-2 (zero_stage: 2), or FSDP"
+            )
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
+            raise ConfigError("with FSDP a run is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
 
     @staticmethod
     def _dropout(model: PeftModel) -> float:
