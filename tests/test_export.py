@@ -162,8 +162,10 @@ def test_a_live_model_and_its_directories_export_the_same_tensors(
     assert same_tensors(first, load_file(tmp_path / "export" / "adapter_model.safetensors"))
 
 
-def test_an_export_leaves_the_live_model_as_it_was(bases: dict[str, Path], tmp_path: Path) -> None:
-    model = trained(bases["tied"], modules_to_save=["norm"], target_modules=["q_proj", "lm_head"]).train()
+@pytest.mark.parametrize("method", METHODS)
+def test_an_export_leaves_the_live_model_as_it_was(bases: dict[str, Path], tmp_path: Path, method: Method) -> None:
+    targets = ["q_proj", "lm_head"]
+    model = trained(bases["tied"], method=method, modules_to_save=["norm"], target_modules=targets).train()
     before, config = snapshot(model), repr(model.get_base_model().config)
     flags = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     export = export_lora(model, tmp_path / "lora", rank=2)
