@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -26,9 +28,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.command)
-app.command("export")(export.command)
-app.command("demo")(demo.command)
+
+
+def _add(name: str, command: Callable[..., None]) -> None:
+    """Register a subcommand; what an interruption says is printed before typer turns it into an exit code."""
+
+    @functools.wraps(command)
+    def interruptible(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt as interrupt:
+            _complain(str(interrupt) or "interrupted")
+            raise
+
+    app.command(name)(interruptible)
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -39,9 +52,6 @@ def run(arguments: list[str] | None = None) -> None:
     except PissaError as error:
         _complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        _complain(str(interrupt) or "interrupted")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -70,3 +80,8 @@ def _usage_error(error: Exception) -> str | None:
     context = getattr(error, "ctx", None)
     hint = f"; see {context.command_path} --help" if context is not None else ""
     return f"{message().rstrip('.')}{hint}"
+
+
+_add("train", train.command)
+_add("export", export.command)
+_add("demo", demo.command)

@@ -23,9 +23,16 @@ SAME_REQUEST_SECONDS = 1.0
 STEP_KEYS = ("loss", "grad_norm", "learning_rate")
 
 
+class _Progress(Progress):
+    """Ends without an empty line where there was nothing to show."""
+
+    def stop(self) -> None:
+        super().stop() if self.tasks else self.live.stop()
+
+
 def make_progress(console: Console | None = None) -> Progress:
     """The bar that every long job shows, on stderr."""
-    return Progress(
+    return _Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),

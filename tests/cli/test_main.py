@@ -1,0 +1,138 @@
+"""Exit codes, one-line complaints and JSON of the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pissa.cli.main import run
+from tiny import tiny_llama, tiny_tokenizer
+
+
+def exit_code(*arguments: str) -> int:
+    """Run the command line in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        run(list(arguments))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A tiny model's directory."""
+    directory = tmp_path / "model"
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Eight rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(8)))
+    return str(path)
+
+
+def train_arguments(model: str, data: str, out: Path, *more: str) -> list[str]:
+    """A run of two steps."""
+    sizes = ["--rank", "2", "--batch-size", "4", "--micro-batch-size", "4", "--max-steps", "2", "--dtype", "fp32"]
+    return ["train", model, "--data", data, "--out", str(out), *sizes, *more]
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("train", "export", "demo"))
+
+
+def test_train_and_export_print_one_json_document(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*train_arguments(model, data, tmp_path / "run", "--json")) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["directory"] == str(tmp_path / "run")
+    assert len(document["losses"]) == 2
+    assert exit_code("export", str(tmp_path / "run"), str(tmp_path / "lora"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rank"] == 4
+    assert exit_code("export", str(tmp_path / "run"), str(tmp_path / "small"), "--rank", "1") == 0
+    assert "LoRA of rank 1" in capsys.readouterr().out
+    assert exit_code("export", str(tmp_path / "run"), str(tmp_path / "merged"), "--merged") == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--frobnicate"], "No such option"),
+        (["fly"], "No such command"),
+        (["train"], "Missing"),
+        (["train", "M", "--data", "D", "--out", "O", "--rank", "many"], "Invalid value for '--rank'"),
+        (["export", "/no/such/run", "OUT"], "/no/such/run is not a directory"),
+        (["export", "RUN", "OUT", "--merged", "--rank", "2"], "takes neither --rank nor --tolerance"),
+        (["export", "RUN", "OUT", "--rank", "0"], "rank is 0; give at least 1"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_two(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*arguments) == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert printed.err.startswith("pissa: ") and printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--rank", "0"], "rank is 0"),
+        (["--rank", "33"], "model.layers.1.mlp.down_proj"),
+        (["--method", "magic"], "method is 'magic'; allowed: pissa"),
+        (["--target-modules", "q_prj"], "closest names: q_proj"),
+        (["--dropout", "0.1"], "--allow-dropout"),
+        (["--dtype", "int3"], "dtype is 'int3'"),
+    ],
+)
+def test_wrong_settings_of_train_write_nothing(
+    flags: list[str], complaint: str, model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = train_arguments(model, data, out)
+    assert exit_code(*arguments, *flags) == 2
+    printed = capsys.readouterr().err
+    assert complaint in printed
+    assert printed.rstrip().count("\n") == 0
+    assert not out.exists()
+
+
+def test_data_that_is_not_json_is_named_with_its_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "1 + 1?", "answer": "2"}\nnot json\n')
+    assert exit_code(*train_arguments(model, str(data), tmp_path / "run")) == 2
+    assert "rows.jsonl:2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_our_own_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("pissa.export.export_lora", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(["export", str(tmp_path), str(tmp_path / "out")])
+
+
+def test_interruption_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("nothing is saved")
+
+    monkeypatch.setattr("pissa.export.export_lora", interrupted)
+    assert exit_code("export", str(tmp_path), str(tmp_path / "out")) == 130
+    assert capsys.readouterr().err == "pissa: nothing is saved\n"

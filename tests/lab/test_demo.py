@@ -1,0 +1,93 @@
+"""The demo end to end on a tiny model: what it writes, and that a second call repeats nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pissa.errors import DataError, OutputError
+from pissa.lab import demo
+from pissa.lab.arithmetic import make_problems
+from tiny import tiny_llama, tiny_tokenizer
+
+RUN_KEYS = {
+    "name",
+    "method",
+    "learning_rate",
+    "rank",
+    "seed",
+    "losses",
+    "grad_norms",
+    "tokens_per_second",
+    "init_seconds",
+    "exact_match_before",
+    "exact_match_after",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A tiny model's directory."""
+    directory = tmp_path / "model"
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(autouse=True)
+def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps at rank 4."""
+    plan = demo.Plan(steps=3, batch_size=4, train=24, held_out=4, new_tokens=4, rank=4)
+    monkeypatch.setattr(demo, "QUICK", plan)
+
+
+def test_demo_writes_what_it_promises_and_never_does_it_twice(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    results = demo.run_demo(out, model=model, quick=True)
+    listing = {path.name for path in out.iterdir()}
+    assert listing == {"demo.json", "results.json", "curves.png", "report.md", "pissa", "lora", "lora-tuned"}
+    assert results == json.loads((out / "results.json").read_text())
+    assert {"runs", "export", "versions", "hardware"} <= set(results)
+    assert [run["name"] for run in results["runs"]] == ["pissa", "lora", "lora-tuned"]
+    for run in results["runs"]:
+        assert set(run) >= RUN_KEYS
+        assert len(run["losses"]) == len(run["grad_norms"]) == 3
+    pissa, lora, tuned = results["runs"]
+    assert pissa["learning_rate"] == lora["learning_rate"] == tuned["learning_rate"] / 10
+    # the same base and the same first batch: the function is preserved at step 0
+    assert pissa["losses"][0] == pytest.approx(lora["losses"][0], abs=1e-5)
+    assert results["export"]["rank"] == 8
+    assert results["export"]["max_abs_logit_difference"] < 1e-4
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "in a fresh process" in (out / "report.md").read_text()
+
+    monkeypatch.setattr("pissa.train.run.adapt", lambda *_, **__: pytest.fail("a finished run was adapted again"))
+    assert demo.run_demo(out, model=model, quick=True)["runs"] == results["runs"]
+    with pytest.raises(OutputError, match="other settings"):
+        demo.run_demo(out, model=model, quick=True, seed=1)
+
+
+def test_demo_takes_real_data(model: str, tmp_path: Path) -> None:
+    rows, _ = make_problems(0, 20, 1)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": r["instruction"], "answer": r["output"]}) + "\n" for r in rows))
+    results = demo.run_demo(tmp_path / "demo", model=model, data=str(data), quick=True)
+    assert results["task"]["name"] == "rows.jsonl"
+    assert results["runs"][0]["exact_match_after_by_template"] is None
+
+
+def test_demo_refuses_what_it_cannot_use_and_leaves_it_alone(model: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="already holds something else"):
+        demo.run_demo(other, model=model, quick=True)
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    with pytest.raises(DataError, match="has 1 rows; the demo needs 8 or more"):
+        demo.run_demo(tmp_path / "demo", model=model, data=str(short), quick=True)
