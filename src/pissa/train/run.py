@@ -197,6 +197,7 @@ def _run(
         KeyboardInterrupt: it was asked to stop before that; a checkpoint is saved.
     """
     stop = StopAtStepEnd()
+    use_cache = model.config.use_cache
     trainer = ResponseTrainer(
         model=model,
         args=arguments,
@@ -213,6 +214,7 @@ def _run(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         stop.release()
+        model.config.use_cache = use_cache  # Trainer turns it off
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     return trainer
