@@ -33,7 +33,9 @@ def test_the_certificate_is_not_optimistic_on_the_zoo(rank):
             {"algorithm": "krylov", "tolerance": 1e-5},
             {"algorithm": "gram"},
         ):
-            assert_honest(f"{name} rank {rank} {arguments}", W, rank, truncated_svd(W, rank, **arguments), best)
+            assert_honest(
+                f"{name} rank {rank} {arguments}", W, rank, truncated_svd(W, rank, **arguments), best
+            )
 
 
 @pytest.mark.parametrize("niter", [0, 1, 4, 16])

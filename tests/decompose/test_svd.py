@@ -107,7 +107,7 @@ def test_equal_singular_values_are_all_found(algorithm, copies):
 def test_extreme_magnitudes_give_the_same_factors(algorithm, power):
     W = with_spectrum(spectra(60)["1/i"], 80, 60)
     W = W.half().float()
-    plain = truncated_svd(W * 2.0 ** -(power < -126) , 8, algorithm=algorithm)
+    plain = truncated_svd(W * 2.0 ** -(power < -126), 8, algorithm=algorithm)
     extreme = (W.double() * 2.0**power).float()
     found = truncated_svd(extreme, 8, algorithm=algorithm)
     assert deviation_from_identity(found.U) < 1e-5 and deviation_from_identity(found.Vh.T) < 1e-5
@@ -120,7 +120,9 @@ def test_extreme_magnitudes_give_the_same_factors(algorithm, power):
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_entries_near_1e30_and_1e_30(algorithm, size):
     W = white_noise(60, 50) * size
-    assert_good((W.double() / size).float(), scaled_back(truncated_svd(W, 9, algorithm=algorithm), size), 9, 1e-3)
+    assert_good(
+        (W.double() / size).float(), scaled_back(truncated_svd(W, 9, algorithm=algorithm), size), 9, 1e-3
+    )
 
 
 def scaled_back(found, size):
@@ -241,7 +243,9 @@ def test_a_matrix_has_the_same_bits_alone_and_in_any_batch(algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("sketch", [None, torch.bfloat16], ids=["fp32", "bf16 sketch"])
 def test_the_batched_cuda_path_gives_the_same_answer_on_a_cpu(algorithm, sketch):
-    batch = torch.stack([with_spectrum(spectra(80)[d], 80, 100) for d in ("1/i", "slow", "spiked", "deficient")])
+    batch = torch.stack(
+        [with_spectrum(spectra(80)[d], 80, 100) for d in ("1/i", "slow", "spiked", "deficient")]
+    )
     found = decompose(batch, 10, 1e-3, algorithm, 0, sketch=sketch)
     for i, W in enumerate(batch):
         assert_good(W, (found.U[i], found.S[i], found.Vh[i], found.certificate[i]), 10, 1e-3)

@@ -49,4 +49,9 @@ def gram_cost(m: int, n: int, rank: int) -> float:
 
 def krylov_cost(m: int, n: int, rank: int, columns: int) -> float:
     """Products, two rounds of projections on both sides, the checks of the core, and the overhead of each block."""
-    return 2 * m * n * columns + 2 * (m + n) * columns**2 + 4 * EIGH * columns**3 + OVERHEAD * columns / block_width(rank)
+    return (
+        2 * m * n * columns
+        + 2 * (m + n) * columns**2
+        + 4 * EIGH * columns**3
+        + OVERHEAD * columns / block_width(rank)
+    )
