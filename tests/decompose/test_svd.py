@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import deviation_from_identity, energy_loss, optimal_energy, spectra, white_noise, with_spectrum
 
-from pissa.decompose.svd import ALGORITHMS, decompose, truncated_svd
+from pissa.config import ALGORITHMS, PissaConfig
+from pissa.decompose.svd import decompose, truncated_svd
 from pissa.errors import ConfigError, WeightError
 
 ITERATIVE = ("krylov", "subspace")
@@ -39,7 +40,7 @@ def test_loss_stays_below_the_tolerance(algorithm, shape, decay):
 def test_a_loss_of_1e_6_is_reachable(algorithm, decay):
     W = with_spectrum(spectra(150)[decay], 200, 150)
     found = truncated_svd(W, 16, algorithm=algorithm, tolerance=1e-6)
-    assert energy_loss(W, *found[:3]) <= 1e-6
+    assert energy_loss(W, found.U, found.S, found.Vh) <= 1e-6
     assert found.certificate.captured_energy_loss <= 1e-6
 
 
@@ -120,9 +121,7 @@ def test_extreme_magnitudes_give_the_same_factors(algorithm, power):
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_entries_near_1e30_and_1e_30(algorithm, size):
     W = white_noise(60, 50) * size
-    assert_good(
-        (W.double() / size).float(), scaled_back(truncated_svd(W, 9, algorithm=algorithm), size), 9, 1e-3
-    )
+    assert_good((W.double() / size).float(), scaled_back(truncated_svd(W, 9, algorithm=algorithm), size), 9, 1e-3)
 
 
 def scaled_back(found, size):
@@ -243,9 +242,7 @@ def test_a_matrix_has_the_same_bits_alone_and_in_any_batch(algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("sketch", [None, torch.bfloat16], ids=["fp32", "bf16 sketch"])
 def test_the_batched_cuda_path_gives_the_same_answer_on_a_cpu(algorithm, sketch):
-    batch = torch.stack(
-        [with_spectrum(spectra(80)[d], 80, 100) for d in ("1/i", "slow", "spiked", "deficient")]
-    )
+    batch = torch.stack([with_spectrum(spectra(80)[d], 80, 100) for d in ("1/i", "slow", "spiked", "deficient")])
     found = decompose(batch, 10, 1e-3, algorithm, 0, sketch=sketch)
     for i, W in enumerate(batch):
         assert_good(W, (found.U[i], found.S[i], found.Vh[i], found.certificate[i]), 10, 1e-3)
@@ -261,7 +258,7 @@ def test_niter_reproduces_torchs_svd_lowrank():
         torch.manual_seed(0)
         U, S, V = torch.svd_lowrank(W, q=20, niter=niter)
         assert ours.certificate.passes == 2 + 2 * niter
-        loss, theirs = energy_loss(W, *ours[:3], best), energy_loss(W, U, S, V.T, best)
+        loss, theirs = energy_loss(W, ours.U, ours.S, ours.Vh, best), energy_loss(W, U, S, V.T, best)
         assert 0.5 * theirs <= loss <= 2 * theirs
 
 
@@ -273,7 +270,7 @@ def test_a_warm_start_refreshes_a_changed_matrix_in_one_pass_there_and_back(side
     changed = W + 1e-2 * W.std() * white_noise(*shape, seed=9)
     subspace = Vh.T if side == "right" else U
     found = truncated_svd(changed, 12, warm_start=subspace)
-    assert energy_loss(changed, *found[:3]) <= 1e-3
+    assert energy_loss(changed, found.U, found.S, found.Vh) <= 1e-3
     if shape[0] != shape[1] or side == "right":
         assert found.certificate.passes <= 5 < cold.passes
 
@@ -298,3 +295,9 @@ def test_process_wide_matmul_precision_is_ignored_and_kept():
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(plain.U, found.U)
+
+
+def test_the_configuration_knows_the_algorithms():
+    assert PissaConfig(rank=2, algorithm="krylov").algorithm == "krylov"
+    with pytest.raises(ConfigError, match="algorithm"):
+        PissaConfig(rank=2, algorithm="fast")  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,7 @@
 """Which algorithm is fastest: a cost model from shapes, rank and tolerance.
 
-Times are modelled in units of one multiply-add of a matrix product. Only the ratios matter, and those hold from one CPU to the
-next far better than the times; `benchmarks/svd.py` prints the model's choice beside the measured best.
+Times are modelled in units of one multiply-add of a matrix product. Only the ratios matter, and those hold from one
+CPU to the next far better than the times; `benchmarks/svd.py` prints the model's choice beside the measured best.
 """
 
 from __future__ import annotations
@@ -50,8 +50,5 @@ def gram_cost(m: int, n: int, rank: int) -> float:
 def krylov_cost(m: int, n: int, rank: int, columns: int) -> float:
     """Products, two rounds of projections on both sides, the checks of the core, and the overhead of each block."""
     return (
-        2 * m * n * columns
-        + 2 * (m + n) * columns**2
-        + 4 * EIGH * columns**3
-        + OVERHEAD * columns / block_width(rank)
+        2 * m * n * columns + 2 * (m + n) * columns**2 + 4 * EIGH * columns**3 + OVERHEAD * columns / block_width(rank)
     )

@@ -10,10 +10,10 @@ certificate come from a K × (K + b) core (`ritz.py`).
 
 Blocks narrower than the rank are on purpose. With K = j·b columns in all, the cost is that of K columns whatever b,
 but the polynomial degree grows as K / b (Meyer, Musco and Musco, arXiv 2305.02535): on weight matrices b = 32 reaches
-a loss of 1e-3 with about 3r columns, b = r + 8 needs 5r and more. What narrow blocks cannot see is a singular value that
-is repeated more than b times. Two guards handle that: a block whose columns become dependent is refilled with random
-ones (`orthogonal.py`), and when b neighbouring Ritz values coincide, random columns are added to the next block; after
-either, two more blocks must pass before a certificate is given.
+a loss of 1e-3 with about 3r columns, b = r + 8 needs 5r and more. What narrow blocks cannot see is a singular value
+that is repeated more than b times. Two guards handle that: a block whose columns become dependent is refilled with
+random ones (`orthogonal.py`), and when b neighbouring Ritz values coincide, random columns are added to the next
+block; after either, two more blocks must pass before a certificate is given.
 """
 
 from __future__ import annotations
@@ -196,9 +196,7 @@ def block_krylov(
             break
         goal, previous = next_goal(state.U.count, worst, previous, tolerance, rank, growth)
     U, S, Vh = state.triplets(rank)
-    return Factorization(
-        U, S, Vh, spectrum.loss, state.passes, "upper bound" if state.complete else "estimate"
-    )
+    return Factorization(U, S, Vh, spectrum.loss, state.passes, "upper bound" if state.complete else "estimate")
 
 
 ROUNDING_SHARE = 1e-7
