@@ -444,7 +444,7 @@ def main() -> None:
 
     sections = args.sections.split(",")
     smollm, minilm = linears(args.smollm, "SmolLM2-135M"), linears(args.minilm, "all-MiniLM-L6-v2")
-    large = large_matrices(smollm, 8 if args.quick else 1)
+    large = large_matrices(smollm, 8 if args.quick else 1) if {"matrices", "rate"} & set(sections) else {}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "svd.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -455,11 +455,11 @@ def main() -> None:
         if args.every > 1:
             models = {k: dict(list(v.items())[:: args.every]) for k, v in models.items()}
         report["accuracy"] = measure_accuracy(models, 64, 2 if args.quick else 5)
+        save(report, path)
     if "matrices" in sections:
-        classes = classes_of(smollm, minilm, args.every)
-        classes |= {name: [pair] for name, pair in large.items()}
+        classes = classes_of(smollm, minilm, args.every, args.classes)
+        classes |= {name: [pair] for name, pair in large.items() if re.search(args.classes, name)}
         rank = {name: 128 if not args.quick else 16 for name in large}
-        classes = {name: pairs for name, pairs in classes.items() if re.search(args.classes, name)}
         rows = measure_matrices(
             classes, lambda label: rank.get(label, 64), args.repeats, args.slow_repeats, args.rivals
         )
@@ -467,16 +467,24 @@ def main() -> None:
         kept = [row for row in report.get("matrices", []) if (row["class"], row["rival"]) not in measured]
         report["matrices"] = kept + rows
         draw(report["matrices"], args.out / "svd.png")
+        save(report, path)
     if "rate" in sections:
         report["rate"] = [measure_rate(k, W, 16 if args.quick else 128, args.repeats) for k, (W, _) in large.items()]
     if "model" in sections and smollm:
         report["model"] = measure_model(args.smollm, 64, args.repeats, args.slow_repeats)
     report["environment"]["load_at_end"] = os.getloadavg()
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, path)
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """After every section, so that a run that is interrupted keeps what it has measured."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
 
 
 def classes_of(
-    smollm: dict[str, Tensor], minilm: dict[str, Tensor], every: int
+    smollm: dict[str, Tensor], minilm: dict[str, Tensor], every: int, only: str
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Linears by shape: label -> (W, singular values in fp64)."""
     classes: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -485,6 +493,8 @@ def classes_of(
         for W in weights.values():
             kinds.setdefault(f"{model} {W.shape[0]}x{W.shape[1]}", []).append(W)
         for label, matrices in kinds.items():
+            if not re.search(only, label):
+                continue
             classes[label] = [(W, torch.linalg.svdvals(W.double())) for W in matrices[::every]]
     return classes
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-WIDEST = 64
+WIDEST = 48
 """Columns of the widest Krylov block; wider ones gain no speed and lose polynomial degree."""
 EXACT_BELOW = 6e-7
 """Tolerances below this are below what fp32 products can certify."""
