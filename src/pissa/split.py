@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +82,31 @@ def split_weight(W: Tensor, config: PissaConfig, *, name: str | None = None) -> 
     if not math.isfinite(rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
+
+
+def split_each(weights: Sequence[tuple[Tensor, PissaConfig, str]]) -> Iterator[Split]:
+    """Split many weights, in order; on a CPU several at a time, each on one thread.
+
+    A factorisation of a weight's size gains little from a second thread, a second weight gains all of it; and the bits
+    do not depend on how many threads there are.
+
+    Args:
+        weights: what `split_weight` takes: matrix, configuration, name.
+
+    Raises:
+        WeightError, ConfigError: as `split_weight`, for the first weight that cannot be split.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or any(W.device.type != "cpu" for W, _, _ in weights):
+        yield from (split_weight(W, config, name=name) for W, config, name in weights)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(lambda weight: split_weight(weight[0], weight[1], name=weight[2]), weights)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # a thread's own count is also what threads yet to come begin with
+        torch.set_num_threads(threads)
 
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

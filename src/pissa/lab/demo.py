@@ -297,5 +297,5 @@ def _check_export(base: str, run: Path, tokenizer: Any, task: Task, progress: Pr
         "max_abs_logit_difference": max(float((found[name] - expected[name]).abs().max()) for name in prompts),
         "max_abs_logit": max(float(logits.abs().max()) for logits in expected.values()),
         "rank": config["r"],
-        "directory": str(run),
+        "directory": run.name,
     }
