@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ def launched(arguments: list[str], launcher: str) -> list[str]:
     # with --cpu accelerate starts one process, whatever --num_processes says, unless it finds MPI
     options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
     engine = ("accelerate.commands.accelerate_cli", "launch", *options, "--dynamo_backend", "no")
-    return [sys.executable, "-m", *engine, "--main_process_port", "0", *pissa]
+    return [sys.executable, "-m", *engine, "--main_process_port", str(free_port()), *pissa]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pissa import export_lora, load
 from pissa.checkpoint.write import TEMPORARY_PREFIX
-from pissa.errors import OutputError
+from pissa.errors import OutputError, PissaError
+from pissa.lab.models import smollm2
 from pissa.train import run as run_module
 from pissa.train.directory import RunDirectory, only_writer
 from pissa.train.progress import StepLog
@@ -361,3 +362,30 @@ def test_the_command_trains_prints_and_continues(base_directory: Path, tmp_path:
     document = json.loads(done.stdout)
     assert document["losses"] == [record["loss"] for record in log_of(out)]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_pissa_learns_gsm8k_faster_than_lora_at_the_same_learning_rate(pissa_data: Path, tmp_path: Path) -> None:
+    try:
+        model = smollm2()
+    except PissaError as reason:
+        pytest.skip(f"needs the real model: {reason}")
+    data = pissa_data / "gsm8k" / "train.jsonl.gz"
+    results = {}
+    for method in ("pissa", "lora"):
+        settings = Recipe(
+            method=method,
+            rank=32,
+            learning_rate=2e-4,
+            batch_size=4,
+            micro_batch_size=4,
+            max_length=256,
+            max_steps=20,
+            dtype="fp32",
+        )
+        results[method] = train(str(model), str(data), tmp_path / method, settings, quiet=True).results
+    losses = {method: sum(found["losses"][-10:]) / 10 for method, found in results.items()}
+    first = {method: found["grad_norms"][0] for method, found in results.items()}
+    assert losses["pissa"] < losses["lora"] - 0.05
+    assert first["pissa"] > 3 * first["lora"]
+    assert results["pissa"]["losses"][0] == pytest.approx(results["lora"]["losses"][0], abs=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -85,10 +86,11 @@ def test_any_number_of_processes_sees_the_same_batches(count: int, processes: in
     micro = BATCH // processes // 2
     alone = batches(LengthGroupedBatches(lengths(count), BATCH, seed=5))
     shared = LengthGroupedBatches(lengths(count), BATCH, seed=5, multiple=micro * processes)
-    shards = [
-        list(BatchSamplerShard(BatchSampler(shared, micro, drop_last=False), processes, rank))
-        for rank in range(processes)
-    ]
+    parts = BatchSampler(shared, micro, drop_last=False)
+    shards: list[list[list[int]]] = []
+    for rank in range(processes):
+        shard: Any = BatchSamplerShard(parts, processes, rank)  # pyright: ignore[reportArgumentType]
+        shards.append(list(shard))
     assert len({len(shard) for shard in shards}) == 1
     for step, batch in enumerate(alone):
         seen = [i for shard in shards for part in shard[2 * step : 2 * step + 2] for i in part if i < count]
