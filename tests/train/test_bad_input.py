@@ -189,6 +189,11 @@ def test_a_place_below_a_file_is_refused(base: Path, tmp_path: Path) -> None:
         run(base, tmp_path / "file" / "out", recipe())
 
 
+def test_a_name_that_no_disk_takes_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        run(base, tmp_path / ("n" * 300), recipe())
+
+
 def test_a_place_that_may_not_be_written_is_refused_before_the_work(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
