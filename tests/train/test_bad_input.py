@@ -197,7 +197,7 @@ def test_a_name_that_no_disk_takes_is_refused(base: Path, tmp_path: Path) -> Non
 def test_a_place_that_may_not_be_written_is_refused_before_the_work(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing(base)  # never read
+    missing(base)  # is never looked for
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
     message = refused(base, tmp_path / "new" / "out", recipe())
     assert f"cannot be written: no permission in {tmp_path}" in message

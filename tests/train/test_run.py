@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -224,12 +226,13 @@ def test_a_kill_while_files_are_written_costs_nothing_but_time(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_kill_at_any_change_of_the_directory_costs_nothing_but_time(
     base_directory: Path, tmp_path: Path, four_steps: Path
 ) -> None:
-    moment, killed = 1, True
-    while killed:
-        killed = check_kill(base_directory, tmp_path / str(moment), four_steps, recipe(max_steps=4), moment)
+    moment = 1
+    while check_kill(base_directory, tmp_path / str(moment), four_steps, recipe(max_steps=4), moment):
+        shutil.rmtree(tmp_path / str(moment))
         moment += 1
     assert moment > 40
 
@@ -266,14 +269,31 @@ def test_ctrl_c_on_the_last_step_is_a_finished_run(base_directory: Path, tmp_pat
     assert_same_run(out, four_steps)
 
 
+def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_goes_on(
+    base_directory: Path, tmp_path: Path, four_steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pissa.train.progress.SAME_REQUEST_SECONDS", -1)
+    out, settings = tmp_path / "run", recipe(max_steps=4)
+    with pytest.raises(Interrupted, match=r"checkpoint-2 is saved"):
+        signal_at_step(3, lambda: run(base_directory, out, settings), number=signal.SIGINT, times=2)
+    assert len(log_of(out)) == 3
+    run(base_directory, out, settings)
+    assert_same_run(out, four_steps)
+
+
+def test_a_result_without_its_last_file_is_not_taken_for_finished(
+    base_directory: Path, tmp_path: Path, four_steps: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(four_steps, out)
+    (out / "adapter_config.json").unlink()
+    run(base_directory, out, recipe(max_steps=4))
+    assert_same_run(out, four_steps)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("twice", [False, True])
-def test_a_signal_to_the_command_exits_130_with_one_line(
-    base_directory: Path, tmp_path: Path, number: int, twice: bool
-) -> None:
-    import subprocess
-
+def test_a_signal_to_the_command_exits_130_with_one_line(base_directory: Path, tmp_path: Path, number: int) -> None:
     data, out = write_rows(tmp_path / "data.jsonl"), tmp_path / "run"
     settings = recipe(max_steps=5000, save_every=5000)
     process = subprocess.Popen(command(base_directory, data, out, settings), stderr=subprocess.PIPE, text=True)
@@ -282,9 +302,6 @@ def test_a_signal_to_the_command_exits_130_with_one_line(
     while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    if twice:
-        time.sleep(1.2)
-        process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert re.search(r"pissa: interrupted; \S+checkpoint-\d+ is saved: the same command continues", said)
