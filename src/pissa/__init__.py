@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.read import load as load
     from .config import PissaConfig as PissaConfig
+    from .config import Quantization as Quantization
+    from .config import quantization_preset as quantization_preset
     from .decompose.certificate import Certificate as Certificate
     from .decompose.svd import truncated_svd as truncated_svd
     from .errors import PissaError as PissaError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .live.apply import adapt as adapt
     from .live.reference import reference as reference
     from .live.reference import restore as restore
+    from .quantize.error import reduction_ratio as reduction_ratio
     from .split import Split as Split
     from .split import split_weight as split_weight
 
@@ -26,10 +29,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "PissaConfig": "config",
+    "Quantization": "config",
+    "quantization_preset": "config",
     "PissaError": "errors",
     "Certificate": "decompose.certificate",
     "truncated_svd": "decompose.svd",
     "Split": "split",
+    "reduction_ratio": "quantize.error",
     "split_weight": "split",
     "adapt": "live.apply",
     "reference": "live.reference",
