@@ -30,6 +30,7 @@ from .manifest import MANIFEST, package_versions, read_manifest
 from .write import check_free, output_directory, write_json
 
 RESIDUAL = "residual"
+ADAPTER = "adapter for a residual"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -54,7 +55,8 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
     """Write an adapted model's residual so that `AutoModelForCausalLM.from_pretrained(out)` loads it as it is.
 
     `PeftModel.from_pretrained(residual, out, subfolder="pissa_init", is_trainable=True)` then gives the model as it
-    was at step 0. Adapters that the live model saves from now on name `out` as their base, because that is what they fit.
+    was at step 0. Adapters that the live model saves from now on name `out` as their base: that is what they
+    fit.
 
     Args:
         model: an adapted model whose weights are residuals; only that note on it is changed.
@@ -101,6 +103,26 @@ def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str 
     config: Any = deepcopy(model.peft_config[adapter])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(directory))
+
+
+def write_trained(model: PeftModel, directory: Path, *, final: Path) -> None:
+    """Write an adapter for a saved residual: the rank-r adapter, with a manifest that says what it is for.
+
+    Args:
+        model: whose residual was saved, or loaded from disk.
+        directory: where to write.
+        final: the name that the directory will have in the end; the residual is found relative to it.
+    """
+    record: Any = model.pissa
+    assert record.residual is not None
+    write_adapter(model, directory, base=record.residual)
+    manifest = {
+        "layout": ADAPTER,
+        "base": record.base,
+        "residual": os.path.relpath(record.residual, final.absolute()),
+        "versions": package_versions(),
+    }
+    write_json(directory / MANIFEST, manifest)
 
 
 def residual_at(path: Path) -> SavedResidual | None:
@@ -156,8 +178,8 @@ def _check_residual(model: PeftModel, record: Any) -> PreTrainedModel:
     uneven = [name for name, layer in layers.items() if bits_of(layer) == 4 and layer.out_features % 32]
     if uneven:
         warnings.warn(
-            f"{', '.join(uneven)}: the number of outputs is no multiple of 32, so bitsandbytes fails in evaluation mode "
-            "on CPUs with AVX512-bf16 when transformers alone loads this; pissa.load does not",
+            f"{', '.join(uneven)}: the number of outputs is no multiple of 32, so bitsandbytes fails in evaluation "
+            "mode on CPUs with AVX512-bf16 when transformers alone loads this; pissa.load does not",
             stacklevel=3,
         )
     return plain

@@ -77,6 +77,11 @@ def second_half(factor: Tensor, dimension: int) -> Tensor:
     return factor.narrow(dimension, half, half)
 
 
+def trained_values(parameter: nn.Parameter) -> int:
+    """How many of a parameter's values are trained."""
+    return parameter.numel() // (2 if hasattr(parameter, FROZEN) else 1)
+
+
 @torch.no_grad()
 def _put_back(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
