@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate
-from ..errors import PissaError
+from ..errors import ConfigError, PissaError
 from ..quantize.formats import Packed
 from ..split import combine, split_weight
 from .layers import set_weight_matrix, weight_matrix
@@ -64,13 +64,20 @@ class AdaptationRecord:
     """The directory to which the residual was saved, or from which it was loaded."""
 
 
-def adapt(model: nn.Module, config: PissaConfig, *, progress: Progress | None = None) -> PeftModel:
+def adapt(
+    model: nn.Module,
+    config: PissaConfig,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> PeftModel:
     """Turn a model into its residual with a trainable adapter that starts at the principal components.
 
     Args:
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
-        config: rank, method, targets.
+        config: rank, method, targets, quantisation, placement.
+        moments: module name -> (in, in) second moment of its input, for a quantisation that minimises output error.
         progress: called with (module name, how many are done, how many there are) after each split.
 
     Returns:
@@ -79,11 +86,12 @@ def adapt(model: nn.Module, config: PissaConfig, *, progress: Progress | None = 
 
     Raises:
         TargetError, ConfigError, WeightError: see `targets.resolve_targets`; the model is then unchanged.
+        MissingExtraError: a quantisation without bitsandbytes.
 
     Source: paper, section 3.
     """
     if config.quantization is not None:
-        require_bitsandbytes()
+        _check_live_format(config.quantization, moments)
     keep_unpacked(model)
     targets = resolve_targets(model, config)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -93,6 +101,7 @@ def adapt(model: nn.Module, config: PissaConfig, *, progress: Progress | None = 
         split = split_weight(
             weight_matrix(target.module),
             config.for_module(target.rank, target.alpha),
+            moment=moments.get(target.name) if moments is not None else None,
             name=f"{target.name}.weight",
         )
         factors[target.name] = split.A, split.B
@@ -183,6 +192,24 @@ def attach(
         None, {}, shared, tied_before, trainable, quantized=bool(packed), base=base
     )
     return adapted
+
+
+def _check_live_format(quantization: Quantization, moments: Mapping[str, Tensor] | None) -> None:
+    """Refuse a quantisation that live layers cannot carry out.
+
+    Raises:
+        ConfigError, MissingExtraError: with the way out.
+    """
+    if quantization.format == "gptq":
+        raise ConfigError(
+            "no live layer holds GPTQ's format; use format nf4 or int8, or split_weight for single weights"
+        )
+    if quantization.calibration is not None and moments is None:
+        raise ConfigError(
+            f"calibration {quantization.calibration!r} says which text to take second moments from; pass them as "
+            "moments, or leave calibration out"
+        )
+    require_bitsandbytes()
 
 
 def _quantize_layers(model: nn.Module, packed: Mapping[str, Packed]) -> None:
