@@ -5,12 +5,16 @@ The public names below are loaded when they are first used, so that `import piss
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.read import load as load
+    from .checkpoint.residual import save_residual as save_residual
     from .config import PissaConfig as PissaConfig
+    from .config import Quantization as Quantization
+    from .config import quantization_preset as quantization_preset
     from .decompose.certificate import Certificate as Certificate
     from .decompose.svd import truncated_svd as truncated_svd
     from .errors import PissaError as PissaError
@@ -19,22 +23,32 @@ if TYPE_CHECKING:
     from .live.apply import adapt as adapt
     from .live.reference import reference as reference
     from .live.reference import restore as restore
+    from .quantize.error import reduction_ratio as reduction_ratio
     from .split import Split as Split
     from .split import split_weight as split_weight
 
 __version__ = "0.1.0"
 
+# bitsandbytes, which transformers imports where it is installed, tells of a faster kernel at its import, and of a cast
+# at every call of every 8-bit layer.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 _HOMES = {
     "PissaConfig": "config",
+    "Quantization": "config",
+    "quantization_preset": "config",
     "PissaError": "errors",
     "Certificate": "decompose.certificate",
     "truncated_svd": "decompose.svd",
     "Split": "split",
+    "reduction_ratio": "quantize.error",
     "split_weight": "split",
     "adapt": "live.apply",
     "reference": "live.reference",
     "restore": "live.reference",
     "load": "checkpoint.read",
+    "save_residual": "checkpoint.residual",
     "export_lora": "export",
     "export_merged": "export",
 }

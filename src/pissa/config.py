@@ -12,9 +12,107 @@ from .errors import ConfigError
 
 Method = Literal["pissa", "lora-kaiming", "lora-gaussian"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Placement = Literal["residual", "offset"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 LARGEST_ALPHA = 1e30
 Algorithm = Literal["auto", "exact", "gram", "krylov", "subspace"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+
+QuantizationFormat = Literal["nf4", "int8", "gptq"]
+QuantizationMethod = Literal["qlora", "loftq", "qpissa"]
+ScaleSearch = Literal["absmax", "unsigned", "signed"]
+Rounding = Literal["nearest", "gptq"]
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+PRESETS = "qlora, loftq-T, qpissa-T (as published), ours-T; T is the number of iterations"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen residual is stored in few bits, and how residual and adapter are fitted to each other.
+
+    Raises:
+        ConfigError: a value out of its range, or a combination that means nothing.
+    """
+
+    format: QuantizationFormat = "nf4"
+    """bitsandbytes' 4-bit NF4, bitsandbytes' row-wise INT8, or GPTQ's 4-bit integers."""
+    method: QuantizationMethod = "qpissa"
+    """"qlora" quantises the weight and leaves the adapter at zero, "loftq" alternates from the quantised weight, "qpissa"
+    from the principal components."""
+    iterations: int = 10
+    """T, at least 1; "qlora" has nothing to iterate and ignores it."""
+    refit: bool = True
+    """End on an SVD of what the quantised residual leaves over. LoftQ always does, published QPiSSA does not."""
+    scale_search: ScaleSearch = "signed"
+    """"absmax" takes each block's largest magnitude as its scale, as bitsandbytes does; "unsigned" and "signed" search the
+    scale of least error. A symmetric format (int8) gains nothing from a sign; gptq moves its zero points as well."""
+    momentum: float = 0.9
+    """β in [0, 1): how far each iteration is extrapolated beyond the last one. 0 is plain alternation."""
+    rounding: Rounding = "nearest"
+    """"gptq" carries each rounding error on to the columns not yet rounded; it needs calibration."""
+    double_quant: bool = True
+    """Store NF4's block scales in 8 bits themselves."""
+    calibration: str | None = None
+    """A text file whose activations say which directions matter. None: all directions count alike."""
+    block_size: int = 64
+    """Values that share a scale: NF4's block, GPTQ's group. INT8 has one scale per row."""
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "format": get_args(QuantizationFormat),
+            "method": get_args(QuantizationMethod),
+            "scale_search": get_args(ScaleSearch),
+            "rounding": get_args(Rounding),
+            "block_size": BLOCK_SIZES,
+        }
+        wrong = [
+            f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(str, values))}"
+            for name, values in allowed.items()
+            if getattr(self, name) not in values
+        ]
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            wrong.append(f"iterations is {self.iterations!r}; give a whole number of at least 1")
+        if not 0 <= self.momentum < 1:
+            wrong.append(f"momentum is {self.momentum!r}; allowed: 0 up to, not including, 1")
+        if wrong:
+            raise ConfigError("quantization: " + "; ".join(wrong))
+        if not self.refit and (self.method == "loftq" or self.momentum > 0):
+            raise ConfigError(
+                "quantization: refit is off; LoftQ and momentum both end on an SVD, so leave refit on, or take method "
+                '"qpissa" with momentum 0'
+            )
+        if self.rounding == "gptq" and self.format == "int8":
+            raise ConfigError('quantization: rounding "gptq" is for the formats nf4 and gptq; int8 takes "nearest"')
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best iterate is taken; the published methods take the last one."""
+        return self.scale_search != "absmax" or self.momentum > 0
+
+
+def quantization_preset(name: str, **changes: Any) -> Quantization:
+    """The `Quantization` that a short name stands for.
+
+    Args:
+        name: "qlora"; "loftq-T" and "qpissa-T" as published, with T iterations; "ours-T", this library's own method,
+            with momentum from 10 iterations on.
+        changes: other fields, for example `double_quant=False`.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    method, _, count = name.partition("-")
+    published: dict[str, Any] = {"scale_search": "absmax", "momentum": 0.0}
+    if name == "qlora":
+        return Quantization(**{"method": "qlora", "iterations": 1, **published, **changes})
+    if method in ("loftq", "qpissa", "ours") and count.isdecimal() and int(count) >= 1:
+        settings: dict[str, Any] = {"iterations": int(count)}
+        if method == "ours":
+            settings["momentum"] = 0.9 if int(count) >= 10 else 0.0
+        else:
+            settings |= {"method": method, "refit": method == "loftq", **published}
+        return Quantization(**{**settings, **changes})
+    raise ConfigError(f"no quantisation is called {name!r}; allowed: {PRESETS}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +150,11 @@ class PissaConfig:
     """Algorithm of the truncated SVD, see `pissa.truncated_svd`."""
     modules_to_save: tuple[str, ...] | list[str] = ()
     """Modules trained in full beside the adapters and saved with them, as in PEFT."""
+    quantization: Quantization | None = None
+    """How the residual is quantised; None keeps it in the base's dtype."""
+    placement: Placement = "residual"
+    """"residual" replaces each weight by its residual. "offset" leaves the base as it is, quantised or not, and trains
+    `W + s(B·A − B0·A0)`: one LoRA of rank 2r whose second half is frozen."""
     seed: int = 0
     """Seed of every random draw (sketches, LoRA's `lora_A`); the global generators are never touched."""
 
@@ -80,8 +183,27 @@ class PissaConfig:
                 "pretrained function in training mode (0.05 already costs 18 % output error). Use dropout 0, or set "
                 "allow_dropout (--allow-dropout) to accept that"
             )
+        self._check_quantization()
+        if self.placement not in PLACEMENTS:
+            raise ConfigError(f"placement is {self.placement!r}; allowed: {', '.join(PLACEMENTS)}")
         if not self.target_modules:
             raise ConfigError('target_modules is empty; give names, a regular expression or "all-linear"')
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        if not isinstance(self.quantization, Quantization):
+            raise ConfigError(f"quantization is {self.quantization!r}; give a pissa.Quantization or None")
+        if self.placement == "offset":
+            raise ConfigError(
+                'placement "offset" leaves the base as it is, so there is no residual to quantise: leave quantization '
+                'out (and load the base in 4 or 8 bits where that is wanted), or use placement "residual"'
+            )
+        if (self.quantization.method == "qlora") != self.starts_at_zero:
+            raise ConfigError(
+                f"method {self.method!r} does not go with quantization method {self.quantization.method!r}: an adapter "
+                'that starts at zero (lora-kaiming, lora-gaussian) takes "qlora", method "pissa" takes "qpissa" or "loftq"'
+            )
 
     def _check_names(self) -> None:
         if isinstance(self.modules_to_save, str):

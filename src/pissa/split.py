@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ from .config import PissaConfig
 from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS
 from .errors import ConfigError, WeightError
+from .quantize.alternate import Alternation, alternate
+from .quantize.error import plain_error
+from .quantize.formats import Packed
+from .quantize.lowrank import singular_triplets
+from .quantize.metric import metric
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,76 +44,170 @@ class Split:
     scale: float
     """The factor before `B·A`, LoRA's `alpha / r`."""
     residual: Tensor
-    """(out, in), in W's dtype."""
+    """(out, in), in W's dtype; where quantised, what `packed` dequantises to, bit for bit."""
     certificate: Certificate
-    """How good the factors are and what rounding the residual cost."""
+    """How good the factors are and what rounding or quantising the residual cost."""
+    packed: Packed | None = None
+    """The residual's codes and scales where it is quantised."""
 
     def restore(self) -> Tensor:
         """The weight again, `residual + scale·B·A`, (out, in) in the residual's dtype."""
         return combine(self.residual, self.A, self.B, self.scale)
 
 
-def split_weight(W: Tensor, config: PissaConfig, *, name: str | None = None) -> Split:
+def split_weight(
+    W: Tensor,
+    config: PissaConfig,
+    *,
+    moment: Tensor | None = None,
+    gradient: Tensor | None = None,
+    name: str | None = None,
+) -> Split:
     """Split one weight into residual and initial adapter.
 
     Args:
         W: (out, in), fp32, bf16 or fp16; never modified.
-        config: rank, alpha, method, seed; patterns are the caller's to resolve (`PissaConfig.for_module`).
+        config: rank, alpha, method, quantization, seed; patterns are the caller's to resolve (`PissaConfig.for_module`).
+        moment: (in, in) second moment `E[xᵀx]` of the layer's input, for a quantisation that minimises output error.
+        gradient: (out, in); no method uses one yet.
         name: the weight's name, for messages and so that random draws differ from weight to weight.
 
     Returns:
         The split; `split.restore()` equals W up to `split.certificate.rounding`.
 
     Raises:
-        WeightError: W is not a finite matrix of a supported dtype, or its residual does not fit into that dtype.
-        ConfigError: the rank exceeds the smaller side of W.
+        WeightError: W is not a finite matrix of a supported dtype, its residual does not fit into that dtype, or the
+            moment is not one.
+        ConfigError: the rank exceeds the smaller side of W, or a moment or gradient that nothing would use.
     """
     label = name or "the weight"
+    check(W, config, moment, gradient, label)
+    with torch.no_grad():
+        split = quantized if config.quantization is not None else unquantized
+        return split(W.detach(), config, moment, derive_seed(config.seed, name), label)
+
+
+def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, label: str) -> None:
+    """Refuse what cannot be split."""
     if W.ndim != 2 or W.dtype not in STORAGE_DTYPES:
+        already = "; it is quantised already" if W.dtype in (torch.uint8, torch.int8, torch.int32) else ""
         raise WeightError(
-            f"{label} is {W.dtype} of shape {tuple(W.shape)}; a matrix in float32, bfloat16 or float16 can be split"
+            f"{label} is {W.dtype} of shape {tuple(W.shape)}{already}; a matrix in float32, bfloat16 or float16 can be split"
         )
     if config.rank > min(W.shape):
         raise ConfigError(f"rank {config.rank} exceeds {min(W.shape)}, the smaller side of {label} {tuple(W.shape)}")
     if not bool(torch.isfinite(W).all()):
         raise WeightError(f"{label} holds NaN or Inf; repair or reload the checkpoint before adapting it")
+    if gradient is not None or (moment is not None and config.quantization is None):
+        given = "gradient" if gradient is not None else "second moment"
+        raise ConfigError(f"a {given} was given for {label}, and this configuration does not use one; leave it out")
+    if config.quantization is not None and config.quantization.rounding == "gptq" and moment is None:
+        raise ConfigError(f'rounding "gptq" needs the second moment of the inputs of {label}; give calibration text')
 
+
+def unquantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, label: str) -> Split:
+    """The residual in W's dtype."""
     scale = config.scale(config.rank, config.alpha)
-    with torch.no_grad():
-        A, B, certificate = FACTORS[config.method](
-            W.detach().float(), config.rank, scale, config, derive_seed(config.seed, name)
-        )
-        A, B = A.contiguous(), B.contiguous()
-        residual = W.detach().clone() if config.starts_at_zero else combine(W.detach(), A, B, -scale)
-        rounding = relative_error(W.detach(), combine(residual.float(), A, B, scale))
+    A, B, certificate = FACTORS[config.method](W.float(), config.rank, scale, config, seed)
+    A, B = A.contiguous(), B.contiguous()
+    residual = W.clone() if config.starts_at_zero else combine(W, A, B, -scale)
+    rounding = relative_error(W, combine(residual.float(), A, B, scale))
     if not math.isfinite(rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
 
 
-def split_each(weights: Sequence[tuple[Tensor, PissaConfig, str]]) -> Iterator[Split]:
+class Weight(NamedTuple):
+    """One weight of many, for `split_each`."""
+
+    W: Tensor
+    """(out, in)."""
+    config: PissaConfig
+    """Its own configuration."""
+    name: str
+    """The weight's name."""
+    moment: Tensor | None = None
+    """(in, in) second moment of the layer's input."""
+
+
+def split_each(weights: Sequence[Weight]) -> Iterator[Split]:
     """Split many weights, in order; on a CPU several at a time, each on one thread.
 
     A factorisation of a weight's size gains little from a second thread, a second weight gains all of it; and the bits
     do not depend on how many threads there are.
 
     Args:
-        weights: what `split_weight` takes: matrix, configuration, name.
+        weights: the matrices, each with what `split_weight` takes beside it.
 
     Raises:
         WeightError, ConfigError: as `split_weight`, for the first weight that cannot be split.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or any(W.device.type != "cpu" for W, _, _ in weights):
-        yield from (split_weight(W, config, name=name) for W, config, name in weights)
+    if threads == 1 or any(weight.W.device.type != "cpu" for weight in weights):
+        yield from map(_split, weights)
         return
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield from pool.map(lambda weight: split_weight(weight[0], weight[1], name=weight[2]), weights)
+        yield from pool.map(_split, weights)
     finally:
         pool.shutdown(cancel_futures=True)
         # a thread's own count is also what threads yet to come begin with
         torch.set_num_threads(threads)
+
+
+def quantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, label: str) -> Split:
+    """The residual in few bits, and the adapter that goes with it."""
+    assert config.quantization is not None
+    start = time.perf_counter()
+    scale = config.scale(config.rank, config.alpha)
+    found = alternate(
+        W.float(),
+        config.rank,
+        config.quantization,
+        dtype=W.dtype,
+        metric=None if moment is None else metric(moment.to(W.device), W.shape[1], name=label),
+        tolerance=config.tolerance,
+        algorithm=config.algorithm,
+        seed=seed,
+    )
+    A, B = factors(W, found, config, scale, seed)
+    residual = found.packed.dequantize()
+    error = W.double() - (residual.double() + scale * (B.double() @ A.double()))
+    certificate = certify(W, error, found, config, time.perf_counter() - start)
+    if not math.isfinite(certificate.rounding):
+        raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
+    return Split(A, B, scale, residual, certificate, found.packed)
+
+
+def factors(W: Tensor, found: Alternation, config: PissaConfig, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+    """A and B with `s·B·A = L`, S shared evenly between them as in `principal_factors`."""
+    if found.low_rank is None:
+        A, B, _ = FACTORS[config.method](W.float(), config.rank, scale, config, seed)
+        return A.contiguous(), B.contiguous()
+    U, S, Vh = singular_triplets(found.low_rank, config.rank)
+    root = (S / scale).sqrt()
+    return (root[:, None] * Vh).contiguous(), (U * root).contiguous()
+
+
+def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, seconds: float) -> Certificate:
+    """What the quantised split cost."""
+    total, left = float(W.double().norm()), float(error.norm())
+    plain = float(plain_error(W, found.packed).double().norm())
+    return Certificate(
+        algorithm=config.algorithm,
+        passes=0,
+        seconds=seconds,
+        captured_energy_loss=0.0,
+        bound="estimate",
+        rounding=left / total if total > 0 else 0.0,
+        quantization_error=left,
+        quantization_reduction=100 * (1 - left / plain) if plain > 0 else 0.0,
+        iterations=found.iterations,
+    )
+
+
+def _split(weight: Weight) -> Split:
+    return split_weight(weight.W, weight.config, moment=weight.moment, name=weight.name)
 
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

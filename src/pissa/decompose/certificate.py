@@ -27,3 +27,9 @@ class Certificate:
     """How `captured_energy_loss` relates to the true loss."""
     rounding: float = 0.0
     """`‖W − (residual + scale·B·A)‖ / ‖W‖`: what rounding the residual to its storage dtype cost."""
+    quantization_error: float | None = None
+    """`‖W − (Q + scale·B·A)‖`, Frobenius; None where the residual is not quantised."""
+    quantization_reduction: float | None = None
+    """By how many percent that is below the plain format's `‖W − Q(W)‖`; 0 for W = 0."""
+    iterations: int | None = None
+    """How many iterations the quantised split took; later ones were no better."""

@@ -19,7 +19,8 @@ from torch import nn
 from ..config import PissaConfig
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
-from .layers import is_linear, weight_matrix
+from .layers import is_linear, matrix_shape, weight_matrix
+from .quantized import bits_of, check_quantizable
 
 CLASSIFICATION_HEADS = ("classifier", "score")
 
@@ -49,7 +50,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
     Raises:
         TargetError: nothing matches, or something that matches cannot be adapted.
         ConfigError: a rank above the smaller side of a target, or a pattern that matches no target.
-        WeightError: a target's weight is quantised, not loaded, or holds NaN or Inf.
+        WeightError: a target's weight is quantised (outside placement "offset"), not loaded, or holds NaN or Inf.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TargetError(
@@ -67,7 +68,11 @@ def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
         )
     targets = [_with_rank(name, modules[name], config) for name in names]
     _check_patterns(names, config)
+    _check_quantized(targets, config)
     _check_weights(targets)
+    if config.quantization is not None:
+        bits = 8 if config.quantization.format == "int8" else 4
+        check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
     return targets
 
 
@@ -194,9 +199,28 @@ def _check_patterns(names: list[str], config: PissaConfig) -> None:
         raise ConfigError(f"{_listed(unused)} matches no target; the targets are {_listed(names)}")
 
 
+def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
+    """Refuse a base in 4 or 8 bits where its weights would have to change."""
+    already = [f"{t.name} ({bits_of(t.module)} bit)" for t in targets if bits_of(t.module) is not None]
+    if not already or config.placement == "offset" or (config.starts_at_zero and config.quantization is None):
+        return
+    remedy = (
+        "load the base unquantised"
+        if config.quantization is not None
+        else 'set placement="offset" (--placement offset), which leaves the base as it is, or load it unquantised'
+    )
+    raise WeightError(f"cannot split {_listed(already)}: already quantised; {remedy}")
+
+
 def _check_weights(targets: list[Target]) -> None:
     unready, low, bad = [], [], []
     for target in targets:
+        if bits_of(target.module) is not None:
+            # bitsandbytes holds finite values only, and takes time to show them
+            if target.rank > min(matrix_shape(target.module)):
+                shape = matrix_shape(target.module)
+                low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
+            continue
         weight = weight_matrix(target.module)
         if weight.dtype not in STORAGE_DTYPES or weight.is_meta or weight.numel() == 0 or weight.ndim != 2:
             unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
@@ -207,7 +231,7 @@ def _check_weights(targets: list[Target]) -> None:
     if unready:
         raise WeightError(
             f"cannot split {_listed(unready)}: weights must be loaded whole in float32, bfloat16 or float16 "
-            "(a quantised or sharded base cannot be split; load it without quantisation)"
+            "(a base that is sharded, or quantised by other means than bitsandbytes, cannot be split)"
         )
     if low:
         raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")

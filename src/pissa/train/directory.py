@@ -1,11 +1,12 @@
 """A run's directory: what lies where, whether it may be written, and what a stopped run left in it.
 
 RUN/                 the LoRA for the untouched base (method full: the model), with its card, tokenizer, pissa.json
+RUN/residual/        only where it is quantised: what RUN/'s adapter, of rank r, is for
 RUN/results.json     settings, losses by step, speed, versions, hardware
 RUN/state/           what continues the run:
     run.json             settings, fingerprints of base and data, figures of the split
     log.jsonl            one line a step
-    checkpoint-N/        adapter (itself a LoRA for the base), optimizer, schedule, generators
+    checkpoint-N/        adapter (as RUN/'s itself is), optimizer, schedule, generators
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class RunDirectory:
     def state(self) -> Path:
         """What continues the run."""
         return self.path / "state"
+
+    @property
+    def residual(self) -> Path:
+        """The quantised residual, where the run has one."""
+        return self.path / "residual"
 
     @property
     def record(self) -> Path:
@@ -105,7 +111,11 @@ def check_same_inputs(directory: RunDirectory, fingerprints: dict[str, str]) -> 
     record = read_record(directory)
     changed = [what for what, mark in fingerprints.items() if record["fingerprints"].get(what) not in (None, mark)]
     if changed:
-        names = {"base": f"the weights of {record['settings']['model']}", "data": f"the rows of {_data_name(record)}"}
+        names = {
+            "base": f"the weights of {record['settings']['model']}",
+            "residual": f"the weights in {directory.residual}",
+            "data": f"the rows of {_data_name(record)}",
+        }
         raise OutputError(
             f"{' and '.join(names[what] for what in changed)} are not those that {directory.path} was started with; "
             "continue with what it was started with, or start in another directory"

@@ -6,14 +6,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..config import METHODS, PissaConfig
+from ..config import METHODS, PLACEMENTS, PissaConfig, Placement, Quantization, quantization_preset
 from ..errors import ConfigError
 from .prompts import TEMPLATES, Template
 
-TrainingMethod = Literal["pissa", "lora", "lora-kaiming", "lora-gaussian", "full"]
+TrainingMethod = Literal["pissa", "lora", "lora-kaiming", "lora-gaussian", "qlora", "loftq", "qpissa", "full"]
 TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
 DTYPES = ("auto", "fp32", "bf16")
-ALIASES = {"lora": "lora-kaiming"}
+ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "qpissa": "pissa"}
+QUANTIZED_METHODS = ("qlora", "loftq", "qpissa")
+ITERATIONS = {"loftq": 5, "qpissa": 10}
+"""Where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,23 @@ class Recipe:
     """
 
     method: TrainingMethod = "pissa"
-    """pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model is trained."""
+    """pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model is trained. qlora, loftq and
+    qpissa are lora and pissa with that quantize_method, in nf4 unless `quantize` says otherwise."""
     rank: int = 16
     """Components per adapter."""
     alpha: float | None = None
     """LoRA's numerator; None for alpha = rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Modules to adapt, see `PissaConfig`."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Format of the frozen residual; None keeps it in `dtype`."""
+    quantize_method: str | None = None
+    """qlora; loftq, as published; qpissa, with this library's scale search, refit and momentum; or a preset such as
+    qpissa-5, the published one with 5 iterations. None: qpissa for pissa, qlora for lora."""
+    iterations: int | None = None
+    """Of the alternation between residual and adapter; None for 10 with qpissa, 5 with loftq."""
+    placement: Placement = "residual"
+    """offset leaves the base as it is, also one that is in 4 or 8 bits already, see `PissaConfig`."""
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     allow_dropout: bool = False
@@ -76,6 +89,7 @@ class Recipe:
         _check_types(self)
         _check_choices(self)
         _check_ranges(self)
+        _check_quantization(self)
         if self.adapts:
             self.pissa_config()
         else:
@@ -85,6 +99,19 @@ class Recipe:
     def adapts(self) -> bool:
         """Whether adapters are trained; False for full fine-tuning."""
         return self.method != "full"
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the residual is quantised; None where it is not."""
+        short = self.method if self.method in QUANTIZED_METHODS else None
+        form = self.quantize or ("nf4" if short else None)
+        if form is None:
+            return None
+        kind = self.quantize_method or short or ("qpissa" if self.method == "pissa" else "qlora")
+        if kind in ITERATIONS:
+            name = {"loftq": "loftq", "qpissa": "ours"}[kind]
+            kind = f"{name}-{self.iterations or ITERATIONS[kind]}"
+        return quantization_preset(kind, format=form)
 
     def pissa_config(self) -> PissaConfig:
         """The adapter's configuration."""
@@ -97,6 +124,8 @@ class Recipe:
             target_modules=self.target_modules,
             dropout=self.dropout,
             allow_dropout=self.allow_dropout,
+            quantization=self.quantization,
+            placement=self.placement,
             seed=self.seed,
         )
 
@@ -170,16 +199,38 @@ def _check_types(recipe: Recipe) -> None:
 
 def _check_unused(recipe: Recipe) -> None:
     """Refuse what full fine-tuning would ignore."""
-    names = ("alpha", "target_modules", "dropout", "allow_dropout", "export_rank")
+    names = ("alpha", "target_modules", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
     given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) != f.default]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
+
+
+def _check_quantization(recipe: Recipe) -> None:
+    """Refuse settings of a quantisation that nothing would use."""
+    short = recipe.method if recipe.method in QUANTIZED_METHODS else None
+    given = [name for name in ("quantize_method", "iterations") if getattr(recipe, name) is not None]
+    if given and recipe.quantize is None and short is None:
+        raise ConfigError(f"{' and '.join(given)} without a format; add quantize (--quantize nf4)")
+    if recipe.quantize_method is not None and short is not None:
+        raise ConfigError(
+            f"method {short} says how to quantise already; leave out quantize_method, or use method pissa"
+        )
+    kind = recipe.quantize_method or short or ("qpissa" if recipe.method == "pissa" else "qlora")
+    if recipe.iterations is not None and kind not in ITERATIONS:
+        raise ConfigError(f"quantize_method {kind} takes no iterations; leave them out")
+    if recipe.export_rank is not None and (recipe.quantize is not None or short is not None):
+        raise ConfigError(
+            "export_rank with a quantised residual: the run is an adapter for that residual; leave export_rank out and "
+            "use pissa export --rank for a LoRA of the base"
+        )
 
 
 def _check_choices(recipe: Recipe) -> None:
     choices = {
         "method": TRAINING_METHODS,
         "dtype": DTYPES,
+        "quantize": (None, "nf4", "int8"),
+        "placement": PLACEMENTS,
         "schedule": ("cosine", "linear", "constant"),
         "template": TEMPLATES,
         "log_to": ("jsonl", "tensorboard"),
@@ -187,11 +238,11 @@ def _check_choices(recipe: Recipe) -> None:
     for name, allowed in choices.items():
         value = getattr(recipe, name)
         if value not in allowed:
-            raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+            raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(filter(None, allowed))}")
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank")
+    counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank", "iterations")
     for name in (*counts, "max_length"):
         value, least = getattr(recipe, name), 2 if name == "max_length" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

@@ -3,7 +3,8 @@
 loss          the vocabulary projection is computed at response tokens only: it is a quarter of a step
 order         batches of similar length, a function of seed and epoch (`sampler.py`)
 checkpoints   appear whole or not at all
-adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly
+adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly; those of a
+              quantised residual as they are, with its name
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..checkpoint.residual import write_trained
 from ..checkpoint.write import TEMPORARY_PREFIX, durable_rename, explained
 from ..errors import ConfigError, OutputError
 from ..export import export_lora, write_lora
-from ..live.state import active_adapter_name
+from ..live.state import TRAINABLE, active_adapter_name, is_offset
 from .encode import IGNORED
 from .sampler import LengthGroupedBatches
 
@@ -50,6 +52,12 @@ def response_loss(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tup
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
     loss = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[learned], reduction="sum")
     return loss, int(learned.sum())
+
+
+def _needs_whole_layers(model: Any) -> bool:
+    """Whether a model's layers or its adapter's frozen half would not survive sharding."""
+    record = getattr(model, "pissa", None)
+    return (record is not None and record.quantized) or is_offset(model, TRAINABLE)
 
 
 @contextmanager
@@ -86,6 +94,7 @@ class ResponseTrainer(Trainer):
     def __init__(self, *args: Any, lengths: list[int], batch_size: int, **options: Any) -> None:
         super().__init__(*args, **options)
         self._check_engine()
+        self.state_directory = Path(str(self.args.output_dir)).absolute()
         # our loss is a sum over the whole accumulated batch divided by its token count
         self.model_accepts_loss_kwargs = True
         shared = self.args.per_device_train_batch_size * self.args.world_size
@@ -158,6 +167,10 @@ class ResponseTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
+            record: Any = getattr(model, "pissa", None)
+            if record is not None and record.quantized:
+                write_trained(model, directory, final=self.state_directory / directory.name)
+                return None
             export = export_lora(model, state=state_dict)
             # whoever continues trains with it; in evaluation it does nothing
             export.config.lora_dropout = self._dropout(model)
@@ -181,6 +194,12 @@ class ResponseTrainer(Trainer):
             )
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
             raise ConfigError("with FSDP a run is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
+        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3)
+        if sharded and _needs_whole_layers(self.accelerator.unwrap_model(self.model)):
+            raise ConfigError(
+                'a quantised residual and placement "offset" need whole layers, and FSDP shards them; use several '
+                "processes without FSDP"
+            )
 
     @staticmethod
     def _dropout(model: PeftModel) -> float:

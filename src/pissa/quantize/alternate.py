@@ -1,0 +1,116 @@
+"""Residual and adapter fitted to each other by turns.
+
+    min over Q in the format and L of rank r of ‖W − Q − L‖                   L = s·B·A
+
+For fixed L the best Q rounds `W − L`, for fixed Q the best L is `SVD_r(W − Q)`. Published forms of the alternation, T times:
+
+    QPiSSA-T (paper, section 4):    L = SVD_r(E),  Q = nf4(W − L),  E = W − Q        from E = W;  ends on a quantisation
+    LoftQ-T  (arXiv 2310.08659):    Q = nf4(W − L),  L = SVD_r(W − Q)                from L = 0;  ends on an SVD
+    QLoRA    (arXiv 2305.14314):    Q = nf4(W),  L = 0
+
+Ours adds what costs no byte and little time. A last SVD fits L to the Q that is stored. Scales are searched, of either
+sign (`scales.py`). Momentum: rounding has dead zones, since a small change of L changes few codes, and plain alternation
+stalls in them; so the next Q rounds `W − (L_t + β (L_t − L_{t−1}))`, which walks on through them. That can overshoot,
+so the best iterate is kept. With a second moment of the layer's input, scales and fits are taken in its metric (`metric.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config import Quantization
+from .formats import Packed, quantize_matrix
+from .lowrank import LowRank, best_fit, extrapolated
+from .metric import Metric
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """A quantised residual and the low-rank matrix that goes with it."""
+
+    packed: Packed
+    """The residual."""
+    low_rank: LowRank | None
+    """L, None for QLoRA."""
+    errors: tuple[float, ...]
+    """`‖W − Q_t − L_t‖` in the metric after each iteration, of the best iterate so far where the best is kept."""
+    iterations: int
+    """How many iterations the result took; later ones were no better."""
+
+
+def alternate(
+    W: Tensor,
+    rank: int,
+    config: Quantization,
+    *,
+    dtype: torch.dtype,
+    metric: Metric | None = None,
+    tolerance: float = 1e-3,
+    algorithm: str = "auto",
+    seed: int = 0,
+) -> Alternation:
+    """Quantise W's residual and find the adapter for it.
+
+    Args:
+        W: (out, in) fp32.
+        rank: of the adapter.
+        config: format, method, iterations and everything else.
+        dtype: that the residual dequantises to.
+        metric: which errors matter; None for all alike.
+        tolerance, algorithm, seed: of the truncated SVDs.
+    """
+    best: Alternation | None = None
+    errors: list[float] = []
+    for count, (packed, low_rank, error) in enumerate(
+        iterates(W, rank, config, dtype, metric, tolerance, algorithm, seed), start=1
+    ):
+        if best is None or not config.keeps_best or error < errors[-1]:
+            best = Alternation(packed, low_rank, (), count)
+            errors.append(error)
+        else:
+            errors.append(errors[-1])
+    assert best is not None
+    return replace(best, errors=tuple(errors))
+
+
+def iterates(
+    W: Tensor,
+    rank: int,
+    config: Quantization,
+    dtype: torch.dtype,
+    metric: Metric | None,
+    tolerance: float,
+    algorithm: str,
+    seed: int,
+) -> Iterator[tuple[Packed, LowRank | None, float]]:
+    """(Q_t packed, L_t, ‖W − Q_t − L_t‖) for t = 1 … T."""
+
+    def fit(E: Tensor, previous: LowRank | None) -> LowRank:
+        return best_fit(E, rank, metric, previous, tolerance=tolerance, algorithm=algorithm, seed=seed)
+
+    if config.method == "qlora":
+        packed = quantize_matrix(W, config, dtype, metric)
+        yield packed, None, norm(W - packed.dequantize(), metric)
+        return
+    L = fit(W, None) if config.method == "qpissa" else None
+    target = L
+    for step in range(config.iterations):
+        packed = quantize_matrix(W if target is None else target.subtract_from(W), config, dtype, metric)
+        E = W - packed.dequantize()
+        if not config.refit and step == config.iterations - 1:
+            assert L is not None
+            yield packed, L, norm(L.subtract_from(E), metric)
+            return
+        previous, L = L, fit(E, L)
+        yield packed, L, norm(L.subtract_from(E), metric)
+        target = L if previous is None or config.momentum == 0 else extrapolated(L, previous, config.momentum)
+
+
+def norm(E: Tensor, metric: Metric | None) -> float:
+    """The Frobenius norm in the metric."""
+    weighted = E if metric is None else metric.apply(E)
+    return float(torch.linalg.vector_norm(weighted, dtype=torch.float64))

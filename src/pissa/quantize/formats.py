@@ -1,0 +1,59 @@
+"""One call for every format: a matrix in, packed codes and scales out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import Quantization
+from .feedback import round_nf4_with_feedback
+from .gptq import PackedGPTQ, quantize_gptq
+from .int8 import PackedInt8, quantize_int8
+from .metric import Metric
+from .nf4 import PackedNF4, quantize_nf4
+
+Packed = PackedNF4 | PackedInt8 | PackedGPTQ
+
+
+def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric: Metric | None = None) -> Packed:
+    """A matrix (out, in) fp32 in the format, with the scale search and rounding that the configuration asks for.
+
+    Args:
+        R: the matrix, usually `W − s·B·A`.
+        config: format, scale search, rounding, double quantisation and block size; the rest is not looked at.
+        dtype: that the packed matrix dequantises to.
+        metric: which errors matter; needed for rounding "gptq".
+    """
+    weights = None if metric is None else metric.weights
+    if config.format == "int8":
+        return quantize_int8(R, scale_search=config.scale_search, weights=weights, dtype=dtype)
+    if config.format == "gptq":
+        moment = metric.moment if metric is not None and config.rounding == "gptq" else None
+        return quantize_gptq(
+            R, moment, group_size=config.block_size, scale_search=config.scale_search, weights=weights, dtype=dtype
+        )
+    packed = quantize_nf4(
+        R,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        scale_search=config.scale_search,
+        weights=weights,
+        dtype=dtype,
+    )
+    if config.rounding == "gptq":
+        assert metric is not None
+        return round_nf4_with_feedback(R, packed, metric)
+    return packed
+
+
+def plain(config: Quantization) -> Quantization:
+    """The same format as it comes: absmax scales, nearest codes."""
+    return Quantization(
+        format=config.format,
+        method="qlora",
+        iterations=1,
+        scale_search="absmax",
+        momentum=0.0,
+        double_quant=config.double_quant,
+        block_size=config.block_size,
+    )
