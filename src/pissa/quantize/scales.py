@@ -20,10 +20,10 @@ CHUNK = 1 << 18
 """Values worked on at a time: few enough for the cache, many enough to hide the calls."""
 SMALLEST = 1e-38
 """Divisors are kept away from zero by this, as in bitsandbytes."""
-STARTS = (1.0, 0.9, 0.8, 0.7)
-"""Multiples of absmax to start from."""
-REFINEMENTS = 1
-"""Rounds of codes and least squares after the first."""
+STARTS = (1.05, 0.98, 0.91, 0.84, 0.77, 0.7)
+"""Multiples of ±absmax to start from."""
+REFINEMENTS = (1.0, 0.97, 1.03)
+"""Multiples of the best scale so far to go on from."""
 
 
 class Table:
@@ -81,18 +81,22 @@ def search_scales(blocks: Tensor, table: Table, *, signed: bool, weights: Tensor
     """
     absmax = blocks.abs().amax(1)
     x = blocks * reciprocal(absmax)[:, None]
-    starts = [sign * start for sign in ((1.0, -1.0) if signed else (1.0,)) for start in STARTS]
-    best, gain = torch.ones_like(absmax), torch.full_like(absmax, -1.0)
     xw = x if weights is None else x * weights
-    for start in starts:
-        scale = torch.full_like(absmax, start)
-        for _ in range(1 + REFINEMENTS):
-            t = table.nearest(x * (1 / scale)[:, None])
-            xt = torch.linalg.vecdot(xw, t)
-            tt = torch.linalg.vecdot(t if weights is None else t * weights, t).clamp_(min=SMALLEST)
-            scale = xt / tt
-            scale = torch.where(scale.abs() < 1e-3, start, scale)
-        found = torch.where(scale * start > 0, xt.square() / tt, -1.0)
+    best, gain = torch.ones_like(absmax), torch.full_like(absmax, -1.0)
+
+    def improve(trial: Tensor) -> None:
+        t = table.nearest(x * (1 / trial)[:, None])
+        xt = torch.linalg.vecdot(xw, t)
+        tt = torch.linalg.vecdot(t if weights is None else t * weights, t).clamp_(min=SMALLEST)
+        # The least-squares scale must keep the trial's sign: with the other one these codes are not the nearest.
+        found = torch.where(xt * trial > 0, xt.square() / tt, -1.0)
         better = found > gain
-        best, gain = torch.where(better, scale, best), torch.where(better, found, gain)
+        best.copy_(torch.where(better, xt / tt, best))
+        gain.copy_(torch.where(better, found, gain))
+
+    for start in STARTS:
+        for sign in (1.0, -1.0) if signed else (1.0,):
+            improve(torch.full_like(absmax, sign * start))
+    for factor in REFINEMENTS:
+        improve(best * factor)
     return best * absmax
