@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import PissaConfig
+from .config import PissaConfig, Quantization
 from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS
 from .errors import ConfigError, WeightError
@@ -98,8 +98,20 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
     if gradient is not None or (moment is not None and config.quantization is None):
         given = "gradient" if gradient is not None else "second moment"
         raise ConfigError(f"a {given} was given for {label}, and this configuration does not use one; leave it out")
-    if config.quantization is not None and config.quantization.rounding == "gptq" and moment is None:
+    if config.quantization is not None:
+        check_quantization(W, config.quantization, moment, label)
+
+
+def check_quantization(W: Tensor, config: Quantization, moment: Tensor | None, label: str) -> None:
+    """Refuse what the format cannot hold or the method cannot do."""
+    if config.rounding == "gptq" and moment is None:
         raise ConfigError(f'rounding "gptq" needs the second moment of the inputs of {label}; give calibration text')
+    # Blocks that run over the end of a row are legal NF4, but bitsandbytes' CPU kernels read them with wrong scales.
+    if config.format == "nf4" and W.shape[1] % config.block_size:
+        raise WeightError(
+            f"{label} {tuple(W.shape)} has {W.shape[1]} inputs, not a multiple of block_size {config.block_size}: "
+            'take a smaller block_size, format "int8", or exclude the layer'
+        )
 
 
 def unquantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, label: str) -> Split:

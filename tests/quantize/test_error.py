@@ -23,14 +23,14 @@ def config(name: str, **more: Any) -> PissaConfig:
 @pytest.mark.parametrize("form", ["nf4", "int8", "gptq"])
 @pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
 def test_qlora_and_the_zero_matrix_have_no_reduction(form: Any, norm: Any) -> None:
-    W = trained_like(64, 96)
+    W = trained_like(64, 128)
     assert reduction_ratio(W, split_weight(W, config("qlora", format=form)), norm=norm) == pytest.approx(0, abs=1e-5)
-    zero = torch.zeros(64, 96)
+    zero = torch.zeros(64, 128)
     assert reduction_ratio(zero, split_weight(zero, config("ours-5", format=form)), norm=norm) == 0.0
 
 
 def test_reduction_is_its_definition() -> None:
-    W = trained_like(64, 96)
+    W = trained_like(64, 128)
     split = split_weight(W, config("qpissa-5", double_quant=False))
     for norm, order in (("nuclear", "nuc"), ("frobenius", "fro")):
         error = torch.linalg.matrix_norm(W - split.residual - split.scale * split.B @ split.A, order)
@@ -43,7 +43,7 @@ def test_reduction_is_its_definition() -> None:
 
 
 def test_what_has_no_reduction_is_refused() -> None:
-    W = trained_like(16, 16)
+    W = trained_like(16, 64)
     with pytest.raises(ConfigError, match="not quantised"):
         reduction_ratio(W, split_weight(W, PissaConfig(2)))
     with pytest.raises(ConfigError, match="nuclear, frobenius"):

@@ -47,7 +47,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 64), (96, 384), (100, 30), (7, 13), (576, 512), (3, 64), (1, 1)])
+@pytest.mark.parametrize("shape", [(64, 128), (96, 384), (3, 256), (1, 128)])
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_plain_codes_and_scales_are_those_of_bitsandbytes(
     functional: Any, dtype: torch.dtype, shape: tuple[int, int], block_size: int
@@ -65,20 +65,34 @@ def test_plain_codes_and_scales_are_those_of_bitsandbytes(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.tuples(st.integers(1, 40), st.integers(1, 200)),
+    st.tuples(st.integers(1, 40), st.integers(1, 3)),
     st.sampled_from(DTYPES),
     st.sampled_from(SEARCHES),
     st.booleans(),
     st.sampled_from([32, 64, 128]),
 )
 def test_dequantised_values_are_the_bits_that_bitsandbytes_reads(
-    functional: Any, shape: tuple[int, int], dtype: torch.dtype, search: Any, double_quant: bool, block_size: int
+    functional: Any, size: tuple[int, int], dtype: torch.dtype, search: Any, double_quant: bool, block_size: int
 ) -> None:
-    W = trained_like(*shape, seed=sum(shape), dtype=dtype)
+    W = trained_like(size[0], size[1] * block_size, seed=sum(size), dtype=dtype)
     packed = quantize_nf4(W, block_size=block_size, double_quant=double_quant, scale_search=search)
     assert packed.codes.shape == ((W.numel() + 1) // 2, 1) and packed.codes.dtype == torch.uint8
     assert packed.scales.shape == (-(-W.numel() // block_size),)
     assert same_bits(packed.dequantize(), as_read_by_bitsandbytes(functional, packed))
+
+
+@pytest.mark.parametrize("shape", [(100, 30), (7, 13), (5, 96), (3, 16), (1, 1), (2, 33)])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_blocks_that_run_over_rows_follow_the_format(functional: Any, shape: tuple[int, int], search: Any) -> None:
+    W = trained_like(*shape)
+    packed = quantize_nf4(W, scale_search=search)
+    if search == "absmax":
+        # Its codes are right; its CPU kernel for reading them back takes wrong scales for such shapes (0.50.2).
+        codes, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
+        assert torch.equal(packed.codes, codes) and torch.equal(packed.scales, state.absmax)
+    nibbles = torch.stack([packed.codes >> 4, packed.codes & 15], 1).view(-1)[: W.numel()]
+    values = packed.table[nibbles.long()] * packed.scales.repeat_interleave(64)[: W.numel()]
+    assert same_bits(packed.dequantize(), values.view(shape))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

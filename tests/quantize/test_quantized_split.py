@@ -70,5 +70,7 @@ def test_bad_input_is_refused_by_name() -> None:
         split_weight(W, PissaConfig(2), gradient=W)
     with pytest.raises(ConfigError, match=r"h\.0.*calibration"):
         split_weight(W, PissaConfig(2, quantization=Quantization(rounding="gptq")), name="h.0")
+    with pytest.raises(WeightError, match=r"h\.0.*not a multiple of block_size 64"):
+        split_weight(trained_like(64, 96), quantized, name="h.0")
     with pytest.raises(WeightError, match=r"h\.0.*\(64, 64\)"):
         split_weight(W, quantized, moment=torch.eye(16), name="h.0")

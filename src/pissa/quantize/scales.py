@@ -20,7 +20,7 @@ CHUNK = 1 << 18
 """Values worked on at a time: few enough for the cache, many enough to hide the calls."""
 SMALLEST = 1e-38
 """Divisors are kept away from zero by this, as in bitsandbytes."""
-STARTS = (1.05, 0.98, 0.91, 0.84, 0.77, 0.7)
+STARTS = (1.06, 1.0, 0.93, 0.86, 0.79, 0.72)
 """Multiples of ±absmax to start from."""
 REFINEMENTS = (1.0, 0.97, 1.03)
 """Multiples of the best scale so far to go on from."""
