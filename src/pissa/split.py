@@ -164,12 +164,10 @@ def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, s
     """What the quantised split cost."""
     total, left = float(W.double().norm()), float(error.norm())
     plain = float(plain_error(W, found.packed).double().norm())
-    return Certificate(
-        algorithm=config.algorithm,
-        passes=0,
+    svd = found.certificate or Certificate("subspace", 0, 0.0, 1.0, "upper bound")
+    return replace(
+        svd,
         seconds=seconds,
-        captured_energy_loss=0.0,
-        bound="estimate",
         rounding=left / total if total > 0 else 0.0,
         quantization_error=left,
         quantization_reduction=100 * (1 - left / plain) if plain > 0 else 0.0,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 CELLS = 4096
 """Cells of the lookup that finds nearest codes; no cell holds two boundaries of the NF4 table."""
-CHUNK = 1 << 18
+CHUNK = 1 << 17
 """Values worked on at a time: few enough for the cache, many enough to hide the calls."""
 SMALLEST = 1e-38
 """Divisors are kept away from zero by this, as in bitsandbytes."""
@@ -39,26 +39,45 @@ class Table:
         cells = self.cell(self.boundaries).long()
         assert cells.unique().numel() == cells.numel()
         every = torch.arange(CELLS, device=values.device)
-        self.first_code = (cells[None, :] < every[:, None]).sum(1)
+        self.first_code = (cells[None, :] < every[:, None]).sum(1).to(torch.uint8)
         self.boundary = torch.full((CELLS,), torch.inf, device=values.device)
         self.boundary[cells] = self.boundaries
         # The nearest value to the middle of each cell: wrong only where the two choices are almost equally good.
         middle = (every.float() + 0.5) * (2 / CELLS) - 1
         self.near = values[torch.bucketize(middle, self.boundaries)]
 
-    def cell(self, v: Tensor) -> Tensor:
-        """int32 cell of each value; values outside [−1, 1] go to the outermost cells."""
-        return (v * (CELLS / 2)).add_(CELLS / 2).clamp_(0, CELLS - 1).to(torch.int32)
+    def cell(self, v: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """int32 cell of each value (n,); values outside [−1, 1] go to the outermost cells."""
+        scratch = scratch or Scratch(v)
+        position = torch.mul(v, CELLS / 2, out=scratch.floats[: len(v)])
+        return scratch.cells[: len(v)].copy_(position.add_(CELLS / 2).clamp_(0, CELLS - 1))
 
-    def codes(self, v: Tensor) -> Tensor:
-        """Code of the nearest table value, uint8, in v's shape; a value on a boundary gets the lower code."""
-        cell = self.cell(v).reshape(-1)
-        above = v.reshape(-1) > self.boundary.index_select(0, cell)
-        return self.first_code.index_select(0, cell).add_(above).to(torch.uint8).view(v.shape)
+    def codes(self, v: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """uint8 code of the table value nearest to each of v (n,); a value on a boundary gets the lower code."""
+        scratch = scratch or Scratch(v)
+        cell = self.cell(v, scratch)
+        boundary = torch.index_select(self.boundary, 0, cell, out=scratch.floats[: len(v)])
+        above = torch.gt(v, boundary, out=scratch.flags[: len(v)])
+        return self.first_code.index_select(0, cell).add_(above)
 
-    def nearest(self, v: Tensor) -> Tensor:
-        """The nearest table value, up to half a cell's tolerance at the boundaries; in v's shape."""
-        return self.near.index_select(0, self.cell(v).reshape(-1)).view(v.shape)
+    def nearest(self, v: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """The table value nearest to each of v (n,), up to half a cell's tolerance at the boundaries.
+
+        With a scratch the result lies in it, to be used before the next call.
+        """
+        scratch = scratch or Scratch(v)
+        return torch.index_select(self.near, 0, self.cell(v, scratch), out=scratch.floats[: len(v)])
+
+
+class Scratch:
+    """Buffers for one chunk after the other: fresh ones for each would cost more in page faults than the arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        n, device = like.numel(), like.device
+        self.values = torch.empty(n, device=device)
+        self.floats = torch.empty(n, device=device)
+        self.cells = torch.empty(n, dtype=torch.int32, device=device)
+        self.flags = torch.empty(n, dtype=torch.bool, device=device)
 
 
 def reciprocal(scales: Tensor) -> Tensor:
@@ -82,10 +101,13 @@ def search_scales(blocks: Tensor, table: Table, *, signed: bool, weights: Tensor
     absmax = blocks.abs().amax(1)
     x = blocks * reciprocal(absmax)[:, None]
     xw = x if weights is None else x * weights
+    scratch = Scratch(x)
+    trial_values = scratch.values.view_as(x)
     best, gain = torch.ones_like(absmax), torch.full_like(absmax, -1.0)
 
     def improve(trial: Tensor) -> None:
-        t = table.nearest(x * (1 / trial)[:, None])
+        torch.mul(x, (1 / trial)[:, None], out=trial_values)
+        t = table.nearest(trial_values.view(-1), scratch).view_as(x)
         xt = torch.linalg.vecdot(xw, t)
         tt = torch.linalg.vecdot(t if weights is None else t * weights, t).clamp_(min=SMALLEST)
         # The least-squares scale must keep the trial's sign: with the other one these codes are not the nearest.
