@@ -3,10 +3,10 @@
     python benchmarks/quantize.py reduction MODEL_DIR --rank 12 --only encoder
     python benchmarks/quantize.py speed MODEL_DIR --rank 32
 
-MODEL_DIR holds safetensors files. `reduction` splits every linear layer by every method, with and without double quantisation,
-and reports the paper's reduction ratio in the nuclear norm. `speed` runs QPiSSA-5 over all of them and, turn by turn on one
-matrix of each shape, the same alternation with exact SVDs from LAPACK, scaled up by the number of matrices of that shape.
-Each writes `benchmarks/results/quantize-COMMAND.json` and `.md`.
+MODEL_DIR holds safetensors files. `reduction` splits every linear layer by every method, with and without double
+quantisation, and reports the paper's reduction ratio in the nuclear norm. `speed` runs QPiSSA-5 over all of them
+and, turn by turn on one matrix of each shape, the same alternation with exact SVDs from LAPACK, scaled up by the
+number of matrices of that shape. Each writes `benchmarks/results/quantize-COMMAND.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def linear_weights(directory: Path, only: str) -> dict[str, Tensor]:
     weights = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():
+            for name in list(file.keys()):
                 if (
                     ".layer" in name
                     and only in name

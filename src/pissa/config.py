@@ -90,8 +90,8 @@ def quantization_preset(name: str, **changes: Any) -> Quantization:
     """The `Quantization` that a short name stands for.
 
     Args:
-        name: "qlora"; "loftq-T" and "qpissa-T" as published, with T iterations; "ours-T", the default with T iterations.
-        changes: other fields, for example `double_quant=False`.
+        name: "qlora"; "loftq-T" and "qpissa-T" as published, with T iterations; "ours-T", the default with T
+        iterations. changes: other fields, for example `double_quant=False`.
 
     Raises:
         ConfigError: no such preset.
@@ -183,7 +183,7 @@ class PissaConfig:
         if (self.quantization.method == "qlora") != self.starts_at_zero:
             raise ConfigError(
                 f"method {self.method!r} does not go with quantization method {self.quantization.method!r}: adapters "
-                'that start at zero (lora-kaiming, lora-gaussian) take "qlora", method "pissa" takes "qpissa" or "loftq"'
+                'that start at zero (lora-kaiming, lora-gaussian) take "qlora", "pissa" takes "qpissa" or "loftq"'
             )
 
     def _check_names(self) -> None:

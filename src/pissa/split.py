@@ -64,10 +64,10 @@ def split_weight(
 
     Args:
         W: (out, in), fp32, bf16 or fp16; never modified.
-        config: rank, alpha, method, quantization, seed; patterns are the caller's to resolve (`PissaConfig.for_module`).
-        moment: (in, in) second moment `E[xᵀx]` of the layer's input, for a quantisation that minimises output error.
-        gradient: (out, in); no method uses one yet.
-        name: the weight's name, for messages and so that random draws differ from weight to weight.
+        config: rank, alpha, method, quantization, seed; patterns are the caller's to resolve
+        (`PissaConfig.for_module`). moment: (in, in) second moment `E[xᵀx]` of the layer's input, for a quantisation
+        that minimises output error. gradient: (out, in); no method uses one yet. name: the weight's name, for
+        messages and so that random draws differ from weight to weight.
 
     Returns:
         The split; `split.restore()` equals W up to `split.certificate.rounding`.
@@ -89,7 +89,8 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
     if W.ndim != 2 or W.dtype not in STORAGE_DTYPES:
         already = "; it is quantised already" if W.dtype in (torch.uint8, torch.int8, torch.int32) else ""
         raise WeightError(
-            f"{label} is {W.dtype} of shape {tuple(W.shape)}{already}; a matrix in float32, bfloat16 or float16 can be split"
+            f"{label} is {W.dtype} of shape {tuple(W.shape)}{already}; only a matrix in float32, bfloat16 or "
+            "float16 can be split"
         )
     if config.rank > min(W.shape):
         raise ConfigError(f"rank {config.rank} exceeds {min(W.shape)}, the smaller side of {label} {tuple(W.shape)}")

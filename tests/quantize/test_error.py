@@ -47,7 +47,7 @@ def test_what_has_no_reduction_is_refused() -> None:
     with pytest.raises(ConfigError, match="not quantised"):
         reduction_ratio(W, split_weight(W, PissaConfig(2)))
     with pytest.raises(ConfigError, match="nuclear, frobenius"):
-        reduction_ratio(W, split_weight(W, config("ours-1")), norm="spectral")  # type: ignore[arg-type]
+        reduction_ratio(W, split_weight(W, config("ours-1")), norm="spectral")  # pyright: ignore[reportArgumentType]
 
 
 def test_output_error_is_the_mean_over_inputs() -> None:

@@ -12,7 +12,7 @@ from pissa.config import PissaConfig, Quantization
 from pissa.errors import ConfigError, WeightError
 from pissa.split import STORAGE_DTYPES, split_weight
 
-FAST = {"iterations": 2}
+FAST: dict[str, Any] = {"iterations": 2}
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)

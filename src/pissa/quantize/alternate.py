@@ -2,16 +2,18 @@
 
     min over Q in the format and L of rank r of ‖W − Q − L‖                   L = s·B·A
 
-For fixed L the best Q rounds `W − L`, for fixed Q the best L is `SVD_r(W − Q)`. Published forms of the alternation, T times:
+For fixed L the best Q rounds `W − L`, for fixed Q the best L is `SVD_r(W − Q)`. Published forms of the alternation,
+T times:
 
     QPiSSA-T (paper, section 4):    L = SVD_r(E),  Q = nf4(W − L),  E = W − Q        from E = W;  ends on a quantisation
     LoftQ-T  (arXiv 2310.08659):    Q = nf4(W − L),  L = SVD_r(W − Q)                from L = 0;  ends on an SVD
     QLoRA    (arXiv 2305.14314):    Q = nf4(W),  L = 0
 
 Ours adds what costs no byte and little time. A last SVD fits L to the Q that is stored. Scales are searched, of either
-sign (`scales.py`). Momentum: rounding has dead zones, since a small change of L changes few codes, and plain alternation
-stalls in them; so the next Q rounds `W − (L_t + β (L_t − L_{t−1}))`, which walks on through them. That can overshoot,
-so the best iterate is kept. With a second moment of the layer's input, scales and fits are taken in its metric (`metric.py`).
+sign (`scales.py`). Momentum: rounding has dead zones, since a small change of L changes few codes, and plain
+alternation stalls in them; so the next Q rounds `W − (L_t + β (L_t − L_{t−1}))`, which walks on through them. That
+can overshoot, so the best iterate is kept. With a second moment of the layer's input, scales and fits are taken in
+its metric (`metric.py`).
 """
 
 from __future__ import annotations
@@ -112,7 +114,13 @@ def iterates(
     for step in range(config.iterations):
         R = W if target is None else target.subtract_from(W)
         if not config.keeps_best and step < config.iterations - 1:
-            target = L = fit(W - rounded_matrix(R, config, dtype, metric), L)
+            exact = algorithm == "exact"
+            Q = (
+                quantize_matrix(R, config, dtype, metric).dequantize()
+                if exact
+                else rounded_matrix(R, config, dtype, metric)
+            )
+            target = L = fit(W - Q, L)
             continue
         packed = quantize_matrix(R, config, dtype, metric)
         if not config.refit and step == config.iterations - 1:

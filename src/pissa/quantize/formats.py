@@ -47,7 +47,7 @@ def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric:
 
 
 def rounded_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric: Metric | None = None) -> Tensor:
-    """What `quantize_matrix` gives, dequantised to fp32, for a step of an iteration: cheaper where the format allows."""
+    """What `quantize_matrix` gives, dequantised to fp32, for a step of an iteration: cheaper where that is possible."""
     if config.format != "nf4" or config.rounding != "nearest":
         return quantize_matrix(R, config, dtype, metric).dequantize().float()
     return rounded_nf4(

@@ -15,7 +15,6 @@ from ..decompose.certificate import Certificate
 from ..decompose.svd import fix_signs, truncated_svd
 from .metric import Metric
 
-
 OVERSAMPLING = 8
 """Columns beyond the rank in a subspace iteration."""
 WARM_STEPS = 1
@@ -115,7 +114,7 @@ def extrapolated(newest: LowRank, previous: LowRank, momentum: float) -> LowRank
 
 
 def singular_triplets(L: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), S (r,), Vh (r, in) of `left·right`, from two thin QRs and a small core; signs as `truncated_svd`'s."""
+    """U (out, r), S (r,), Vh (r, in) of `left·right`, from thin QRs and a small core; signs as `truncated_svd`'s."""
     left, R = torch.linalg.qr(L.left.double())
     right, T = torch.linalg.qr(L.right.double().mT)
     u, S, vh = torch.linalg.svd(R @ T.mT)

@@ -2,9 +2,10 @@
 
     dequantised = (table[code] · scale) rounded to the dtype            one scale per block of 64 consecutive values
 
-The table has the quantiles of a normal distribution (QLoRA, arXiv 2305.14314, section 3 and appendix E). bitsandbytes reads
-codes and scales as they are stored and never asks where they came from: any scale, also a negative one, is honoured
-exactly. So the format leaves room that absmax scaling does not use; `scales.py` has the search.
+The table has the quantiles of a normal distribution (QLoRA, arXiv 2305.14314, section 3 and appendix E).
+bitsandbytes reads codes and scales as they are stored and never asks where they came from: any scale, also a
+negative one, is honoured exactly. So the format leaves room that absmax scaling does not use; `scales.py` has the
+search.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def rounded_nf4(
 ) -> Tensor:
     """What `quantize_nf4` would dequantise to, (out, in) fp32, without codes and in half the time.
 
-    A value within a lookup cell of the middle between two table values may go to the one slightly farther away: right for
-    the steps of an iteration, not for its result.
+    A value within a lookup cell of the middle between two table values may go to the one slightly farther away:
+    right for the steps of an iteration, not for its result.
     """
     flat = W.detach().reshape(-1)
     absmax, scales = choose_scales(flat, block_size, double_quant, scale_search, weights)

@@ -3,10 +3,10 @@
     min over s ∈ ℝ and codes c of  Σ_i w_i (x_i − s·t[c_i])²                  x: one block, t: the table, w: weights
 
 For fixed codes the best scale is least squares, `s = ⟨x, t[c]⟩_w / ⟨t[c], t[c]⟩_w`, and it lowers the error to
-`⟨x, x⟩ − ⟨x, t⟩² / ⟨t, t⟩`; for a fixed scale the best codes are the nearest ones. Alternating the two from several multiples
-of ±absmax and keeping the best finds what exhaustive search finds, or close to it. A negative scale is worth having
-because NF4's table is not symmetric: it has 7 negative and 8 positive values, and the sign decides which side of a block
-gets the finer ones. Dequantisation multiplies table and scale, so the format has it for free.
+`⟨x, x⟩ − ⟨x, t⟩² / ⟨t, t⟩`; for a fixed scale the best codes are the nearest ones. Alternating the two from several
+multiples of ±absmax and keeping the best finds what exhaustive search finds, or close to it. A negative scale is
+worth having because NF4's table is not symmetric: it has 7 negative and 8 positive values, and the sign decides
+which side of a block gets the finer ones. Dequantisation multiplies table and scale, so the format has it for free.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ REFINEMENTS = (1.0, 0.97, 1.03)
 class Table:
     """A sorted table of values with a lookup for the nearest one.
 
-    `cell(v)` grows with v, so comparing v with the one boundary that shares its cell gives the nearest code exactly, in a
-    third of a binary search's time and without its branches.
+    `cell(v)` grows with v, so comparing v with the one boundary that shares its cell gives the nearest code exactly,
+    in a third of a binary search's time and without its branches.
     """
 
     def __init__(self, values: Tensor) -> None:
