@@ -22,7 +22,7 @@ from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS
 from .errors import ConfigError, WeightError
 from .quantize.alternate import Alternation, alternate
-from .quantize.error import plain_error
+from .quantize.error import matrix_norm, plain_error
 from .quantize.formats import Packed
 from .quantize.lowrank import singular_triplets
 from .quantize.metric import metric
@@ -144,7 +144,7 @@ def quantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, 
     )
     A, B = factors(W, found, config, scale, seed)
     residual = found.packed.dequantize()
-    error = W.double() - (residual.double() + scale * (B.double() @ A.double()))
+    error = torch.addmm(W.float() - residual.float(), B, A, alpha=-scale)
     certificate = certify(W, error, found, config, time.perf_counter() - start)
     if not math.isfinite(certificate.rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
@@ -163,8 +163,8 @@ def factors(W: Tensor, found: Alternation, config: PissaConfig, scale: float, se
 
 def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, seconds: float) -> Certificate:
     """What the quantised split cost."""
-    total, left = float(W.double().norm()), float(error.norm())
-    plain = float(plain_error(W, found.packed).double().norm())
+    total, left = matrix_norm(W, "frobenius"), matrix_norm(error, "frobenius")
+    plain = matrix_norm(plain_error(W, found.packed), "frobenius")
     svd = found.certificate or Certificate("subspace", 0, 0.0, 1.0, "upper bound")
     return replace(
         svd,

@@ -81,7 +81,7 @@ def quantize_gptq(
     out, n = W.shape
     if out % PER_WORD or n % PER_WORD:
         raise WeightError(
-            f"GPTQ packs 8 codes a word and {tuple(W.shape)} has a side that is no multiple of 8; exclude the layer, or "
+            f"GPTQ packs 8 codes a word and {tuple(W.shape)} has a side that is no multiple of 8; exclude the layer or "
             'take format "nf4"'
         )
     order = torch.arange(n, device=W.device)
