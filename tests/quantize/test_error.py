@@ -46,9 +46,8 @@ def test_what_has_no_reduction_is_refused() -> None:
     W = trained_like(16, 64)
     with pytest.raises(ConfigError, match="not quantised"):
         reduction_ratio(W, split_weight(W, PissaConfig(2)))
-    unknown = cast(Any, "spectral")
     with pytest.raises(ConfigError, match="nuclear, frobenius"):
-        reduction_ratio(W, split_weight(W, config("ours-1")), norm=unknown)  # pyright: ignore[reportArgumentType]
+        reduction_ratio(W, split_weight(W, config("ours-1")), norm=cast(Any, "spectral"))  # pyright: ignore[reportArgumentType]
 
 
 def test_output_error_is_the_mean_over_inputs() -> None:
