@@ -6,8 +6,8 @@
 MODEL_DIR holds safetensors files. `reduction` splits every linear layer by every method, with and without double
 quantisation, and reports the paper's reduction ratio in the nuclear norm. `speed` runs QPiSSA-5 over all of them
 and, turn by turn on one matrix of each shape, the same alternation with exact SVDs from LAPACK, scaled up by the
-number of matrices of that shape. Times are CPU seconds of one thread, so that other work on the machine hardly counts. Each
-writes `benchmarks/results/quantize-COMMAND.json` and `.md`.
+number of matrices of that shape. Times are CPU seconds of one thread, so that other work on the machine hardly
+counts. Each writes `benchmarks/results/quantize-COMMAND.json` and `.md`.
 """
 
 from __future__ import annotations

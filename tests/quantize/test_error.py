@@ -36,7 +36,7 @@ def test_reduction_is_its_definition() -> None:
         error = torch.linalg.matrix_norm(W - split.residual - split.scale * split.B @ split.A, order)
         plain = torch.linalg.matrix_norm(W - quantize_nf4(W).dequantize(), order)
         expected = float(100 * (1 - error / plain))
-        assert reduction_ratio(W, split, norm=norm) == pytest.approx(expected, abs=1e-3)
+        assert reduction_ratio(W, split, norm=cast(Any, norm)) == pytest.approx(expected, abs=1e-3)
     assert reduction_ratio(W, split, norm="frobenius") == pytest.approx(
         split.certificate.quantization_reduction, abs=1e-3
     )
