@@ -13,7 +13,7 @@ from .errors import ConfigError
 Method = Literal["pissa", "lora-kaiming", "lora-gaussian"]
 METHODS: tuple[Method, ...] = get_args(Method)
 LARGEST_ALPHA = 1e30
-Algorithm = Literal["auto", "exact", "gram", "krylov", "subspace"]
+Algorithm = Literal["auto", "exact", "gram", "chebyshev", "krylov", "subspace"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 
