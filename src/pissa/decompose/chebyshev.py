@@ -42,6 +42,8 @@ DYNAMIC_RANGE = 3e4
 MAX_DEGREE = 5
 MAX_STAGES = 6
 """Filters after which the full eigenproblem is the better way."""
+OVERSHOOT = 8.0
+"""How much more the wanted directions are amplified than the square root of the missing accuracy asks for."""
 FIRST_CUT = 1.5
 """The first c in units of G's mean eigenvalue, when no Ritz values are known."""
 
@@ -68,39 +70,43 @@ def chebyshev_svd(W: Tensor, rank: int, tolerance: float, start: Tensor, generat
     G = gram_matrix(W)
     Q, Z, theta = project(G, first_filter(G, start), generator)
     for _ in range(MAX_STAGES):
-        best = proven_energy(G, Q, Z, theta, rank, tolerance)
+        H, gain = coupling(Q, Z, theta, rank)
+        best = proven_energy(G, Q, H, theta, rank, tolerance) if gain <= tolerance else None
         if best is not None:
             found = triplets_along(W, Q[..., :rank], best, generator)
             if float(found.loss.max()) <= tolerance:
                 return found
         c = theta[..., -1].clamp_min(ROUNDING * theta[..., 0])
-        Q, Z, theta = project(G, filtered(G, Q, Z, c, theta[..., 0]), generator)
+        wanted = degree(theta[..., rank - 1], c, OVERSHOOT * math.sqrt(max(gain / tolerance, 1.0)))
+        Q, Z, theta = project(G, filtered(G, Q, Z, c, min(wanted, degree(theta[..., 0], c, DYNAMIC_RANGE))), generator)
     return gram_svd(W, rank, tolerance, generator, G)
 
 
 def first_filter(G: Tensor, start: Tensor) -> Tensor:
     """A filter whose c and range come from the moments of G's spectrum, `Σλ / n` and `Σλ² / Σλ`."""
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
-    largest = torch.linalg.matrix_norm(G).square() / trace.clamp_min(torch.finfo(G.dtype).tiny)
-    return filtered(G, start, G @ start, FIRST_CUT * trace / G.shape[-1], largest)
+    entries = G.flatten(-2)
+    square = (entries[..., None, :] @ entries[..., None])[..., 0, 0]
+    c = FIRST_CUT * trace / G.shape[-1]
+    largest = square / trace.clamp_min(torch.finfo(G.dtype).tiny)
+    return filtered(G, start, G @ start, c, degree(largest, c, DYNAMIC_RANGE))
 
 
-def filtered(G: Tensor, Q: Tensor, Z: Tensor, c: Tensor, largest: Tensor) -> Tensor:
-    """`T_d(2G/c − I) Q` by the three-term recurrence; `Z = G·Q` saves its first step. c and largest are (...,)."""
-    c = c.clamp_min(torch.finfo(c.dtype).tiny)
-    steps = degree(float((largest / c).max())) - 1
-    c = c[..., None, None]
+def filtered(G: Tensor, Q: Tensor, Z: Tensor, c: Tensor, degree: int) -> Tensor:
+    """`T_d(2G/c − I) Q` by the three-term recurrence; `Z = G·Q` saves its first step. c is (...,)."""
+    c = c.clamp_min(torch.finfo(c.dtype).tiny)[..., None, None]
     before, now = Q, Z * (2 / c) - Q
-    for _ in range(steps):
+    for _ in range(degree - 1):
         before, now = now, torch.addcmul(before, G @ now, 4 / c, value=-1).add_(now, alpha=2).neg_()
     return now
 
 
-def degree(ratio: float) -> int:
-    """The largest degree, up to 5, whose polynomial grows to at most `DYNAMIC_RANGE` at `ratio` times c."""
-    growth = math.acosh(max(2 * ratio - 1, 1.0))
-    room = math.acosh(DYNAMIC_RANGE)
-    return MAX_DEGREE if growth * MAX_DEGREE <= room else max(1, int(room / growth))
+def degree(energy: Tensor, c: Tensor, growth: float) -> int:
+    """The largest degree, 1 to 5, whose polynomial is at most about `growth` at an eigenvalue `energy` above c."""
+    ratio = float((energy / c.clamp_min(torch.finfo(c.dtype).tiny)).max())
+    step = math.acosh(max(2 * ratio - 1, 1.0))
+    room = math.acosh(growth)
+    return MAX_DEGREE if step * MAX_DEGREE <= room else max(1, int(room / step))
 
 
 def project(G: Tensor, Y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,19 +135,21 @@ def nearly_orthonormal(Y: Tensor, generator: torch.Generator) -> Tensor:
     return torch.linalg.solve_triangular(upper.to(Y.dtype), Y, upper=True, left=False)
 
 
-def proven_energy(G: Tensor, Q: Tensor, Z: Tensor, theta: Tensor, rank: int, tolerance: float) -> Tensor | None:
-    """A bound (...,) fp64 on what any r directions capture, or None where it is above the tolerance or unproven."""
+def coupling(Q: Tensor, Z: Tensor, theta: Tensor, rank: int) -> tuple[Tensor, float]:
+    """`RᵀR / t` (..., K, K), and its trace over the wanted r, about the loss: the largest of the batch."""
     R = Z - Q * theta[..., None, :]
-    captured = theta[..., :rank].double().sum(-1)
-    slack = ROUNDING * theta[..., 0]
-    t = SHARE * (theta[..., rank - 1] - theta[..., -1]) + slack
+    t = SHARE * (theta[..., rank - 1] - theta[..., -1]) + ROUNDING * theta[..., 0]
     H = (R.mT @ R) / t.clamp_min(torch.finfo(t.dtype).tiny)[..., None, None]
-    gain = H.diagonal(dim1=-2, dim2=-1)[..., :rank].double().sum(-1)
-    if bool((gain > tolerance * captured).any()):
-        return None
-    H.diagonal(dim1=-2, dim2=-1).add_((theta + slack[..., None]))
+    gain = H.diagonal(dim1=-2, dim2=-1)[..., :rank].sum(-1) / theta[..., :rank].sum(-1).clamp_min(torch.finfo(t.dtype).tiny)
+    return H, float(gain.max())
+
+
+def proven_energy(G: Tensor, Q: Tensor, H: Tensor, theta: Tensor, rank: int, tolerance: float) -> Tensor | None:
+    """A bound (...,) fp64 on what any r directions capture, or None where d is too small. H is overwritten."""
+    slack = ROUNDING * theta[..., 0]
+    H.diagonal(dim1=-2, dim2=-1).add_(theta + slack[..., None])
     energies = torch.linalg.eigvalsh(H)[..., -rank:]
-    d = energies[..., 0] + slack + (MARGIN * tolerance / rank) * captured.float()
+    d = energies[..., 0] + slack + MARGIN * tolerance * theta[..., :rank].mean(-1)
     H.diagonal(dim1=-2, dim2=-1).sub_(d[..., None])
     N = ((Q @ H) @ Q.mT).sub_(G)
     N.diagonal(dim1=-2, dim2=-1).add_(d[..., None])
