@@ -15,7 +15,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Placement = Literal["residual", "offset"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 LARGEST_ALPHA = 1e30
-Algorithm = Literal["auto", "exact", "gram", "krylov", "subspace"]
+Algorithm = Literal["auto", "exact", "gram", "chebyshev", "krylov", "subspace"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 QuantizationFormat = Literal["nf4", "int8", "gptq"]

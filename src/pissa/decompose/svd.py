@@ -7,9 +7,10 @@ certificate. The methods have files of their own:
 
     exact      LAPACK's full SVD                                                     gram.py
     gram       eigenvectors of the smaller Gram matrix; wins for small min(m, n)     gram.py
+    chebyshev  a filtered subspace of that Gram matrix; wins for middling min(m, n)  chebyshev.py
     krylov     block Golub-Kahan with full reorthogonalisation; wins for the rest    krylov.py
     subspace   the paper's fast SVD with `niter`                                     subspace.py
-    auto       gram or krylov by a cost model, exact when nothing less will do       cost.py
+    auto       one of the three by a cost model, exact when nothing less will do       cost.py
 
 On a CPU the matrices of a batch are decomposed one after the other, so that a matrix has the same bits alone and in
 any batch. On CUDA a batch is one set of batched kernels and its first products run in bf16 (`sketch.py`).
@@ -29,6 +30,7 @@ from torch import Tensor
 from ..config import ALGORITHMS
 from ..errors import ConfigError, WeightError
 from .certificate import Certificate
+from .chebyshev import chebyshev_svd, filter_width
 from .cost import block_width, choose
 from .gram import exact_svd, gram_svd
 from .krylov import block_krylov, product
@@ -72,7 +74,7 @@ def truncated_svd(
         rank: r, 1 to min(m, n).
         tolerance: largest certified captured-energy loss, in [0, 1). 1e-6 is reachable with every algorithm;
             0 means the exact SVD.
-        algorithm: "auto", "exact", "gram", "krylov" or "subspace".
+        algorithm: "auto", "exact", "gram", "chebyshev", "krylov" or "subspace".
         seed: of the sketch, drawn from a generator of its own: the global one is left alone.
         warm_start: (n, k) right or (m, k) left subspace of a nearby matrix, with a leading b for a batch; for square W
             it is taken as right. One product there and one back (two in all) then usually suffice.
@@ -153,6 +155,8 @@ def run(
     generator = torch.Generator(W.device).manual_seed(seed)
     if algorithm == "gram":
         return gram_svd(W, rank, tolerance, generator)
+    if algorithm == "chebyshev":
+        return chebyshev_svd(W, rank, tolerance, gaussian(W, filter_width(rank), seed), generator)
     total = energy(W)
     extra_passes = 0
     if warm_start is not None:
@@ -191,7 +195,7 @@ def check(W: Tensor, rank: int, tolerance: float, algorithm: str, warm_start: Te
             f"warm_start is {warm_start.dtype} of shape {tuple(warm_start.shape)}; a matrix of shape {tuple(W.shape)} "
             f"takes (n, k) or (m, k), with the same leading batch, k from 1 to {limit}"
         )
-    if algorithm in ("exact", "gram"):
+    if algorithm in ("exact", "gram", "chebyshev"):
         raise ConfigError(f'algorithm "{algorithm}" cannot use a warm start; take "auto" or "krylov"')
     if not bool(torch.isfinite(warm_start).all()):
         raise ConfigError("warm_start holds NaN or Inf; leave it out for a fresh start")
