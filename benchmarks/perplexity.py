@@ -2,9 +2,9 @@
 
     recovered = (perplexity(QLoRA) − perplexity(method)) / (perplexity(QLoRA) − perplexity(fp32))
 
-Every linear layer's weight is replaced by `Q + s·B·A` in fp32, so that the figure is the split's alone and no kernel's. All
-methods see the same windows of the test text; calibration is on other text. Results are written after each method, and
-a run that stopped goes on where it was.
+Every linear layer's weight is replaced by `Q + s·B·A` in fp32, so that the figure is the split's alone and no kernel's.
+All methods see the same windows of the test text; calibration is on other text. Results are written after each method,
+and a run that stopped goes on where it was.
 
     python benchmarks/perplexity.py --model MODEL --data WIKITEXT2 --out benchmarks/results/perplexity-nf4.json
 """
@@ -50,7 +50,8 @@ def main() -> None:
     document |= {"settings": settings, "versions": package_versions()}
     document["command"] = (
         f"python benchmarks/perplexity.py --quantize {arguments.quantize} --rank {arguments.rank} "
-        f"--windows {arguments.windows} --window {arguments.window} --calibration-windows {arguments.calibration_windows}"
+        f"--windows {arguments.windows} --window {arguments.window} "
+        f"--calibration-windows {arguments.calibration_windows}"
     )
 
     model = load_base(arguments.model or smollm2(), dtype=torch.float32).eval().requires_grad_(False)
@@ -118,8 +119,8 @@ def table(document: dict[str, Any]) -> str:
     """The rows for people."""
     settings = document["settings"]
     lines = [
-        f"Perplexity on WikiText-2 test ({settings['windows']} windows of {settings['window']} tokens at even distances), "
-        f"{settings['quantize']}, rank {settings['rank']}.",
+        f"Perplexity on WikiText-2 test, {settings['windows']} windows of {settings['window']} tokens at even "
+        f"distances; {settings['quantize']}, rank {settings['rank']}.",
         "",
         f"`{document['command']}`",
         "",
@@ -128,9 +129,8 @@ def table(document: dict[str, Any]) -> str:
     ]
     for row in document["rows"]:
         share = f"{100 * row['recovered']:.1f} %" if "recovered" in row else ""
-        lines.append(
-            f"| {row['method']} | {row['perplexity']:.3f} | {share} | {row['split_seconds']:.0f} | {row['load_average']} |"
-        )
+        measured = f"{row['perplexity']:.3f} | {share} | {row['split_seconds']:.0f} | {row['load_average']}"
+        lines.append(f"| {row['method']} | {measured} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
 """Names of quantised splits, as the studies and `pissa inspect` take them.
 
-qlora   loftq-T   qpissa-T   ours-T        the presets of `quantization_preset`, T iterations
-NAME+aware                                 the same, fitted to calibration text: errors count as the layer's output shows them
-NAME+gptq                                  and each rounding error carried on to the columns not yet rounded
+qlora   loftq-T   qpissa-T   ours-T     the presets of `quantization_preset`, T iterations
+NAME+aware                              fitted to calibration text: errors count as the layer's output has them
+NAME+gptq                               and each rounding error is carried on to the columns not yet rounded
 """
 
 from __future__ import annotations
