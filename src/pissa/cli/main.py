@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from ..errors import PissaError
-from . import demo, export, train
+from . import demo, export, inspect, train
 
 app = typer.Typer(
     name="pissa",
@@ -87,4 +87,5 @@ def _usage_error(error: Exception) -> str | None:
 
 _add("train", train.command)
 _add("export", export.command)
+_add("inspect", inspect.command)
 _add("demo", demo.command)

@@ -1,0 +1,141 @@
+"""Calibration text as batches of tokens.
+
+The text is read until it suffices, and windows of equal length are taken at even distances over all that was read. Each
+window gets the special tokens that the tokenizer puts around a text ([CLS] and [SEP], or a beginning-of-sequence
+token), so that the model sees what it is used to. No window is padded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+
+TEXT = (".txt", ".txt.gz")
+LINES = (".jsonl", ".jsonl.gz")
+ALLOWED = "calibration text comes as .txt or .jsonl, each also as .gz"
+SURPLUS = 8
+"""Times as much text as is needed is read, so that the windows come from more than its beginning."""
+PIECE = 1 << 16
+"""Characters of plain text that are tokenised at a time; cut at line ends."""
+
+
+def calibration_batches(
+    source: str | Path | Iterable[str], tokenizer: Any, length: int, count: int, *, batch_size: int = 4
+) -> list[dict[str, Tensor]]:
+    """Windows of a text, ready for `model(**batch)`.
+
+    Args:
+        source: a .txt or .jsonl file, each also as .gz, or texts. A row of .jsonl gives its "text" or, without one,
+            all the strings in it.
+        tokenizer: a transformers tokenizer.
+        length: tokens per window, special tokens included.
+        count: windows in all.
+        batch_size: windows per batch; the last batch may hold fewer.
+
+    Returns:
+        Batches of `input_ids` (windows, length) int64.
+
+    Raises:
+        DataError: no such file, a damaged one, or text shorter than `count` windows.
+        ConfigError: a length or count that leaves nothing.
+    """
+    before, after = surroundings(tokenizer)
+    content = length - len(before) - len(after)
+    if content < 1 or count < 1 or batch_size < 1:
+        raise ConfigError(
+            f"length {length}, count {count} and batch_size {batch_size} leave no window; a window needs at least "
+            f"{1 + len(before) + len(after)} tokens, and there must be one"
+        )
+    tokens: list[int] = []
+    for text in texts_of(source):
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= SURPLUS * content * count:
+            break
+    if len(tokens) < content * count:
+        named = source if isinstance(source, str | Path) else "the calibration text"
+        raise DataError(
+            f"{named} holds {len(tokens)} tokens, and {count} windows of {content} need {content * count}; give more "
+            f"text, or at most {len(tokens) // content} windows"
+        )
+    distance = len(tokens) // count
+    windows = [before + tokens[i * distance : i * distance + content] + after for i in range(count)]
+    return [{"input_ids": torch.tensor(windows[i : i + batch_size])} for i in range(0, count, batch_size)]
+
+
+def surroundings(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for i in range(len(full) - len(bare) + 1):
+        if full[i : i + len(bare)] == bare:
+            return full[:i], full[i + len(bare) :]
+    return [], []
+
+
+def texts_of(source: str | Path | Iterable[str]) -> Iterator[str]:
+    """The texts of a file, in pieces, or the given ones.
+
+    Raises:
+        DataError: no such file, a damaged one, or one of another kind.
+    """
+    if not isinstance(source, str | Path):
+        yield from source
+        return
+    path = Path(source)
+    if not path.name.lower().endswith((*TEXT, *LINES)):
+        raise DataError(f"{source} is neither; {ALLOWED}")
+    if not path.is_file():
+        raise DataError(f"there is no file {source}; {ALLOWED}")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            yield from rows_of(path, file) if path.name.lower().endswith(LINES) else pieces_of(file)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read ({error}); give UTF-8 text, {ALLOWED}") from error
+
+
+def pieces_of(file: Iterable[str]) -> Iterator[str]:
+    """Plain text, some lines at a time."""
+    piece, size = [], 0
+    for line in file:
+        piece.append(line)
+        size += len(line)
+        if size >= PIECE:
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def rows_of(path: Path, file: Iterable[str]) -> Iterator[str]:
+    """One text per line of JSON."""
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON ({error})") from error
+        text = row["text"] if isinstance(row, dict) and isinstance(row.get("text"), str) else "\n".join(strings_in(row))
+        yield text + "\n"
+
+
+def strings_in(row: Any) -> Iterator[str]:
+    """All strings in a row, in order; the roles of a conversation are no text."""
+    if isinstance(row, str):
+        yield row
+    elif isinstance(row, dict):
+        for key, value in row.items():
+            if key != "role":
+                yield from strings_in(value)
+    elif isinstance(row, list):
+        for value in row:
+            yield from strings_in(value)

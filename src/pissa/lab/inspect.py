@@ -1,0 +1,411 @@
+"""What a split would cost a model, measured and not changed: `pissa inspect`.
+
+With a quantisation, by how much each method's error is below that of the plain format (paper, tables 4 and 8):
+
+    reduction = (1 − ‖W − (Q + s·B·A)‖ / ‖W − format(W)‖) · 100 %
+
+in the nuclear norm, the Frobenius norm and, with calibration text, as the error of the layer's output on text held out
+from the fit, `sqrt(E ‖x Eᵀ‖²)`. Without one, what each layer's top components hold of its energy, and how far the
+factors are from the best ones.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from ..calibrate.moments import Moment, second_moments
+from ..calibrate.text import calibration_batches
+from ..checkpoint.manifest import hardware, package_versions
+from ..config import PissaConfig
+from ..errors import ConfigError
+from ..live.layers import weight_matrix
+from ..live.targets import Target, resolve_targets
+from ..quantize.error import matrix_norm, output_error, split_error
+from ..quantize.formats import plain, quantize_matrix
+from ..split import split_weight
+from .load import load_any_tokenizer, load_model
+from .variants import Variant
+
+Measure = Literal["nuclear", "frobenius", "output"]
+HELD_OUT_SHARE = 5
+"""One window in so many is held out where no other text is given."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that says which directions matter."""
+
+    fit: Sequence[dict[str, Tensor]]
+    """Batches that aware methods are fitted to."""
+    held_out: Sequence[dict[str, Tensor]]
+    """Batches that the output error is measured on."""
+    description: dict[str, Any]
+    """For the results: files, windows, length."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One weight, split one way."""
+
+    layer: str
+    kind: str
+    variant: str
+    rank: int
+    errors: dict[Measure, float]
+    """Norms of what the split leaves over."""
+    plain: dict[Measure, float]
+    """The same for the plain format."""
+    seconds: float
+    """Of the split."""
+
+    def reduction(self, measure: Measure) -> float:
+        """In percent; 0 where the plain format has no error."""
+        return 100 * (1 - self.errors[measure] / self.plain[measure]) if self.plain[measure] > 0 else 0.0
+
+
+def inspect_quantized(
+    model: nn.Module,
+    variants: Sequence[Variant],
+    ranks: Sequence[int],
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    norms: Sequence[Measure] = ("nuclear", "frobenius"),
+    calibration: Calibration | None = None,
+    max_layers: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """How far every method reduces the error of quantising a model.
+
+    Args:
+        model: in 16 or 32 bits; not changed.
+        variants: the methods, all of one format.
+        ranks: of the adapters; each method is measured at each.
+        target_modules: as in `PissaConfig`.
+        norms: "nuclear" (slow: all singular values) and "frobenius"; with calibration, "output" is added.
+        calibration: text; needed by methods that are fitted to it.
+        max_layers: only so many of the model's blocks, at even distances.
+        seed: of the SVDs' sketches.
+        progress: a bar to move.
+
+    Returns:
+        `rows`, one for each method, rank and norm: `method`, `rank`, `norm`, `by_kind` (kind of layer -> mean reduction
+        in percent), `mean` (over all layers), `error` and `plain_error` (mean norms), `seconds` (of all splits);
+        `layers`: how many there are.
+
+    Raises:
+        PissaError: a layer that cannot be split, a rank too large, text too short.
+    """
+    targets = select_targets(model, max(ranks), target_modules, max_layers)
+    measures: list[Measure] = [*norms, *(["output"] if calibration is not None else [])]  # pyright: ignore[reportAssignmentType]
+    task = None if progress is None else progress.add_task("splitting", total=len(targets), note="")
+    found: list[Measurement] = []
+    for target, fit, held_out in with_moments(model, targets, calibration):
+        found += measure_weight(
+            target.name, weight_matrix(target.module), variants, ranks, measures, fit, held_out, seed
+        )
+        if progress is not None and task is not None:
+            progress.update(task, advance=1, note=target.name)
+    rows = [
+        row_of([m for m in found if (m.variant, m.rank) == (variant.name, rank)], measure)
+        for rank in ranks
+        for measure in measures
+        for variant in variants
+    ]
+    return {"layers": len(targets), "rows": rows}
+
+
+def inspect_split(
+    model: nn.Module,
+    rank: int,
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    max_layers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What the plain split of a model at this rank captures.
+
+    Args:
+        model, rank, target_modules, max_layers, progress: see `inspect_quantized`.
+
+    Returns:
+        `layers`: for each layer `name`, `kind`, `shape`, `rank`, `captured` (share of the squared Frobenius norm in the
+        adapter, percent), `captured_energy_loss` with its `bound`, `rounding`, `algorithm`, `seconds`; `rows`: the same
+        by kind, as `inspect_quantized` gives them, with `captured` in the place of the reduction.
+    """
+    targets = select_targets(model, rank, target_modules, max_layers)
+    task = None if progress is None else progress.add_task("splitting", total=len(targets), note="")
+    layers = []
+    for target in targets:
+        W = weight_matrix(target.module)
+        split = split_weight(W, PissaConfig(rank=rank), name=target.name)
+        certificate = split.certificate
+        total = float(W.double().square().sum())
+        captured = float((split.B.mT @ split.B * (split.A @ split.A.mT)).double().sum()) * split.scale**2
+        layers.append(
+            {
+                "name": target.name,
+                "kind": kind_of(target.name),
+                "shape": list(W.shape),
+                "rank": rank,
+                "captured": 100 * captured / total if total > 0 else 0.0,
+                "captured_energy_loss": certificate.captured_energy_loss,
+                "bound": certificate.bound,
+                "rounding": certificate.rounding,
+                "algorithm": certificate.algorithm,
+                "seconds": certificate.seconds,
+            }
+        )
+        if progress is not None and task is not None:
+            progress.update(task, advance=1, note=target.name)
+    row = {
+        "method": "pissa",
+        "rank": rank,
+        "norm": "frobenius",
+        "by_kind": mean_by_kind((layer["kind"], layer["captured"]) for layer in layers),
+        "mean": statistics.fmean(layer["captured"] for layer in layers),
+        "seconds": sum(layer["seconds"] for layer in layers),
+    }
+    return {"layers": layers, "rows": [row]}
+
+
+def measure_weight(
+    name: str,
+    W: Tensor,
+    variants: Sequence[Variant],
+    ranks: Sequence[int],
+    measures: Sequence[Measure],
+    fit: Tensor | None,
+    held_out: Tensor | None,
+    seed: int,
+) -> Iterator[Measurement]:
+    """Split one weight (out, in) in every way; `fit` and `held_out` are second moments (in, in) of its input."""
+    exact = quantize_matrix(W.float(), plain(variants[0].quantization), W.dtype).dequantize().float()
+    baseline: dict[Measure, float] = {measure: size_of(W.float() - exact, measure, held_out) for measure in measures}
+    for rank in ranks:
+        for variant in variants:
+            start = time.perf_counter()
+            split = split_weight(W, variant.config(rank, seed), moment=fit if variant.aware else None, name=name)
+            seconds = time.perf_counter() - start
+            E = split_error(W, split)
+            errors: dict[Measure, float] = {measure: size_of(E, measure, held_out) for measure in measures}
+            yield Measurement(name, kind_of(name), variant.name, rank, errors, baseline, seconds)
+
+
+def size_of(E: Tensor, measure: Measure, held_out: Tensor | None) -> float:
+    """An error (out, in) as one number."""
+    if measure == "output":
+        assert held_out is not None
+        return output_error(E, held_out)
+    return matrix_norm(E, measure)
+
+
+def row_of(found: Sequence[Measurement], measure: Measure) -> dict[str, Any]:
+    """All layers of one method and rank in one norm."""
+    return {
+        "method": found[0].variant,
+        "rank": found[0].rank,
+        "norm": measure,
+        "by_kind": mean_by_kind((m.kind, m.reduction(measure)) for m in found),
+        "mean": statistics.fmean(m.reduction(measure) for m in found),
+        "error": statistics.fmean(m.errors[measure] for m in found),
+        "plain_error": statistics.fmean(m.plain[measure] for m in found),
+        "seconds": sum(m.seconds for m in found),
+    }
+
+
+def mean_by_kind(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Kind of layer -> mean."""
+    by_kind: dict[str, list[float]] = {}
+    for kind, value in values:
+        by_kind.setdefault(kind, []).append(value)
+    return {kind: statistics.fmean(found) for kind, found in by_kind.items()}
+
+
+def with_moments(
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None
+) -> Iterator[tuple[Target, Tensor | None, Tensor | None]]:
+    """(target, moment to fit, held-out moment), both texts side by side; no moments without calibration."""
+    if calibration is None:
+        yield from ((target, None, None) for target in targets)
+        return
+    named = {target.name: target for target in targets}
+    pairs: Iterator[tuple[Moment, Moment]] = zip(
+        second_moments(model, calibration.fit, named),
+        second_moments(model, calibration.held_out, named),
+        strict=True,
+    )
+    for fit, held_out in pairs:
+        assert fit.names == held_out.names
+        yield from ((named[name], fit.matrix, held_out.matrix) for name in fit.names)
+
+
+def read_calibration(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    held_out: str | Path | None = None,
+    length: int = 256,
+    windows: int = 80,
+) -> Calibration:
+    """Calibration text, a part of it held out.
+
+    Args:
+        source: a .txt or .jsonl file, each also as .gz.
+        tokenizer: the model's.
+        held_out: another such file, measured on; None holds out the last fifth of the windows.
+        length: tokens per window.
+        windows: in all.
+
+    Raises:
+        DataError: a text that cannot be read or is too short.
+        ConfigError: fewer than two windows.
+    """
+    if windows < 2:
+        raise ConfigError(f"{windows} calibration windows: give at least 2, one to fit and one to measure on")
+    tested = max(1, windows // HELD_OUT_SHARE)
+    size = min(4, tested)
+    if held_out is None:
+        batches = calibration_batches(source, tokenizer, length, windows, batch_size=size)
+        split = len(batches) - -(-tested // size)
+        fit, rest = batches[:split], batches[split:]
+    else:
+        fit = calibration_batches(source, tokenizer, length, windows - tested, batch_size=size)
+        rest = calibration_batches(held_out, tokenizer, length, tested, batch_size=size)
+    count = [sum(len(batch["input_ids"]) for batch in part) for part in (fit, rest)]
+    files = {"file": str(source), "held_out_file": str(held_out or source)}
+    return Calibration(fit, rest, {**files, "length": length, "windows": count[0], "held_out_windows": count[1]})
+
+
+def select_targets(
+    model: nn.Module, rank: int, target_modules: str | Sequence[str], max_layers: int | None
+) -> list[Target]:
+    """The targets, of some blocks only where `max_layers` says so."""
+    chosen = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    targets = resolve_targets(model, PissaConfig(rank=rank, target_modules=chosen))
+    if max_layers is None:
+        return targets
+    blocks = list(dict.fromkeys(block for target in targets if (block := block_of(target.name))))
+    if max_layers < 1 or not blocks:
+        raise ConfigError(f"max_layers is {max_layers}; the model's blocks with targets are {len(blocks)}")
+    count = min(max_layers, len(blocks))
+    kept = {blocks[i * len(blocks) // count] for i in range(count)}
+    return [target for target in targets if block_of(target.name) in kept]
+
+
+def block_of(name: str) -> str | None:
+    """`model.layers.3.mlp.up_proj` -> `model.layers.3`; None outside of numbered blocks."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return found.group() if found else None
+
+
+def kind_of(name: str) -> str:
+    """What a layer is called within its block: `q_proj`, or more of its name where that alone would not tell
+    (`attention.output.dense`)."""
+    parts = re.split(r"(?:^|\.)\d+\.", name)[-1].split(".")
+    return parts[-1] if parts[-1] not in ("dense", "linear", "weight", "c_proj") else ".".join(parts)
+
+
+def inspect(
+    source: str,
+    ranks: Sequence[int],
+    variants: Sequence[Variant] = (),
+    *,
+    calibration: str | Path | None = None,
+    held_out: str | Path | None = None,
+    length: int = 256,
+    windows: int = 80,
+    norms: Sequence[Measure] = ("nuclear", "frobenius"),
+    target_modules: str | Sequence[str] = "all-linear",
+    max_layers: int | None = None,
+    figures: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Load a model and measure its split; the whole of `pissa inspect`.
+
+    Args:
+        source: a directory or hub id of any transformers model.
+        ranks: of the adapters.
+        variants: quantised methods; none to inspect the plain split.
+        calibration, held_out, length, windows: see `read_calibration`.
+        norms, target_modules, max_layers, progress: see `inspect_quantized`.
+        figures: a directory for figures.
+
+    Returns:
+        What `inspect_quantized` or `inspect_split` returns, with model, settings, versions and hardware.
+
+    Raises:
+        PissaError: the input is wrong.
+    """
+    wrong = [norm for norm in norms if norm not in get_args(Measure)[:2]]
+    if wrong or not norms or not ranks or min(ranks) < 1:
+        raise ConfigError(f"norms are {list(norms)}, ranks {list(ranks)}; allowed: nuclear, frobenius; ranks from 1 on")
+    if not variants and (calibration is not None or figures is not None or len(ranks) > 1):
+        raise ConfigError("without --quantize, inspect shows the plain split at one rank: no calibration, no figures")
+    if held_out is not None and calibration is None:
+        raise ConfigError("held-out text is for methods with calibration; give --calibration FILE")
+    model = load_model(source)
+    head: dict[str, Any] = {"model": source, "parameters": sum(p.numel() for p in model.parameters())}
+    common: dict[str, Any] = {"target_modules": target_modules, "max_layers": max_layers, "progress": progress}
+    tail = {"versions": package_versions(), "hardware": hardware()}
+    if not variants:
+        return {**head, **inspect_split(model, ranks[0], **common), **tail}
+    text = None
+    if calibration is not None:
+        longest = getattr(model.config, "max_position_embeddings", None) or length
+        tokenizer = load_any_tokenizer(source)
+        text = read_calibration(calibration, tokenizer, held_out=held_out, length=min(length, longest), windows=windows)
+    quantization = variants[0].quantization
+    head |= {"quantize": quantization.format, "double_quant": quantization.double_quant}
+    head |= {"calibration": text.description if text is not None else None}
+    result = inspect_quantized(model, variants, ranks, norms=norms, calibration=text, **common)
+    if figures is not None:
+        from .inspect_figures import draw_inspection
+
+        paths = draw_inspection(model, variants, ranks, result["rows"], figures, **common)
+        result["figures"] = [str(path) for path in paths]
+    return {**head, **result, **tail}
+
+
+def inspection_table(document: dict[str, Any]) -> str:
+    """An inspection for people: a table for each norm and rank, a line for each method."""
+    layers = document["layers"]
+    count = layers if isinstance(layers, int) else len(layers)
+    lines = [f"{document['model']}: {count} layers"]
+    for norm, rank in dict.fromkeys((row["norm"], row["rank"]) for row in document["rows"]):
+        rows = [row for row in document["rows"] if (row["norm"], row["rank"]) == (norm, rank)]
+        title = (
+            f"{TITLES[norm]} of {document['quantize']} reduced by"
+            if "quantize" in document
+            else "energy in the adapter"
+        )
+        lines += ["", f"{title} (%), rank {rank}", *aligned(rows)]
+    if not isinstance(layers, int):
+        worst = max(layers, key=lambda layer: layer["captured_energy_loss"])
+        loss = f"{worst['captured_energy_loss']:.1e} ({worst['bound']})"
+        lines += ["", f"largest captured-energy loss {loss} at {worst['name']}"]
+    return "\n".join(lines)
+
+
+def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Rows as lines with columns of equal width."""
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["by_kind"]))
+    cells = [["method", *kinds, "mean", "seconds"]]
+    for row in rows:
+        numbers = [*(row["by_kind"][kind] for kind in kinds), row["mean"], row["seconds"]]
+        cells.append([row["method"], *(f"{number:.1f}" for number in numbers)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *rest in cells:
+        yield "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+
+
+TITLES = {"nuclear": "nuclear-norm error", "frobenius": "Frobenius error", "output": "held-out output error"}

@@ -1,0 +1,91 @@
+"""`pissa inspect` on the command line: one JSON document, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pissa.cli.main import run
+from pissa.lab.variants import PUBLISHED
+from tiny import CORPUS, tiny_llama, tiny_tokenizer
+
+
+def exit_code(*arguments: str) -> int:
+    """Run the command line in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        run(list(arguments))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    directory = tmp_path / "model"
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_json_has_a_row_for_each_method_rank_and_norm(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--rank", "2", "--quantize", "nf4", "--max-layers", "1", "--json"]
+    assert exit_code("inspect", model, *flags) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [(r["method"], r["norm"]) for r in document["rows"]] == [
+        (method, norm) for norm in ("nuclear", "frobenius") for method in PUBLISHED
+    ]
+    for row in document["rows"]:
+        assert {"method", "rank", "by_kind", "mean", "norm", "seconds"} <= row.keys()
+        assert row["rank"] == 2
+    assert document["double_quant"] is True
+    assert document["calibration"] is None
+
+
+def test_calibration_adds_methods_and_the_held_out_error(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(CORPUS) * 20)
+    flags = ["--rank", "2", "--quantize", "nf4", "--methods", "qlora,ours-1+gptq", "--norm", "frobenius"]
+    more = ["--calibration", str(text), "--windows", "10", "--length", "16", "--max-layers", "1", "--json"]
+    assert exit_code("inspect", model, *flags, *more) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {(r["method"], r["norm"]) for r in document["rows"]} == {
+        (method, norm) for norm in ("frobenius", "output") for method in ("qlora", "ours-1+gptq")
+    }
+    assert document["calibration"]["held_out_windows"] == 2
+
+
+def test_without_a_format_the_plain_split_is_shown(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("inspect", model, "--rank", "4") == 0
+    text = capsys.readouterr().out
+    assert "energy in the adapter (%), rank 4" in text
+    assert "largest captured-energy loss" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--rank", "two"], "give a whole number"),
+        (["--methods", "ours-5"], "say --quantize"),
+        (["--quantize", "nf3"], "format is 'nf3'"),
+        (["--quantize", "nf4", "--methods", "best"], "no quantisation is called 'best'"),
+        (["--quantize", "nf4", "--methods", "ours-1+gptq"], "needs calibration text"),
+        (["--quantize", "nf4", "--norm", "max"], "allowed: nuclear, frobenius"),
+        (["--quantize", "nf4", "--calibration", "nowhere.txt"], "there is no file nowhere.txt"),
+        (["--rank", "999"], "rank exceeds"),
+        (["--target-modules", "nothing_proj"], "no module matches"),
+    ],
+)
+def test_wrong_input_is_one_line(flags: list[str], reason: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("inspect", model, *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = [line for line in captured.err.splitlines() if line.startswith("pissa: ")]
+    assert reason in line
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("inspect", "./nowhere") == 2
+    assert "./nowhere does not exist" in capsys.readouterr().err
