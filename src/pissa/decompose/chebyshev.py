@@ -140,7 +140,9 @@ def coupling(Q: Tensor, Z: Tensor, theta: Tensor, rank: int) -> tuple[Tensor, fl
     R = Z - Q * theta[..., None, :]
     t = SHARE * (theta[..., rank - 1] - theta[..., -1]) + ROUNDING * theta[..., 0]
     H = (R.mT @ R) / t.clamp_min(torch.finfo(t.dtype).tiny)[..., None, None]
-    gain = H.diagonal(dim1=-2, dim2=-1)[..., :rank].sum(-1) / theta[..., :rank].sum(-1).clamp_min(torch.finfo(t.dtype).tiny)
+    gain = H.diagonal(dim1=-2, dim2=-1)[..., :rank].sum(-1) / theta[..., :rank].sum(-1).clamp_min(
+        torch.finfo(t.dtype).tiny
+    )
     return H, float(gain.max())
 
 
