@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pissa.config import METHODS, PissaConfig
+from pissa.config import METHODS, PissaConfig, Quantization, quantization_preset
 from pissa.decompose.methods import FACTORS
 from pissa.errors import ConfigError, PissaError
 
@@ -73,3 +73,50 @@ def test_configurations_are_frozen() -> None:
 
 def test_every_method_has_a_function() -> None:
     assert set(METHODS) == set(FACTORS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"format": "fp4"}, "format is 'fp4'; allowed: nf4, int8, gptq"),
+        ({"method": "lora"}, "method is 'lora'"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"iterations": True}, "iterations is True"),
+        ({"scale_search": "both"}, "scale_search is 'both'"),
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"rounding": "up"}, "rounding is 'up'"),
+        ({"block_size": 48}, "block_size is 48"),
+        ({"refit": False}, "refit is off"),
+        ({"refit": False, "momentum": 0.0, "method": "loftq"}, "refit is off"),
+        ({"format": "int8", "rounding": "gptq"}, "int8 takes"),
+        ({"format": "x", "momentum": -1}, "format is 'x'.*momentum is -1"),
+    ],
+)
+def test_a_quantization_that_means_nothing_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        Quantization(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_presets_are_what_their_names_say() -> None:
+    assert quantization_preset("ours-10") == Quantization()
+    assert quantization_preset("ours-5", double_quant=False) == Quantization(iterations=5, double_quant=False)
+    published = quantization_preset("qpissa-5")
+    assert (published.iterations, published.refit, published.scale_search, published.momentum) == (
+        5,
+        False,
+        "absmax",
+        0,
+    )
+    assert not published.keeps_best and quantization_preset("loftq-1").method == "loftq"
+    for name in ("qpissa", "ours-0", "loftq-x", "qlora-5", ""):
+        with pytest.raises(ConfigError, match="allowed: qlora"):
+            quantization_preset(name)
+
+
+def test_adapter_and_quantisation_must_start_alike() -> None:
+    with pytest.raises(ConfigError, match="start at zero"):
+        PissaConfig(4, quantization=quantization_preset("qlora"))
+    with pytest.raises(ConfigError, match="qlora"):
+        PissaConfig(4, method="lora-kaiming", quantization=Quantization())
+    assert PissaConfig(4, method="lora-kaiming", quantization=quantization_preset("qlora")).starts_at_zero

@@ -35,15 +35,15 @@ class Quantization:
     format: QuantizationFormat = "nf4"
     """bitsandbytes' 4-bit NF4, bitsandbytes' row-wise INT8, or GPTQ's 4-bit integers."""
     method: QuantizationMethod = "qpissa"
-    """"qlora" quantises the weight and leaves the adapter at zero, "loftq" alternates from the quantised weight, "qpissa"
-    from the principal components."""
+    """"qlora" quantises the weight and leaves the adapter at zero, "loftq" alternates from the quantised weight,
+    "qpissa" from the principal components."""
     iterations: int = 10
     """T, at least 1; "qlora" has nothing to iterate and ignores it."""
     refit: bool = True
     """End on an SVD of what the quantised residual leaves over. LoftQ always does, published QPiSSA does not."""
     scale_search: ScaleSearch = "signed"
-    """"absmax" takes each block's largest magnitude as its scale, as bitsandbytes does; "unsigned" and "signed" search the
-    scale of least error. A symmetric format (int8) gains nothing from a sign; gptq moves its zero points as well."""
+    """"absmax" takes each block's largest magnitude as its scale, as bitsandbytes does; "unsigned" and "signed" search
+    the scale of least error. In int8 and gptq a sign gains nothing and the two are the same."""
     momentum: float = 0.9
     """β in [0, 1): how far each iteration is extrapolated beyond the last one. 0 is plain alternation."""
     rounding: Rounding = "nearest"
@@ -92,9 +92,8 @@ def quantization_preset(name: str, **changes: Any) -> Quantization:
     """The `Quantization` that a short name stands for.
 
     Args:
-        name: "qlora"; "loftq-T" and "qpissa-T" as published, with T iterations; "ours-T", this library's own method,
-            with momentum from 10 iterations on.
-        changes: other fields, for example `double_quant=False`.
+        name: "qlora"; "loftq-T" and "qpissa-T" as published, with T iterations; "ours-T", the default with T
+        iterations. changes: other fields, for example `double_quant=False`.
 
     Raises:
         ConfigError: no such preset.
@@ -105,9 +104,7 @@ def quantization_preset(name: str, **changes: Any) -> Quantization:
         return Quantization(**{"method": "qlora", "iterations": 1, **published, **changes})
     if method in ("loftq", "qpissa", "ours") and count.isdecimal() and int(count) >= 1:
         settings: dict[str, Any] = {"iterations": int(count)}
-        if method == "ours":
-            settings["momentum"] = 0.9 if int(count) >= 10 else 0.0
-        else:
+        if method != "ours":
             settings |= {"method": method, "refit": method == "loftq", **published}
         return Quantization(**{**settings, **changes})
     raise ConfigError(f"no quantisation is called {name!r}; allowed: {PRESETS}")
@@ -197,8 +194,8 @@ class PissaConfig:
             )
         if (self.quantization.method == "qlora") != self.starts_at_zero:
             raise ConfigError(
-                f"method {self.method!r} does not go with quantization method {self.quantization.method!r}: an adapter "
-                'that starts at zero (lora-kaiming, lora-gaussian) takes "qlora", method "pissa" takes "qpissa" or "loftq"'
+                f"method {self.method!r} does not go with quantization method {self.quantization.method!r}: adapters "
+                'that start at zero (lora-kaiming, lora-gaussian) take "qlora", "pissa" takes "qpissa" or "loftq"'
             )
 
     def _check_names(self) -> None:

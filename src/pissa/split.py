@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import PissaConfig
+from .config import PissaConfig, Quantization
 from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS
 from .errors import ConfigError, WeightError
 from .quantize.alternate import Alternation, alternate
-from .quantize.error import plain_error
+from .quantize.error import matrix_norm, plain_error
 from .quantize.formats import Packed
 from .quantize.lowrank import singular_triplets
 from .quantize.metric import metric
@@ -64,10 +64,10 @@ def split_weight(
 
     Args:
         W: (out, in), fp32, bf16 or fp16; never modified.
-        config: rank, alpha, method, quantization, seed; patterns are the caller's to resolve (`PissaConfig.for_module`).
-        moment: (in, in) second moment `E[xᵀx]` of the layer's input, for a quantisation that minimises output error.
-        gradient: (out, in); no method uses one yet.
-        name: the weight's name, for messages and so that random draws differ from weight to weight.
+        config: rank, alpha, method, quantization, seed; patterns are the caller's to resolve
+        (`PissaConfig.for_module`). moment: (in, in) second moment `E[xᵀx]` of the layer's input, for a quantisation
+        that minimises output error. gradient: (out, in); no method uses one yet. name: the weight's name, for
+        messages and so that random draws differ from weight to weight.
 
     Returns:
         The split; `split.restore()` equals W up to `split.certificate.rounding`.
@@ -89,7 +89,8 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
     if W.ndim != 2 or W.dtype not in STORAGE_DTYPES:
         already = "; it is quantised already" if W.dtype in (torch.uint8, torch.int8, torch.int32) else ""
         raise WeightError(
-            f"{label} is {W.dtype} of shape {tuple(W.shape)}{already}; a matrix in float32, bfloat16 or float16 can be split"
+            f"{label} is {W.dtype} of shape {tuple(W.shape)}{already}; only a matrix in float32, bfloat16 or "
+            "float16 can be split"
         )
     if config.rank > min(W.shape):
         raise ConfigError(f"rank {config.rank} exceeds {min(W.shape)}, the smaller side of {label} {tuple(W.shape)}")
@@ -98,8 +99,20 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
     if gradient is not None or (moment is not None and config.quantization is None):
         given = "gradient" if gradient is not None else "second moment"
         raise ConfigError(f"a {given} was given for {label}, and this configuration does not use one; leave it out")
-    if config.quantization is not None and config.quantization.rounding == "gptq" and moment is None:
+    if config.quantization is not None:
+        check_quantization(W, config.quantization, moment, label)
+
+
+def check_quantization(W: Tensor, config: Quantization, moment: Tensor | None, label: str) -> None:
+    """Refuse what the format cannot hold or the method cannot do."""
+    if config.rounding == "gptq" and moment is None:
         raise ConfigError(f'rounding "gptq" needs the second moment of the inputs of {label}; give calibration text')
+    # Blocks that run over the end of a row are legal NF4, but bitsandbytes' CPU kernels read them with wrong scales.
+    if config.format == "nf4" and W.shape[1] % config.block_size:
+        raise WeightError(
+            f"{label} {tuple(W.shape)} has {W.shape[1]} inputs, not a multiple of block_size {config.block_size}: "
+            'take a smaller block_size, format "int8", or exclude the layer'
+        )
 
 
 def unquantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, label: str) -> Split:
@@ -131,7 +144,7 @@ def quantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, 
     )
     A, B = factors(W, found, config, scale, seed)
     residual = found.packed.dequantize()
-    error = W.double() - (residual.double() + scale * (B.double() @ A.double()))
+    error = torch.addmm(W.float() - residual.float(), B, A, alpha=-scale)
     certificate = certify(W, error, found, config, time.perf_counter() - start)
     if not math.isfinite(certificate.rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
@@ -150,14 +163,12 @@ def factors(W: Tensor, found: Alternation, config: PissaConfig, scale: float, se
 
 def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, seconds: float) -> Certificate:
     """What the quantised split cost."""
-    total, left = float(W.double().norm()), float(error.norm())
-    plain = float(plain_error(W, found.packed).double().norm())
-    return Certificate(
-        algorithm=config.algorithm,
-        passes=0,
+    total, left = matrix_norm(W, "frobenius"), matrix_norm(error, "frobenius")
+    plain = matrix_norm(plain_error(W, found.packed), "frobenius")
+    svd = found.certificate or Certificate("subspace", 0, 0.0, 1.0, "upper bound")
+    return replace(
+        svd,
         seconds=seconds,
-        captured_energy_loss=0.0,
-        bound="estimate",
         rounding=left / total if total > 0 else 0.0,
         quantization_error=left,
         quantization_reduction=100 * (1 - left / plain) if plain > 0 else 0.0,

@@ -73,7 +73,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        import gguf as _gguf  # noqa: F401
+        import gguf as _gguf
     except ImportError as error:
         raise MissingExtraError("the demo's model is a GGUF file: pip install 'pissa[gguf]'") from error
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}

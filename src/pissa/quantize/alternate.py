@@ -2,16 +2,18 @@
 
     min over Q in the format and L of rank r of ‖W − Q − L‖                   L = s·B·A
 
-For fixed L the best Q rounds `W − L`, for fixed Q the best L is `SVD_r(W − Q)`. Published forms of the alternation, T times:
+For fixed L the best Q rounds `W − L`, for fixed Q the best L is `SVD_r(W − Q)`. Published forms of the alternation,
+T times:
 
     QPiSSA-T (paper, section 4):    L = SVD_r(E),  Q = nf4(W − L),  E = W − Q        from E = W;  ends on a quantisation
     LoftQ-T  (arXiv 2310.08659):    Q = nf4(W − L),  L = SVD_r(W − Q)                from L = 0;  ends on an SVD
     QLoRA    (arXiv 2305.14314):    Q = nf4(W),  L = 0
 
 Ours adds what costs no byte and little time. A last SVD fits L to the Q that is stored. Scales are searched, of either
-sign (`scales.py`). Momentum: rounding has dead zones, since a small change of L changes few codes, and plain alternation
-stalls in them; so the next Q rounds `W − (L_t + β (L_t − L_{t−1}))`, which walks on through them. That can overshoot,
-so the best iterate is kept. With a second moment of the layer's input, scales and fits are taken in its metric (`metric.py`).
+sign (`scales.py`). Momentum: rounding has dead zones, since a small change of L changes few codes, and plain
+alternation stalls in them; so the next Q rounds `W − (L_t + β (L_t − L_{t−1}))`, which walks on through them. That
+can overshoot, so the best iterate is kept. With a second moment of the layer's input, scales and fits are taken in
+its metric (`metric.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..config import Quantization
-from .formats import Packed, quantize_matrix
-from .lowrank import LowRank, best_fit, extrapolated
+from ..decompose.certificate import Certificate
+from .formats import Packed, quantize_matrix, rounded_matrix
+from .lowrank import LowRank, best_fit, extrapolated, power_step
 from .metric import Metric
 
 
@@ -37,9 +40,12 @@ class Alternation:
     low_rank: LowRank | None
     """L, None for QLoRA."""
     errors: tuple[float, ...]
-    """`‖W − Q_t − L_t‖` in the metric after each iteration, of the best iterate so far where the best is kept."""
+    """`‖W − Q_t − L_t‖` in the metric of the best iterate so far, after each iteration; where the last iterate is taken
+    whatever its error, that of the last alone."""
     iterations: int
     """How many iterations the result took; later ones were no better."""
+    certificate: Certificate | None = None
+    """Of the last SVD; None where the method ends on a quantisation."""
 
 
 def alternate(
@@ -61,19 +67,25 @@ def alternate(
         config: format, method, iterations and everything else.
         dtype: that the residual dequantises to.
         metric: which errors matter; None for all alike.
-        tolerance, algorithm, seed: of the truncated SVDs.
+        tolerance, algorithm, seed: of the last SVD, see `truncated_svd`. Those before it are subspace iterations, each
+            started from the one before, unless the algorithm is "exact".
     """
     best: Alternation | None = None
     errors: list[float] = []
-    for count, (packed, low_rank, error) in enumerate(
-        iterates(W, rank, config, dtype, metric, tolerance, algorithm, seed), start=1
-    ):
-        if best is None or not config.keeps_best or error < errors[-1]:
+    for count, packed, low_rank in iterates(W, rank, config, dtype, metric, algorithm, seed):
+        E = W - packed.dequantize()
+        error = norm(E if low_rank is None else low_rank.subtract_from(E), metric)
+        if best is None or error < errors[-1]:
             best = Alternation(packed, low_rank, (), count)
-            errors.append(error)
-        else:
-            errors.append(errors[-1])
+        errors.append(min([error, *errors[-1:]]))
     assert best is not None
+    if config.refit and best.low_rank is not None:
+        E = W - best.packed.dequantize()
+        L = best_fit(E, rank, metric, best.low_rank, tolerance=tolerance, algorithm=algorithm, seed=seed)
+        error = norm(L.subtract_from(E), metric)
+        if error <= errors[-1]:
+            best, errors[-1] = replace(best, low_rank=L), error
+        best = replace(best, certificate=L.certificate)
     return replace(best, errors=tuple(errors))
 
 
@@ -83,30 +95,39 @@ def iterates(
     config: Quantization,
     dtype: torch.dtype,
     metric: Metric | None,
-    tolerance: float,
     algorithm: str,
     seed: int,
-) -> Iterator[tuple[Packed, LowRank | None, float]]:
-    """(Q_t packed, L_t, ‖W − Q_t − L_t‖) for t = 1 … T."""
+) -> Iterator[tuple[int, Packed, LowRank | None]]:
+    """(t, Q_t packed, L_t) of every iterate that may be the result: t = 1 … T, or T alone."""
 
     def fit(E: Tensor, previous: LowRank | None) -> LowRank:
-        return best_fit(E, rank, metric, previous, tolerance=tolerance, algorithm=algorithm, seed=seed)
+        if algorithm == "exact":
+            return best_fit(E, rank, metric, previous, tolerance=0.0, algorithm=algorithm, seed=seed)
+        return power_step(E, rank, metric, previous, seed)
 
     if config.method == "qlora":
         packed = quantize_matrix(W, config, dtype, metric)
-        yield packed, None, norm(W - packed.dequantize(), metric)
+        yield 1, packed, None
         return
     L = fit(W, None) if config.method == "qpissa" else None
     target = L
     for step in range(config.iterations):
-        packed = quantize_matrix(W if target is None else target.subtract_from(W), config, dtype, metric)
-        E = W - packed.dequantize()
+        R = W if target is None else target.subtract_from(W)
+        if not config.keeps_best and step < config.iterations - 1:
+            exact = algorithm == "exact"
+            Q = (
+                quantize_matrix(R, config, dtype, metric).dequantize()
+                if exact
+                else rounded_matrix(R, config, dtype, metric)
+            )
+            target = L = fit(W - Q, L)
+            continue
+        packed = quantize_matrix(R, config, dtype, metric)
         if not config.refit and step == config.iterations - 1:
-            assert L is not None
-            yield packed, L, norm(L.subtract_from(E), metric)
+            yield step + 1, packed, L
             return
-        previous, L = L, fit(E, L)
-        yield packed, L, norm(L.subtract_from(E), metric)
+        previous, L = L, fit(W - packed.dequantize(), L)
+        yield step + 1, packed, L
         target = L if previous is None or config.momentum == 0 else extrapolated(L, previous, config.momentum)
 
 

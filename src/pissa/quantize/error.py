@@ -2,8 +2,8 @@
 
     reduction = (1 − ‖W − (Q + s·B·A)‖ / ‖W − format(W)‖) · 100 %                        (paper, section 4)
 
-The paper measures in the nuclear norm, the sum of singular values. `format(W)` is the plain format, with double quantisation
-where the split has it, so QLoRA's reduction is 0 by definition; so is that of W = 0.
+The paper measures in the nuclear norm, the sum of singular values. `format(W)` is the plain format, with double
+quantisation where the split has it, so QLoRA's reduction is 0 by definition; so is that of W = 0.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     min over codes of tr((W − Q) M (W − Q)ᵀ)          M (in, in): second moment of the layer's input
 
 With U upper triangular and `M⁻¹ = UᵀU`, rounding column j to q_j costs `((w_j − q_j) / U_jj)²`, and subtracting
-`(w_j − q_j) / U_jj · U_j,k` from every later column k is the best compensation that they can give. Rows do not interact. The
-updates of far columns are gathered and done a block at a time, as one matrix product.
+`(w_j − q_j) / U_jj · U_j,k` from every later column k is the best compensation that they can give. Rows do not
+interact. The updates of far columns are gathered and done a block at a time, as one matrix product.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from .feedback import round_nf4_with_feedback
 from .gptq import PackedGPTQ, quantize_gptq
 from .int8 import PackedInt8, quantize_int8
 from .metric import Metric
-from .nf4 import PackedNF4, quantize_nf4
+from .nf4 import PackedNF4, quantize_nf4, rounded_nf4
 
 Packed = PackedNF4 | PackedInt8 | PackedGPTQ
 
@@ -46,14 +46,14 @@ def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric:
     return packed
 
 
-def plain(config: Quantization) -> Quantization:
-    """The same format as it comes: absmax scales, nearest codes."""
-    return Quantization(
-        format=config.format,
-        method="qlora",
-        iterations=1,
-        scale_search="absmax",
-        momentum=0.0,
-        double_quant=config.double_quant,
+def rounded_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric: Metric | None = None) -> Tensor:
+    """What `quantize_matrix` gives, dequantised to fp32, for a step of an iteration: cheaper where that is possible."""
+    if config.format != "nf4" or config.rounding != "nearest":
+        return quantize_matrix(R, config, dtype, metric).dequantize().float()
+    return rounded_nf4(
+        R,
         block_size=config.block_size,
+        double_quant=config.double_quant,
+        scale_search=config.scale_search,
+        weights=None if metric is None else metric.weights,
     )

@@ -2,10 +2,10 @@
 
     dequantised = (code − zero) · scale                  one (scale, zero) per output and group of consecutive inputs
 
-The solver is GPTQ's (arXiv 2210.17323): columns are rounded in order and each error is carried on to the columns still to come,
-`feedback.py`. Inputs may be taken in order of falling energy ("act order"), so that those that matter most are rounded
-while there is most left to compensate with; `g_idx` then says which group an input belongs to. Without a second
-moment every code is the nearest one.
+The solver is GPTQ's (arXiv 2210.17323): columns are rounded in order and each error is carried on to the columns
+still to come, `feedback.py`. Inputs may be taken in order of falling energy ("act order"), so that those that matter
+most are rounded while there is most left to compensate with; `g_idx` then says which group an input belongs to.
+Without a second moment every code is the nearest one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def quantize_gptq(
     out, n = W.shape
     if out % PER_WORD or n % PER_WORD:
         raise WeightError(
-            f"GPTQ packs 8 codes a word and {tuple(W.shape)} has a side that is not a multiple of 8; exclude the layer, or "
+            f"GPTQ packs 8 codes a word and {tuple(W.shape)} has a side that is no multiple of 8; exclude the layer or "
             'take format "nf4"'
         )
     order = torch.arange(n, device=W.device)

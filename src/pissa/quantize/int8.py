@@ -2,7 +2,8 @@
 
     dequantised = code · SCB / 127                        SCB (out,): the row's largest magnitude
 
-The grid is symmetric, so a scale's sign changes nothing; a smaller scale that clips the largest values can lower a row's error.
+The grid is symmetric, so a scale's sign changes nothing; a smaller scale that clips the largest values can lower a
+row's error.
 """
 
 from __future__ import annotations

@@ -5,13 +5,22 @@ L = left · right                                            left (out, r), righ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..decompose.certificate import Certificate
 from ..decompose.svd import fix_signs, truncated_svd
 from .metric import Metric
+
+OVERSAMPLING = 8
+"""Columns beyond the rank in a subspace iteration."""
+WARM_STEPS = 1
+"""Subspace iterations from the previous fit."""
+COLD_STEPS = 6
+"""Subspace iterations from a random start."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,9 @@ class LowRank:
     right: Tensor
     """(r, in)."""
     warm_start: Tensor | None = None
-    """(in, r): right singular vectors in the metric, where the next SVD begins."""
-    energy: float = 0.0
-    """Squared Frobenius norm in the metric."""
+    """(in, k), k ≥ r: spans the right singular vectors in the metric, where the next SVD begins."""
+    certificate: Certificate | None = None
+    """Of the SVD that it comes from, where that was a certified one."""
 
     def subtract_from(self, W: Tensor) -> Tensor:
         """`W − left·right`, (out, in) fp32."""
@@ -52,9 +61,50 @@ def best_fit(
     """
     weighted = E if metric is None else metric.apply(E)
     warm = previous.warm_start if previous is not None and algorithm not in ("exact", "gram") else None
-    U, S, Vh, _ = truncated_svd(weighted, rank, tolerance=tolerance, algorithm=algorithm, seed=seed, warm_start=warm)
+    U, S, Vh, certificate = truncated_svd(
+        weighted, rank, tolerance=tolerance, algorithm=algorithm, seed=seed, warm_start=warm
+    )
     right = Vh if metric is None else metric.undo(Vh)
-    return LowRank(U * S, right, Vh.mT.contiguous(), float(S.double().square().sum()))
+    assert isinstance(certificate, Certificate)
+    return LowRank(U * S, right, Vh.mT.contiguous(), certificate)
+
+
+def power_step(E: Tensor, rank: int, metric: Metric | None, previous: LowRank | None, seed: int) -> LowRank:
+    """A rank-r matrix close to E in the metric: one subspace iteration from the previous fit, a few from a sketch.
+
+    The alternation is itself an iteration, and its matrices change little from one to the next; a certified SVD of each
+    would be work thrown away.
+    """
+    weighted = E if metric is None else metric.apply(E)
+    if previous is None or previous.warm_start is None:
+        generator = torch.Generator().manual_seed(seed)
+        width = min(rank + OVERSAMPLING, *E.shape)
+        right = torch.randn(E.shape[1], width, generator=generator).to(E.device)
+        steps = COLD_STEPS
+    else:
+        right, steps = previous.warm_start, WARM_STEPS
+    for _ in range(steps):
+        left = torch.linalg.qr(weighted @ unit_columns(right))[0]
+        right = weighted.mT @ left
+    # Scaled by a power of two, at no loss, so that squares of very small or large weights stay in range.
+    unit = (right / power_of_two(right)).double()
+    _, turn = torch.linalg.eigh(unit.mT @ unit)
+    turn = turn.flip(-1).float()
+    left, right = left @ turn, right @ turn
+    fitted = right[:, :rank].mT
+    return LowRank(left[:, :rank], fitted if metric is None else metric.undo(fitted), unit_columns(right))
+
+
+def unit_columns(X: Tensor) -> Tensor:
+    """X with columns of norm 1, or 0."""
+    X = X / power_of_two(X)
+    return X / torch.linalg.vector_norm(X, dim=0).clamp_min(torch.finfo(X.dtype).tiny)
+
+
+def power_of_two(X: Tensor) -> float:
+    """The power of two next above the largest magnitude; 1 for X = 0."""
+    largest = float(X.abs().amax())
+    return 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
 
 
 def extrapolated(newest: LowRank, previous: LowRank, momentum: float) -> LowRank:
@@ -64,7 +114,7 @@ def extrapolated(newest: LowRank, previous: LowRank, momentum: float) -> LowRank
 
 
 def singular_triplets(L: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), S (r,), Vh (r, in) of `left·right`, from two thin QRs and a small core; signs as `truncated_svd`'s."""
+    """U (out, r), S (r,), Vh (r, in) of `left·right`, from thin QRs and a small core; signs as `truncated_svd`'s."""
     left, R = torch.linalg.qr(L.left.double())
     right, T = torch.linalg.qr(L.right.double().mT)
     u, S, vh = torch.linalg.svd(R @ T.mT)

@@ -3,8 +3,8 @@
     E ‖x Eᵀ‖² = tr(E M Eᵀ) = ‖E C‖²_F             M = E[xᵀx] (in, in), the second moment of a layer's input;  M = C Cᵀ
     argmin over rank-r L of ‖(W − Q − L) C‖_F  =  SVD_r((W − Q) C) · C⁻¹            (QERA, arXiv 2410.06040)
 
-C is the Cholesky factor of M. A moment from few tokens is rank-deficient: M is damped by a share of its mean diagonal, so that
-directions which the calibration text never showed still count a little, and C⁻¹ exists.
+C is the Cholesky factor of M. A moment from few tokens is rank-deficient: M is damped by a share of its mean
+diagonal, so that directions which the calibration text never showed still count a little, and C⁻¹ exists.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def metric(moment: Tensor, columns: int, *, name: str = "the weight", damping: f
     """
     if moment.shape != (columns, columns) or not moment.is_floating_point():
         raise WeightError(
-            f"the second moment for {name} is {moment.dtype} of shape {tuple(moment.shape)}; its {columns} inputs need a "
+            f"the second moment for {name} is {moment.dtype} of shape {tuple(moment.shape)}; {columns} inputs need a "
             f"float matrix of shape ({columns}, {columns})"
         )
     M = moment.detach().double()

@@ -2,10 +2,11 @@
 
     scale = offset + absmax₂[block of 256] · map[code]
 
-`map` is the signed dynamic map of arXiv 1511.04561: seven decades from 1e-7 to 1, each with twice as many evenly spaced values
-as the decade below, of either sign, and 0 and 1. bitsandbytes takes the mean of the scales as offset. Scales of
-either sign fit as well: the largest decade has 64 values of each sign, so a scale is off by at most 0.7 % of the
-largest of its 256. What remains of that is mended by choosing codes, and adapter, for the scale that is stored.
+`map` is the signed dynamic map of arXiv 1511.04561: seven decades from 1e-7 to 1, each with twice as many evenly
+spaced values as the decade below, of either sign, and 0 and 1. bitsandbytes takes the mean of the scales as offset.
+Scales of either sign fit as well: the largest decade has 64 values of each sign, so a scale is off by at most 0.7 %
+of the largest of its 256. What remains of that is mended by choosing codes, and adapter, for the scale that is
+stored.
 """
 
 from __future__ import annotations
