@@ -46,8 +46,8 @@ MAX_STAGES = 6
 """Filters after which the full eigenproblem is the better way."""
 OVERSHOOT = 8.0
 """How much more the wanted directions are amplified than the square root of the missing accuracy asks for."""
-FIRST_CUT = 1.25
-"""The first c in units of G's mean eigenvalue, when no Ritz values are known."""
+FIRST_CUT, FIRST_CUT_OF_BLOCKS = 1.25, 0.2
+"""The first c in units of G's mean eigenvalue, when no Ritz values are known: at most this, and this times n / K."""
 
 
 def filter_width(rank: int) -> int:
@@ -89,7 +89,8 @@ def first_filter(G: Tensor, start: Tensor) -> Tensor:
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
     entries = G.flatten(-2)
     square = (entries[..., None, :] @ entries[..., None])[..., 0, 0]
-    c = FIRST_CUT * trace / G.shape[-1]
+    n, K = start.shape[-2:]
+    c = min(FIRST_CUT, FIRST_CUT_OF_BLOCKS * n / K) * trace / n
     largest = square / trace.clamp_min(TINY)
     return filtered(G, start, G @ start, c, degree(largest, c, DYNAMIC_RANGE))
 
