@@ -13,6 +13,8 @@ from pissa.decompose.svd import decompose, truncated_svd
 from pissa.errors import ConfigError, WeightError
 
 ITERATIVE = ("krylov", "subspace")
+PROOF = 2.5e-4
+"""The proof of "chebyshev" leaves a margin of about a tenth of the default tolerance however small the loss is."""
 
 
 def assert_good(W, found, rank, tolerance):
@@ -23,7 +25,8 @@ def assert_good(W, found, rank, tolerance):
     assert deviation_from_identity(U) < 1e-5
     assert deviation_from_identity(Vh.T) < 1e-5
     assert bool((S[:-1] >= S[1:]).all()) and bool((S >= 0).all())
-    assert certificate.captured_energy_loss <= max(tolerance, 3e-6)
+    provable = PROOF if certificate.algorithm == "chebyshev" else 3e-6
+    assert certificate.captured_energy_loss <= max(tolerance, provable)
     assert energy_loss(W, U, S, Vh) <= max(tolerance, 3e-6)
 
 

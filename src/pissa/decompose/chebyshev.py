@@ -39,13 +39,15 @@ SHARE = 0.5
 """t as a share of the distance from θ_r to θ_K."""
 DYNAMIC_RANGE = 3e4
 """Growth of the strongest direction that fp32 leaves room for between two orthogonalisations."""
+TINY = 1e-30
+"""In place of zero where something is divided by."""
 MAX_DEGREE = 5
 MAX_STAGES = 6
 """Filters after which the full eigenproblem is the better way."""
 OVERSHOOT = 8.0
 """How much more the wanted directions are amplified than the square root of the missing accuracy asks for."""
-FIRST_CUT = 1.5
-"""The first c in units of G's mean eigenvalue, when no Ritz values are known."""
+FIRST_CUT, FIRST_CUT_OF_BLOCKS = 1.25, 0.2
+"""The first c in units of G's mean eigenvalue, when no Ritz values are known: at most this, and this times n / K."""
 
 
 def filter_width(rank: int) -> int:
@@ -87,14 +89,15 @@ def first_filter(G: Tensor, start: Tensor) -> Tensor:
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
     entries = G.flatten(-2)
     square = (entries[..., None, :] @ entries[..., None])[..., 0, 0]
-    c = FIRST_CUT * trace / G.shape[-1]
-    largest = square / trace.clamp_min(torch.finfo(G.dtype).tiny)
+    n, K = start.shape[-2:]
+    c = min(FIRST_CUT, FIRST_CUT_OF_BLOCKS * n / K) * trace / n
+    largest = square / trace.clamp_min(TINY)
     return filtered(G, start, G @ start, c, degree(largest, c, DYNAMIC_RANGE))
 
 
 def filtered(G: Tensor, Q: Tensor, Z: Tensor, c: Tensor, degree: int) -> Tensor:
     """`T_d(2G/c − I) Q` by the three-term recurrence; `Z = G·Q` saves its first step. c is (...,)."""
-    c = c.clamp_min(torch.finfo(c.dtype).tiny)[..., None, None]
+    c = c.clamp_min(TINY)[..., None, None]
     before, now = Q, Z * (2 / c) - Q
     for _ in range(degree - 1):
         before, now = now, torch.addcmul(before, G @ now, 4 / c, value=-1).add_(now, alpha=2).neg_()
@@ -103,7 +106,7 @@ def filtered(G: Tensor, Q: Tensor, Z: Tensor, c: Tensor, degree: int) -> Tensor:
 
 def degree(energy: Tensor, c: Tensor, growth: float) -> int:
     """The largest degree, 1 to 5, whose polynomial is at most about `growth` at an eigenvalue `energy` above c."""
-    ratio = float((energy / c.clamp_min(torch.finfo(c.dtype).tiny)).max())
+    ratio = float((energy / c.clamp_min(TINY)).max())
     step = math.acosh(max(2 * ratio - 1, 1.0))
     room = math.acosh(growth)
     return MAX_DEGREE if step * MAX_DEGREE <= room else max(1, int(room / step))
@@ -139,10 +142,8 @@ def coupling(Q: Tensor, Z: Tensor, theta: Tensor, rank: int) -> tuple[Tensor, fl
     """`RᵀR / t` (..., K, K), and its trace over the wanted r, about the loss: the largest of the batch."""
     R = Z - Q * theta[..., None, :]
     t = SHARE * (theta[..., rank - 1] - theta[..., -1]) + ROUNDING * theta[..., 0]
-    H = (R.mT @ R) / t.clamp_min(torch.finfo(t.dtype).tiny)[..., None, None]
-    gain = H.diagonal(dim1=-2, dim2=-1)[..., :rank].sum(-1) / theta[..., :rank].sum(-1).clamp_min(
-        torch.finfo(t.dtype).tiny
-    )
+    H = (R.mT @ R) / t.clamp_min(TINY)[..., None, None]
+    gain = H.diagonal(dim1=-2, dim2=-1)[..., :rank].sum(-1) / theta[..., :rank].sum(-1).clamp_min(TINY)
     return H, float(gain.max())
 
 
