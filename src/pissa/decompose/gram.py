@@ -11,6 +11,8 @@ fp32 rounding and orthonormal whatever the spectrum.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def gram_matrix(A: Tensor) -> Tensor:
         return A.mT @ A
     G = A.new_empty((*A.shape[:-2], n, n))
     edges = [n * i // PANELS for i in range(PANELS + 1)]
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in pairwise(edges):
         panel = A[..., left:].mT @ A[..., left:right]
         G[..., left:, left:right] = panel
         G[..., left:right, right:] = panel[..., right - left :, :].mT
