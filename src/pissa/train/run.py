@@ -24,6 +24,7 @@ from ..checkpoint.manifest import MANIFEST, hardware, package_versions
 from ..checkpoint.read import check_model_directory, load_tokenizer
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.write import explained, output_files, write_json
+from ..errors import TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
 from .card import model_card
@@ -88,6 +89,7 @@ def train(
     Raises:
         PissaError: the input or the settings are wrong, before anything is written.
         OutputError: `out` holds something else, or cannot be written.
+        TrainingError: the run diverged; nothing is published.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
     directory = RunDirectory(Path(out))
@@ -146,6 +148,7 @@ def _train(
         trained = trainer.accelerator.unwrap_model(trainer.model).eval()
         whole = trainer.whole_state()
         results = _results(recipe, settings, encoded, fingerprints, split, trained, read_log(directory.log))
+        _check_finite(directory, results)
         if is_main_process():
             step = trainer.state.global_step
             _publish(directory, trained, whole, tokenizer, recipe, results, step)
@@ -189,6 +192,17 @@ def _run(
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     return trainer
+
+
+def _check_finite(directory: RunDirectory, results: dict[str, Any]) -> None:
+    """Refuse to publish what JSON cannot say, such as the log of a run that diverged under an earlier version."""
+    try:
+        json.dumps(results, allow_nan=False)
+    except ValueError as error:
+        raise TrainingError(
+            f"the results of {directory.path} hold numbers that are not finite, see {directory.log}; nothing is "
+            f"published. Lower the learning rate ({results['learning_rate']:g}) and name another directory"
+        ) from error
 
 
 def _publish(
