@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import PissaConfig
 from ..decompose.certificate import Certificate
 from ..errors import PissaError
-from ..split import combine, split_weight
+from ..split import combine, split_each
 from .layers import set_weight_matrix, weight_matrix
 from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
@@ -67,12 +67,11 @@ def adapt(model: nn.Module, config: PissaConfig, *, progress: Progress | None = 
     targets = resolve_targets(model, config)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
-    for done, target in enumerate(targets, start=1):
-        split = split_weight(
-            weight_matrix(target.module),
-            config.for_module(target.rank, target.alpha),
-            name=f"{target.name}.weight",
-        )
+    weights = [
+        (weight_matrix(target.module), config.for_module(target.rank, target.alpha), f"{target.name}.weight")
+        for target in targets
+    ]
+    for done, (target, split) in enumerate(zip(targets, split_each(weights), strict=True), start=1):
         factors[target.name] = split.A, split.B
         certificates[target.name] = split.certificate
         if progress is not None:
