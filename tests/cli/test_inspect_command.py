@@ -11,6 +11,9 @@ from pissa.cli.main import run
 from pissa.lab.variants import PUBLISHED
 from tiny import CORPUS, tiny_llama, tiny_tokenizer
 
+# the tiny model's rows are too short for blocks of 64
+NF4 = ("--quantize", "nf4", "--block-size", "32")
+
 
 def exit_code(*arguments: str) -> int:
     """Run the command line in this process."""
@@ -29,7 +32,7 @@ def model(tmp_path: Path) -> str:
 
 
 def test_json_has_a_row_for_each_method_rank_and_norm(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--rank", "2", "--quantize", "nf4", "--max-layers", "1", "--json"]
+    flags = ["--rank", "2", *NF4, "--max-layers", "1", "--json"]
     assert exit_code("inspect", model, *flags) == 0
     document = json.loads(capsys.readouterr().out)
     assert [(r["method"], r["norm"]) for r in document["rows"]] == [
@@ -47,7 +50,7 @@ def test_calibration_adds_methods_and_the_held_out_error(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(CORPUS) * 20)
-    flags = ["--rank", "2", "--quantize", "nf4", "--methods", "qlora,ours-1+gptq", "--norm", "frobenius"]
+    flags = ["--rank", "2", *NF4, "--methods", "qlora,ours-1+gptq", "--norm", "frobenius"]
     more = ["--calibration", str(text), "--windows", "10", "--length", "16", "--max-layers", "1", "--json"]
     assert exit_code("inspect", model, *flags, *more) == 0
     document = json.loads(capsys.readouterr().out)
@@ -70,10 +73,11 @@ def test_without_a_format_the_plain_split_is_shown(model: str, capsys: pytest.Ca
         (["--rank", "two"], "give a whole number"),
         (["--methods", "ours-5"], "say --quantize"),
         (["--quantize", "nf3"], "format is 'nf3'"),
-        (["--quantize", "nf4", "--methods", "best"], "no quantisation is called 'best'"),
-        (["--quantize", "nf4", "--methods", "ours-1+gptq"], "needs calibration text"),
-        (["--quantize", "nf4", "--norm", "max"], "allowed: nuclear, frobenius"),
-        (["--quantize", "nf4", "--calibration", "nowhere.txt"], "there is no file nowhere.txt"),
+        ([*NF4, "--methods", "best"], "no quantisation is called 'best'"),
+        ([*NF4, "--methods", "ours-1+gptq"], "needs calibration text"),
+        ([*NF4, "--norm", "max"], "allowed: nuclear, frobenius"),
+        ([*NF4, "--calibration", "nowhere.txt"], "there is no file nowhere.txt"),
+        (["--quantize", "nf4"], "not a multiple of block_size 64"),
         (["--rank", "999"], "rank exceeds"),
         (["--target-modules", "nothing_proj"], "no module matches"),
     ],

@@ -54,10 +54,10 @@ def text(tmp_path: Path) -> Path:
 def test_reductions_are_those_of_the_splits() -> None:
     model = tiny_llama()
     before = snapshot(model)
-    chosen = variants(["qlora", "qpissa-2", "ours-2"], calibrated=False)
+    chosen = variants(["qlora", "qpissa-2", "ours-2"], calibrated=False, block_size=32)
     document = inspect_quantized(model, chosen, [4])
     assert document["layers"] == 14
-    config = PissaConfig(rank=4, quantization=quantization_preset("qpissa-2"))
+    config = PissaConfig(rank=4, quantization=quantization_preset("qpissa-2", block_size=32))
     for norm in ("nuclear", "frobenius"):
         found = row(document, "qpissa-2", norm)
         assert found["by_kind"].keys() == KINDS
@@ -79,7 +79,7 @@ def test_output_error_is_measured_on_text_that_no_fit_has_seen(text: Path) -> No
     assert (calibration.description["windows"], calibration.description["held_out_windows"]) == (16, 4)
     fitted = {tuple(window.tolist()) for batch in calibration.fit for window in batch["input_ids"]}
     assert fitted.isdisjoint(tuple(w.tolist()) for batch in calibration.held_out for w in batch["input_ids"])
-    chosen = variants(["qlora", "ours-2", "ours-2+aware"], calibrated=True)
+    chosen = variants(["qlora", "ours-2", "ours-2+aware"], calibrated=True, block_size=32)
     document = inspect_quantized(model, chosen, [4], norms=["frobenius"], calibration=calibration)
 
     name = "model.layers.1.mlp.down_proj"
@@ -96,16 +96,18 @@ def test_output_error_is_measured_on_text_that_no_fit_has_seen(text: Path) -> No
 
 
 def test_each_rank_has_its_rows_and_higher_ranks_reduce_more() -> None:
-    document = inspect_quantized(tiny_llama(), [variant("loftq-1")], [2, 8], norms=["nuclear"])
+    document = inspect_quantized(tiny_llama(), [variant("loftq-1", block_size=32)], [2, 8], norms=["nuclear"])
     assert [(r["rank"], r["norm"]) for r in document["rows"]] == [(2, "nuclear"), (8, "nuclear")]
     assert row(document, "loftq-1", "nuclear", 8)["mean"] > row(document, "loftq-1", "nuclear", 2)["mean"]
 
 
 def test_some_blocks_only() -> None:
-    document = inspect_quantized(tiny_llama(), [variant("qlora")], [2], norms=["frobenius"], max_layers=1)
+    document = inspect_quantized(
+        tiny_llama(), [variant("qlora", block_size=32)], [2], norms=["frobenius"], max_layers=1
+    )
     assert document["layers"] == 7
     with pytest.raises(ConfigError, match="max_layers is 0"):
-        inspect_quantized(tiny_llama(), [variant("qlora")], [2], max_layers=0)
+        inspect_quantized(tiny_llama(), [variant("qlora", block_size=32)], [2], max_layers=0)
 
 
 def test_plain_split_shows_captured_energy() -> None:
@@ -155,7 +157,7 @@ def test_an_encoder_without_a_head_can_be_inspected(tmp_path: Path, text: Path) 
     document = inspect(
         str(tmp_path / "bert"),
         [2],
-        [variant("ours-1+gptq")],
+        [variant("ours-1+gptq", block_size=32)],
         calibration=text,
         length=16,
         windows=10,
@@ -168,7 +170,7 @@ def test_an_encoder_without_a_head_can_be_inspected(tmp_path: Path, text: Path) 
 
 def test_figures_and_table(directory: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    chosen = variants(["qlora", "ours-1"], calibrated=False)
+    chosen = variants(["qlora", "ours-1"], calibrated=False, block_size=32)
     document = inspect(directory, [4], chosen, norms=["nuclear"], figures=tmp_path / "figures")
     files = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert files == ["reduction.png", "singular_values.png"]
@@ -182,13 +184,13 @@ def test_what_cannot_be_inspected_is_refused(directory: str, text: Path) -> None
     with pytest.raises(ConfigError, match="plain split at one rank"):
         inspect(directory, [4], calibration=text)
     with pytest.raises(ConfigError, match="ranks"):
-        inspect(directory, [0], [variant("qlora")])
+        inspect(directory, [0], [variant("qlora", block_size=32)])
     with pytest.raises(ConfigError, match="give --calibration"):
-        inspect(directory, [4], [variant("qlora")], held_out=text)
+        inspect(directory, [4], [variant("qlora", block_size=32)], held_out=text)
     with pytest.raises(DataError, match="give more text"):
-        inspect(directory, [4], [variant("qlora")], calibration=text, length=512, windows=400)
+        inspect(directory, [4], [variant("qlora", block_size=32)], calibration=text, length=512, windows=400)
     with pytest.raises(ConfigError, match="rank exceeds"):
-        inspect(directory, [33], [variant("qlora")])
+        inspect(directory, [33], [variant("qlora", block_size=32)])
 
 
 @pytest.mark.slow

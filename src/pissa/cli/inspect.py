@@ -31,6 +31,7 @@ def command(
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="NF4's scales in 8 bits themselves.")
     ] = True,
+    block_size: Annotated[int, typer.Option(help="Values that share a scale: NF4's block, GPTQ's group.")] = 64,
     target_modules: Annotated[
         str, typer.Option(help='"all-linear", names separated by commas, or a regular expression.')
     ] = "all-linear",
@@ -56,8 +57,8 @@ def command(
         names += CALIBRATED if quantize != "int8" else CALIBRATED[:1]
     chosen = []
     if quantize is not None:
-        calibrated = calibration is not None
-        chosen = variants(names, calibrated=calibrated, format=quantize, double_quant=double_quant)
+        settings = {"format": quantize, "double_quant": double_quant, "block_size": block_size}
+        chosen = variants(names, calibrated=calibration is not None, **settings)
     targets: str | list[str] = target_modules
     if "," in target_modules or target_modules.replace("_", "").isalnum():
         targets = [name.strip() for name in target_modules.split(",")]

@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..live.layers import weight_matrix
 from ..live.targets import Target, resolve_targets
 from ..quantize.error import matrix_norm, output_error, split_error
-from ..quantize.formats import plain, quantize_matrix
+from ..quantize.formats import quantize_matrix
 from ..split import split_weight
 from .load import load_any_tokenizer, load_model
 from .variants import Variant
@@ -189,7 +189,7 @@ def measure_weight(
     seed: int,
 ) -> Iterator[Measurement]:
     """Split one weight (out, in) in every way; `fit` and `held_out` are second moments (in, in) of its input."""
-    exact = quantize_matrix(W.float(), plain(variants[0].quantization), W.dtype).dequantize().float()
+    exact = quantize_matrix(W.float(), variants[0].plain, W.dtype).dequantize().float()
     baseline: dict[Measure, float] = {measure: size_of(W.float() - exact, measure, held_out) for measure in measures}
     for rank in ranks:
         for variant in variants:

@@ -21,7 +21,7 @@ from ..errors import MissingExtraError
 from ..live.layers import weight_matrix
 from ..live.targets import Target
 from ..quantize.error import split_error
-from ..quantize.formats import plain, quantize_matrix
+from ..quantize.formats import quantize_matrix
 from ..split import split_weight
 from .figures import COLOURS
 from .inspect import inspect_quantized, kind_of, select_targets
@@ -117,7 +117,7 @@ def spectra(target: Target, variant: Variant, rank: int) -> dict[str, Tensor]:
     """Name -> singular values, descending."""
     W = weight_matrix(target.module).float()
     residual = split_weight(W, PissaConfig(rank=rank), name=target.name).residual
-    config = plain(variant.quantization)
+    config = variant.plain
     kind = config.format.upper()
     matrices = {
         "W": W,

@@ -30,6 +30,12 @@ class Variant:
     aware: bool
     """Whether it is fitted to the second moment of the layer's input."""
 
+    @property
+    def plain(self) -> Quantization:
+        """The same format as it comes, which errors are compared with."""
+        q = self.quantization
+        return quantization_preset("qlora", format=q.format, double_quant=q.double_quant, block_size=q.block_size)
+
     def config(self, rank: int, seed: int) -> PissaConfig:
         """For `split_weight`, at this rank."""
         method = "lora-kaiming" if self.quantization.method == "qlora" else "pissa"
