@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pissa.config import METHODS, Method, PissaConfig
 from pissa.errors import ConfigError, WeightError
-from pissa.split import STORAGE_DTYPES, split_weight
+from pissa.split import STORAGE_DTYPES, split_each, split_weight
 from tiny import global_generators
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -152,3 +152,25 @@ def test_a_residual_that_overflows_its_dtype_is_refused() -> None:
 def test_a_rank_above_the_smaller_side_is_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match=f"rank 4 exceeds {min(shape)}"):
         split_weight(torch.ones(shape), PissaConfig(4))
+
+
+def test_many_weights_have_the_same_bits_on_any_number_of_threads() -> None:
+    weights = [(weight(24 + i, 40, seed=i), PissaConfig(rank=4), f"layer{i}") for i in range(7)]
+    one_by_one = [split_weight(W, config, name=name) for W, config, name in weights]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        side_by_side = list(split_each(weights))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    for left, right in zip(one_by_one, side_by_side, strict=True):
+        assert torch.equal(left.A, right.A) and torch.equal(left.B, right.B)
+        assert torch.equal(left.residual, right.residual)
+
+
+def test_many_weights_name_the_one_that_cannot_be_split() -> None:
+    bad = torch.full((8, 8), float("nan"))
+    weights = [(weight(8, 8), PissaConfig(rank=2), "good"), (bad, PissaConfig(rank=2), "bad")]
+    with pytest.raises(WeightError, match="bad holds NaN"):
+        list(split_each(weights))

@@ -15,6 +15,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Placement = Literal["residual", "offset"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 LARGEST_ALPHA = 1e30
+Algorithm = Literal["auto", "exact", "gram", "krylov", "subspace"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 QuantizationFormat = Literal["nf4", "int8", "gptq"]
 QuantizationMethod = Literal["qlora", "loftq", "qpissa"]
@@ -141,7 +143,7 @@ class PissaConfig:
     """Permit dropout with PiSSA although it drops principal components, so that the model is not the base at step 0."""
     tolerance: float = 1e-3
     """Largest certified captured-energy loss of the truncated SVD, in [0, 1)."""
-    algorithm: str = "auto"
+    algorithm: Algorithm = "auto"
     """Algorithm of the truncated SVD, see `pissa.truncated_svd`."""
     modules_to_save: tuple[str, ...] | list[str] = ()
     """Modules trained in full beside the adapters and saved with them, as in PEFT."""
@@ -156,6 +158,8 @@ class PissaConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
+        if self.algorithm not in ALGORITHMS:
+            raise ConfigError(f"algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
         for where, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"{where} is {rank!r}; give a whole number of at least 1")

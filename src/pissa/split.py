@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -174,6 +176,31 @@ def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, s
         quantization_reduction=100 * (1 - left / plain) if plain > 0 else 0.0,
         iterations=found.iterations,
     )
+
+
+def split_each(weights: Sequence[tuple[Tensor, PissaConfig, str]]) -> Iterator[Split]:
+    """Split many weights, in order; on a CPU several at a time, each on one thread.
+
+    A factorisation of a weight's size gains little from a second thread, a second weight gains all of it; and the bits
+    do not depend on how many threads there are.
+
+    Args:
+        weights: what `split_weight` takes: matrix, configuration, name.
+
+    Raises:
+        WeightError, ConfigError: as `split_weight`, for the first weight that cannot be split.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or any(W.device.type != "cpu" for W, _, _ in weights):
+        yield from (split_weight(W, config, name=name) for W, config, name in weights)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(lambda weight: split_weight(weight[0], weight[1], name=weight[2]), weights)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # a thread's own count is also what threads yet to come begin with
+        torch.set_num_threads(threads)
 
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

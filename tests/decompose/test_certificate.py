@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from spectra import energy_loss, optimal_energy, zoo
@@ -17,7 +19,7 @@ ROUNDING = 2e-6
 
 
 def assert_honest(name, W, rank, found, best, optimism=OPTIMISM):
-    loss = energy_loss(W, *found[:3], best)
+    loss = energy_loss(W, found.U, found.S, found.Vh, best)
     certified = found.certificate.captured_energy_loss
     assert loss <= optimism * certified + ROUNDING, f"{name}: lost {loss:.2e}, certified {certified:.2e}"
 
@@ -27,12 +29,13 @@ def test_the_certificate_is_not_optimistic_on_the_zoo(rank):
     """3 ranks × 78 matrices × 4 runs."""
     for name, W in zoo(range(2)):
         best = optimal_energy(W, rank)
-        for arguments in (
+        runs: tuple[dict[str, Any], ...] = (
             {"algorithm": "krylov"},
             {"algorithm": "krylov", "tolerance": 0.1},
             {"algorithm": "krylov", "tolerance": 1e-5},
             {"algorithm": "gram"},
-        ):
+        )
+        for arguments in runs:
             assert_honest(f"{name} rank {rank} {arguments}", W, rank, truncated_svd(W, rank, **arguments), best)
 
 
@@ -49,7 +52,7 @@ def test_the_certificate_is_the_right_order_of_magnitude():
     ratios = []
     for _, W in zoo(range(1)):
         found = truncated_svd(W, 24, algorithm="krylov", tolerance=0.05)
-        loss = energy_loss(W, *found[:3])
+        loss = energy_loss(W, found.U, found.S, found.Vh)
         if loss > 1e-5:
             ratios.append(found.certificate.captured_energy_loss / loss)
     assert torch.tensor(ratios).median() < 30

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import deviation_from_identity, energy_loss, optimal_energy, spectra, white_noise, with_spectrum
 
-from pissa.decompose.svd import ALGORITHMS, decompose, truncated_svd
+from pissa.config import ALGORITHMS, PissaConfig
+from pissa.decompose.svd import decompose, truncated_svd
 from pissa.errors import ConfigError, WeightError
 
 ITERATIVE = ("krylov", "subspace")
@@ -39,7 +40,7 @@ def test_loss_stays_below_the_tolerance(algorithm, shape, decay):
 def test_a_loss_of_1e_6_is_reachable(algorithm, decay):
     W = with_spectrum(spectra(150)[decay], 200, 150)
     found = truncated_svd(W, 16, algorithm=algorithm, tolerance=1e-6)
-    assert energy_loss(W, *found[:3]) <= 1e-6
+    assert energy_loss(W, found.U, found.S, found.Vh) <= 1e-6
     assert found.certificate.captured_energy_loss <= 1e-6
 
 
@@ -107,7 +108,7 @@ def test_equal_singular_values_are_all_found(algorithm, copies):
 def test_extreme_magnitudes_give_the_same_factors(algorithm, power):
     W = with_spectrum(spectra(60)["1/i"], 80, 60)
     W = W.half().float()
-    plain = truncated_svd(W * 2.0 ** -(power < -126) , 8, algorithm=algorithm)
+    plain = truncated_svd(W * 2.0 ** -(power < -126), 8, algorithm=algorithm)
     extreme = (W.double() * 2.0**power).float()
     found = truncated_svd(extreme, 8, algorithm=algorithm)
     assert deviation_from_identity(found.U) < 1e-5 and deviation_from_identity(found.Vh.T) < 1e-5
@@ -257,7 +258,7 @@ def test_niter_reproduces_torchs_svd_lowrank():
         torch.manual_seed(0)
         U, S, V = torch.svd_lowrank(W, q=20, niter=niter)
         assert ours.certificate.passes == 2 + 2 * niter
-        loss, theirs = energy_loss(W, *ours[:3], best), energy_loss(W, U, S, V.T, best)
+        loss, theirs = energy_loss(W, ours.U, ours.S, ours.Vh, best), energy_loss(W, U, S, V.T, best)
         assert 0.5 * theirs <= loss <= 2 * theirs
 
 
@@ -269,7 +270,7 @@ def test_a_warm_start_refreshes_a_changed_matrix_in_one_pass_there_and_back(side
     changed = W + 1e-2 * W.std() * white_noise(*shape, seed=9)
     subspace = Vh.T if side == "right" else U
     found = truncated_svd(changed, 12, warm_start=subspace)
-    assert energy_loss(changed, *found[:3]) <= 1e-3
+    assert energy_loss(changed, found.U, found.S, found.Vh) <= 1e-3
     if shape[0] != shape[1] or side == "right":
         assert found.certificate.passes <= 5 < cold.passes
 
@@ -294,3 +295,9 @@ def test_process_wide_matmul_precision_is_ignored_and_kept():
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(plain.U, found.U)
+
+
+def test_the_configuration_knows_the_algorithms():
+    assert PissaConfig(rank=2, algorithm="krylov").algorithm == "krylov"
+    with pytest.raises(ConfigError, match="algorithm"):
+        PissaConfig(rank=2, algorithm="fast")  # pyright: ignore[reportArgumentType]

@@ -48,8 +48,12 @@ def test_report_says_that_pissa_leads_where_it_does() -> None:
 def test_report_says_that_lora_wins_where_it_does() -> None:
     report = demo_report(results(lora=0.3, lora_tuned=0.2))
     assert "LoRA's training loss ends lower: 0.300 against 0.500" in report
-    assert "is ahead of PiSSA in training loss (0.200 against 0.500)" in report
+    assert "ends ahead of PiSSA in training loss (0.200 against 0.500)" in report
     assert "lowest first: lora_tuned lr 0.002 0.200, lora lr 0.0002 0.300, pissa lr 0.0002 0.500" in report
+
+
+def test_report_calls_losses_that_hardly_differ_level() -> None:
+    assert "ends level with PiSSA in training loss (0.510 against 0.500)" in demo_report(results(lora_tuned=0.51))
 
 
 def test_report_names_no_winner_of_a_tie() -> None:

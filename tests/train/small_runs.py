@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,10 +76,21 @@ def command(base: Path, data: Path, out: Path, settings: Recipe) -> list[str]:
 
 
 def finish(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        arguments, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
-    )
+    """Run a command to its end; one that does not come is killed with all its children."""
+    with subprocess.Popen(
+        arguments,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=180)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def listing(directory: Path) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def _add(name: str, command: Callable[..., None]) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with one of the codes above."""
+    # bitsandbytes reports at import that an optional kernel package is absent, which nobody needs to act on
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         code = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

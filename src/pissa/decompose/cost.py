@@ -1,14 +1,14 @@
 """Which algorithm is fastest: a cost model from shapes, rank and tolerance.
 
-Times are modelled in units of one multiply-add of a matrix product. Only the ratios matter, and those hold from one CPU to the
-next far better than the times; `benchmarks/svd.py` prints the model's choice beside the measured best.
+Times are modelled in units of one multiply-add of a matrix product. Only the ratios matter, and those hold from one
+CPU to the next far better than the times; `benchmarks/svd.py` prints the model's choice beside the measured best.
 """
 
 from __future__ import annotations
 
 import math
 
-WIDEST = 64
+WIDEST = 48
 """Columns of the widest Krylov block; wider ones gain no speed and lose polynomial degree."""
 EXACT_BELOW = 6e-7
 """Tolerances below this are below what fp32 products can certify."""
@@ -49,4 +49,6 @@ def gram_cost(m: int, n: int, rank: int) -> float:
 
 def krylov_cost(m: int, n: int, rank: int, columns: int) -> float:
     """Products, two rounds of projections on both sides, the checks of the core, and the overhead of each block."""
-    return 2 * m * n * columns + 2 * (m + n) * columns**2 + 4 * EIGH * columns**3 + OVERHEAD * columns / block_width(rank)
+    return (
+        2 * m * n * columns + 2 * (m + n) * columns**2 + 4 * EIGH * columns**3 + OVERHEAD * columns / block_width(rank)
+    )

@@ -10,10 +10,10 @@ certificate come from a K × (K + b) core (`ritz.py`).
 
 Blocks narrower than the rank are on purpose. With K = j·b columns in all, the cost is that of K columns whatever b,
 but the polynomial degree grows as K / b (Meyer, Musco and Musco, arXiv 2305.02535): on weight matrices b = 32 reaches
-a loss of 1e-3 with about 3r columns, b = r + 8 needs 5r and more. What narrow blocks cannot see is a singular value that
-is repeated more than b times. Two guards handle that: a block whose columns become dependent is refilled with random
-ones (`orthogonal.py`), and when b neighbouring Ritz values coincide, random columns are added to the next block; after
-either, two more blocks must pass before a certificate is given.
+a loss of 1e-3 with about 3r columns, b = r + 8 needs 5r and more. What narrow blocks cannot see is a singular value
+that is repeated more than b times. Two guards handle that: a block whose columns become dependent is refilled with
+random ones (`orthogonal.py`), and when b neighbouring Ritz values coincide, random columns are added to the next
+block; after either, two more blocks must pass before a certificate is given.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ EXHAUSTED = 1e-5
 """New directions weaker than this, against the norm of W, are rounding noise."""
 FP32_CHECKS = 1e-4
 """Tolerances from here on are checked with fp32 eigenvalues, at half the time."""
+GROWTH, GROWTH_LARGE, LARGE = 0.7, 0.4, 2048**2
+"""Share of the predicted distance to the tolerance that is walked before the next check: less for matrices with so
+many entries that a block costs more than a check."""
 MATURE = 2
 """Blocks that must follow random columns before a certificate."""
 
@@ -159,8 +162,6 @@ def block_krylov(
     start: Tensor,
     generator: torch.Generator,
     total: Tensor,
-    *,
-    growth: float = 0.7,
 ) -> Factorization:
     """Grow a Golub-Kahan bidiagonalisation until its certified captured-energy loss is at most `tolerance`.
 
@@ -171,12 +172,12 @@ def block_krylov(
         start: (..., n, b) first block; a warm start is a good one. Overwritten.
         generator: on W's device.
         total: (...,) fp64, ‖W‖².
-        growth: share of the predicted distance to the tolerance that is walked before the next check.
 
     Returns:
         The triplets, at most min(m, n) columns having been spent on them.
     """
     b = start.shape[-1]
+    growth = GROWTH_LARGE if W.shape[-2] * W.shape[-1] >= LARGE else GROWTH
     state = GolubKahan(W, start, generator, capacity=3 * rank + b)
     goal, previous, extra = max(rank, b if b >= rank else 2 * rank), None, 0
     while True:
@@ -196,9 +197,7 @@ def block_krylov(
             break
         goal, previous = next_goal(state.U.count, worst, previous, tolerance, rank, growth)
     U, S, Vh = state.triplets(rank)
-    return Factorization(
-        U, S, Vh, spectrum.loss, state.passes, "upper bound" if state.complete else "estimate"
-    )
+    return Factorization(U, S, Vh, spectrum.loss, state.passes, "upper bound" if state.complete else "estimate")
 
 
 ROUNDING_SHARE = 1e-7

@@ -27,9 +27,7 @@ def principal_factors(W: Tensor, rank: int, scale: float, config: PissaConfig, s
 
     `s·B·A` is the best rank-r approximation of W, and sharing S evenly gives both factors equally large gradients.
     """
-    U, S, Vh, certificate = truncated_svd(
-        W, rank, tolerance=config.tolerance, algorithm=config.algorithm, seed=seed
-    )
+    U, S, Vh, certificate = truncated_svd(W, rank, tolerance=config.tolerance, algorithm=config.algorithm, seed=seed)
     root = (S / scale).sqrt()
     return root[:, None] * Vh, U * root, certificate
 

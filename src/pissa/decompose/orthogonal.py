@@ -25,9 +25,7 @@ SHIFT = 1e-15
 DEPENDENT = 1e-6
 
 
-def orthonormalize(
-    Y: Tensor, basis: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def orthonormalize(Y: Tensor, basis: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
     """Split a block into its part in a basis and an orthonormal block outside: `Y = basis·C + Q·R`.
 
     Args:
@@ -71,9 +69,7 @@ def complete_basis(Y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     # Scaled to the block, so that the random columns neither drown nor are drowned by the others.
     size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
     size = torch.where(size > 0, size, 1.0)
-    random = (
-        torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator) * size / Y.shape[-2] ** 0.5
-    )
+    random = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator) * size / Y.shape[-2] ** 0.5
     Q, _ = torch.linalg.qr(torch.where(dependent[..., None, :], random, Y))
     return Q, Q.mT @ Y
 

@@ -5,8 +5,8 @@ all of V's columns but the newest b, knows W up to a part that both bases miss:
 
     W = U T Vᵀ + (I − UUᵀ) W (I − V_old V_oldᵀ)                                       T = UᵀWV  (K, L)
 
-The singular triplets of T are the Ritz triplets: the best approximation of W with left vectors in span U. They capture
-the energy Σ θᵢ², i ≤ r, exactly. What could the best approximation capture? By Loewner's order
+The singular triplets of T are the Ritz triplets: the best approximation of W with left vectors in span U. They
+capture the energy Σ θᵢ², i ≤ r, exactly. What could the best approximation capture? By Loewner's order
 
     WᵀW ≤ V (TᵀT + d·P) Vᵀ + d·(I − VVᵀ)           d = ‖(I − UUᵀ) W‖₂²,  P = diag(0, I_b)
 
@@ -14,8 +14,8 @@ so the sum of the r largest eigenvalues of the small matrix (d where it has fewe
 (Ky Fan), and 1 − Σθᵢ² / bound bounds the captured-energy loss. The only unknown is d. It is estimated by the energy
 of the newest rows of T, which are the directions that the method found last, never below the mean
 energy of a missed direction, never below a Ritz value that has as many copies as a block has columns (a Krylov
-space holds no more of them), and never above the energy that is missed in all, `‖W‖² − ‖T‖²`: when that is all gone, the
-bound is rigorous; until then the certificate is an estimate, and tests state how far off it can be.
+space holds no more of them), and never above the energy that is missed in all, `‖W‖² − ‖T‖²`: when that is all
+gone, the bound is rigorous; until then the certificate is an estimate, and tests state how far off it can be.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A start in low precision: the subspace is found with bf16 products, so that fp32 only has to polish and prove it.
 
 A tensor core multiplies bf16 an order of magnitude faster than fp32. Rounding the products perturbs the basis, not the
-answer: the sketch hands over the leading right Ritz vectors and a little more, and `krylov.py` starts from them in fp32,
-whose first step (one product there, one back) is the last projection, Rayleigh-Ritz and the residual in one. If the
-certificate does not hold after it, the fp32 iteration simply continues. Nothing here is specific to a GPU: the same code
-runs on a CPU, where the tests compare it.
+answer: the sketch hands over the leading right Ritz vectors and a little more, and `krylov.py` starts from them in
+fp32, whose first step (one product there, one back) is the last projection, Rayleigh-Ritz and the residual in one. If
+the certificate does not hold after it, the fp32 iteration simply continues. Nothing here is specific to a GPU: the
+same code runs on a CPU, where the tests compare it. It has not been timed on a GPU.
 """
 
 from __future__ import annotations

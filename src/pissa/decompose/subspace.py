@@ -3,9 +3,10 @@
     V ← orth(Ω);   niter times: V ← orth(Wᵀ orth(W V));   U ← orth(W V);   SVD of UᵀW
 
 (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.) Each iteration damps the unwanted part by
-(σ_{r+1}/σ_r)², which is little when the spectrum decays slowly, and throws the earlier blocks away: `krylov.py` keeps them.
-With `niter` given, the sketch has exactly r columns and the passes over W are `2 + 2·niter`, as in the paper and in
-`torch.svd_lowrank(W, q=r, niter=niter)`; without, it is oversampled and iterates until the certificate is met.
+(σ_{r+1}/σ_r)², which is little when the spectrum decays slowly, and throws the earlier blocks away: `krylov.py`
+keeps them. With `niter` given, the sketch has exactly r columns and the passes over W are `2 + 2·niter`, as in the
+paper and in `torch.svd_lowrank(W, q=r, niter=niter)`; without, it is oversampled and iterates until the certificate
+is met.
 """
 
 from __future__ import annotations

@@ -21,11 +21,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..config import ALGORITHMS
 from ..errors import ConfigError, WeightError
 from .certificate import Certificate
 from .cost import block_width, choose
@@ -34,9 +35,6 @@ from .krylov import block_krylov, product
 from .ritz import Factorization
 from .sketch import sketched_start
 from .subspace import OVERSAMPLING, subspace_svd
-
-Algorithm = Literal["auto", "exact", "gram", "krylov", "subspace"]
-ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 SAFE_MAGNITUDE = (1e-6, 1e6)
 """Matrices whose largest entry lies outside are scaled by a power of two, so that no square over- or underflows."""
@@ -53,8 +51,8 @@ class TruncatedSVD(NamedTuple):
     """(r,) or (b, r), descending, fp32."""
     Vh: Tensor
     """(r, n) or (b, r, n), orthonormal rows, fp32."""
-    certificate: Certificate | tuple[Certificate, ...]
-    """One certificate, or one for each matrix of a batch."""
+    certificate: Any
+    """A `Certificate`, or a tuple of them, one for each matrix of a batch."""
 
 
 def truncated_svd(
@@ -100,7 +98,7 @@ def truncated_svd(
         torch.stack([part.U for part in parts]),
         torch.stack([part.S for part in parts]),
         torch.stack([part.Vh for part in parts]),
-        tuple(part.certificate for part in parts if isinstance(part.certificate, Certificate)),
+        tuple(part.certificate for part in parts),
     )
 
 
@@ -162,9 +160,7 @@ def run(
     elif algorithm == "subspace":
         begin = gaussian(W, rank if niter is not None else rank + OVERSAMPLING, seed)
     elif sketch is not None:
-        begin, extra_passes = sketched_start(
-            W.to(sketch), rank, gaussian(W, block_width(rank), seed), generator
-        )
+        begin, extra_passes = sketched_start(W.to(sketch), rank, gaussian(W, block_width(rank), seed), generator)
     else:
         begin = gaussian(W, block_width(rank), seed)
     if algorithm == "subspace":
@@ -174,32 +170,22 @@ def run(
     return Factorization(found.U, found.S, found.Vh, found.loss, found.passes + extra_passes, found.bound)
 
 
-def check(
-    W: Tensor, rank: int, tolerance: float, algorithm: str, warm_start: Tensor | None, niter: int | None
-) -> None:
+def check(W: Tensor, rank: int, tolerance: float, algorithm: str, warm_start: Tensor | None, niter: int | None) -> None:
     """Refuse what cannot be decomposed, but for NaN and Inf, which `scaled` finds on its way."""
     if W.ndim not in (2, 3) or not W.is_floating_point():
-        raise WeightError(
-            f"a float matrix or a batch of them is needed, got {W.dtype} of shape {tuple(W.shape)}"
-        )
+        raise WeightError(f"a float matrix or a batch of them is needed, got {W.dtype} of shape {tuple(W.shape)}")
     limit = min(W.shape[-2:])
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
-        raise ConfigError(
-            f"rank is {rank!r}; allowed: 1 to {limit} for a matrix of shape {tuple(W.shape[-2:])}"
-        )
+        raise ConfigError(f"rank is {rank!r}; allowed: 1 to {limit} for a matrix of shape {tuple(W.shape[-2:])}")
     if not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance is {tolerance!r}; allowed: 0 up to, not including, 1")
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"algorithm is {algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
     if niter is not None and (algorithm != "subspace" or niter < 0):
-        raise ConfigError(
-            f'niter is {niter!r}; it is a number from 0 for algorithm "subspace", leave it out otherwise'
-        )
+        raise ConfigError(f'niter is {niter!r}; it is a number from 0 for algorithm "subspace", leave it out otherwise')
     if warm_start is None:
         return
-    fits = (
-        warm_start.ndim == W.ndim and warm_start.shape[:-2] == W.shape[:-2] and warm_start.is_floating_point()
-    )
+    fits = warm_start.ndim == W.ndim and warm_start.shape[:-2] == W.shape[:-2] and warm_start.is_floating_point()
     if not fits or warm_start.shape[-2] not in W.shape[-2:] or not 1 <= warm_start.shape[-1] <= limit:
         raise ConfigError(
             f"warm_start is {warm_start.dtype} of shape {tuple(warm_start.shape)}; a matrix of shape {tuple(W.shape)} "

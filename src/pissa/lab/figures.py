@@ -23,7 +23,7 @@ def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
@@ -34,10 +34,10 @@ def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
             values = run[key]
             panel.plot(range(1, len(values) + 1), values, label=run["label"], color=colour, linewidth=1.6)
         panel.set(xlabel="step", ylabel=name, yscale="log")
-        panel.yaxis.set_major_formatter(ScalarFormatter())
-        panel.yaxis.set_minor_formatter(ScalarFormatter())
-        panel.tick_params(axis="y", which="both", labelsize=8)
-        panel.grid(alpha=0.25, which="both")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(path)

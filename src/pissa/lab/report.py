@@ -8,6 +8,8 @@ from math import sqrt
 from typing import Any
 
 LAST = 10
+LEVEL = 0.05
+"""Losses closer than this share of the larger one are called level."""
 
 
 def demo_report(results: Mapping[str, Any]) -> str:
@@ -84,13 +86,18 @@ def _same_rate(pissa: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
 
 
 def _tuned(pissa: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
-    gap = final_loss(pissa) - final_loss(tuned)
-    if gap > 0:
-        verdict = f"is ahead of PiSSA in training loss ({final_loss(tuned):.3f} against {final_loss(pissa):.3f})"
+    ours, theirs = final_loss(pissa), final_loss(tuned)
+    if abs(ours - theirs) <= LEVEL * max(ours, theirs):
+        verdict, why = "ends level with PiSSA", True
+    elif theirs < ours:
+        verdict, why = "ends ahead of PiSSA", True
     else:
-        verdict = f"stays behind PiSSA in training loss ({final_loss(tuned):.3f} against {final_loss(pissa):.3f})"
-    explained = "; the gain at the same rate is then a matter of the learning rate" if gap > 0 else ""
-    return f"LoRA at ten times that rate ({tuned['learning_rate']:g}), near its own best, {verdict}{explained}."
+        verdict, why = "stays behind PiSSA", False
+    explained = "; the gain at the same rate is then a matter of the learning rate" if why else ""
+    return (
+        f"LoRA at ten times that rate ({tuned['learning_rate']:g}), near its own best, {verdict} in training loss "
+        f"({theirs:.3f} against {ours:.3f}){explained}."
+    )
 
 
 def _held_out(*runs: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ In placement "offset" the weights stay, and one adapter holds both (`offset.py`)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,11 @@ from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate
 from ..errors import ConfigError, PissaError
 from ..quantize.formats import Packed
-from ..split import combine, split_weight
+from ..split import Split, combine, split_each, split_weight
 from .layers import set_weight_matrix, weight_matrix
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
+    bits_of,
     bitsandbytes_config,
     declare_quantized,
     keep_unpacked,
@@ -97,13 +98,8 @@ def adapt(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
-    for done, target in enumerate(targets, start=1):
-        split = split_weight(
-            weight_matrix(target.module),
-            config.for_module(target.rank, target.alpha),
-            moment=moments.get(target.name) if moments is not None else None,
-            name=f"{target.name}.weight",
-        )
+    splits = _splits(targets, config, moments or {})
+    for done, (target, split) in enumerate(zip(targets, splits, strict=True), start=1):
         factors[target.name] = split.A, split.B
         certificates[target.name] = split.certificate
         if split.packed is not None:
@@ -118,6 +114,18 @@ def adapt(
     record: Any = adapted.pissa
     record.config, record.certificates, record.quantization = config, certificates, config.quantization
     return adapted
+
+
+def _splits(targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor]) -> Iterator[Split]:
+    """The targets' splits in order: side by side, or, where a weight must be dequantised or a moment goes with it, one
+    after the other, so that there is never more than one of these in memory."""
+    own = [(target, config.for_module(target.rank, target.alpha), f"{target.name}.weight") for target in targets]
+    if moments or any(bits_of(target.module) is not None for target in targets):
+        for target, settings, name in own:
+            moment = moments.get(target.name)
+            yield split_weight(weight_matrix(target.module), settings, moment=moment, name=name)
+    else:
+        yield from split_each([(weight_matrix(target.module), settings, name) for target, settings, name in own])
 
 
 def attach_offset(

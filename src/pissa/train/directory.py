@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoint.read import CONFIG
 from ..checkpoint.write import TEMPORARY_PREFIX, explained, write_json
 from ..errors import OutputError
 
@@ -79,19 +80,24 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
     Raises:
         OutputError: the directory holds something that is not this run, or cannot be written.
     """
-    _check_writable(directory.path)
-    if not directory.record.is_file():
-        places = (directory.path, directory.state)
-        if any(child != directory.state for place in places if place.is_dir() for child in _lasting(place)):
+    if directory.record.is_file():
+        before = read_record(directory)["settings"]
+        _check_same_settings(directory.path, json.loads(json.dumps(settings)), before)
+        if directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
+            return json.loads(directory.results.read_text(encoding="utf-8"))
+    else:
+        places = [place for place in (directory.path, directory.state) if place.is_dir()]
+        if any(child != directory.state for place in places for child in _lasting(place)):
             raise OutputError(
                 f"{directory.path} already holds something that is not a run; name a new directory, or remove it"
             )
-        return None
-    before = read_record(directory)["settings"]
-    _check_same_settings(directory.path, json.loads(json.dumps(settings)), before)
-    if directory.results.is_file():
-        return json.loads(directory.results.read_text(encoding="utf-8"))
+    _check_writable(directory.path)
     return None
+
+
+def last_file(method: str) -> str:
+    """The file of a result that is written last: where it is, all are."""
+    return "config.json" if method == "full" else CONFIG
 
 
 def check_same_inputs(directory: RunDirectory, fingerprints: dict[str, str]) -> None:
@@ -152,12 +158,16 @@ def only_writer(directory: RunDirectory) -> Iterator[None]:
             raise OutputError(
                 f"another process is training into {directory.path}; wait for it, or name another directory"
             )
-        for place in (directory.path, directory.state):
-            for leftover in place.glob(f"{TEMPORARY_PREFIX}*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in leftovers(directory):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
     finally:
         os.close(descriptor)
+
+
+def leftovers(directory: RunDirectory) -> list[Path]:
+    """What a killed process left half-written."""
+    return [left for place in (directory.path, directory.state) for left in place.glob(f"{TEMPORARY_PREFIX}*")]
 
 
 def write_record(directory: RunDirectory, record: dict[str, Any]) -> None:
@@ -182,7 +192,9 @@ def _locked(descriptor: int) -> bool:
 
 def _check_writable(out: Path) -> None:
     """Refuse a file, and a place where nothing can be made, before the work and not after it."""
-    nearest = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists() or place.is_symlink())
+    places = (out.absolute(), *out.absolute().parents)
+    with explained(out):
+        nearest = next(place for place in places if place.exists() or place.is_symlink())
     if not nearest.is_dir():
         raise OutputError(f"{nearest} is a file; name a directory for the run")
     if not os.access(nearest, os.W_OK | os.X_OK):

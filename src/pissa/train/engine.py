@@ -33,7 +33,7 @@ def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
         )
     if recipe.log_to == "tensorboard":
         try:
-            import tensorboard as _tensorboard  # pyright: ignore[reportMissingImports]
+            import tensorboard as _tensorboard  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MissingExtraError("log_to tensorboard needs that package: pip install tensorboard") from error
     cuda = torch.cuda.is_available()

@@ -21,14 +21,23 @@ from rich.progress import Progress
 from transformers import TrainingArguments, set_seed
 
 from ..checkpoint.manifest import MANIFEST, hardware, package_versions
-from ..checkpoint.read import CONFIG, check_model_directory, load_tokenizer
+from ..checkpoint.read import check_model_directory, load_tokenizer
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.write import output_files, write_json
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
 from .card import model_card
 from .data import read_examples
-from .directory import RunDirectory, check_same_inputs, finished_results, only_writer, read_record, write_record
+from .directory import (
+    RunDirectory,
+    check_same_inputs,
+    finished_results,
+    last_file,
+    leftovers,
+    only_writer,
+    read_record,
+    write_record,
+)
 from .encode import Collator, Encoded, encode
 from .engine import autocasts, is_main_process, process_count, storage_dtype, training_arguments
 from .prepare import prepare
@@ -89,6 +98,9 @@ def train(
     bar = progress or make_progress()
     finished = finished_results(directory, settings)
     if finished is not None:
+        if is_main_process() and leftovers(directory):
+            with only_writer(directory):
+                pass
         if visible:
             bar.console.print(f"{directory.path} is finished already; these are its results", markup=False)
         return RunResult(directory.path, finished, None)
@@ -155,6 +167,7 @@ def _run(
         KeyboardInterrupt: it was asked to stop before that; a checkpoint is saved.
     """
     stop = StopAtStepEnd()
+    use_cache = model.config.use_cache
     trainer = ResponseTrainer(
         model=model,
         args=arguments,
@@ -171,6 +184,7 @@ def _run(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         stop.release()
+        model.config.use_cache = use_cache  # Trainer turns it off
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     return trainer
@@ -191,7 +205,7 @@ def _publish(
     export: LoraExport | None = None
     if recipe.adapts and not quantized:
         export = export_lora(model, rank=recipe.export_rank, state=whole)
-    with output_files(directory.path, last=CONFIG if recipe.adapts else "config.json") as partial:
+    with output_files(directory.path, last=last_file(recipe.method)) as partial:
         if quantized:
             write_trained(model, partial, final=directory.path)
         elif export is not None:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..checkpoint.residual import write_trained
 from ..checkpoint.write import TEMPORARY_PREFIX, durable_rename, explained
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 from ..export import export_lora, write_lora
 from ..live.state import TRAINABLE, active_adapter_name, is_offset
 from .encode import IGNORED
@@ -68,6 +68,24 @@ def _only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _torch_explained(path: Path) -> Iterator[None]:
+    """Turn what `torch.save` says of a full disk into one clear line.
+
+    Raises:
+        OutputError: in place of such an error; any other passes as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # torch's writer hides the system's reason
+        if "inline_container" in str(error) or "iostream error" in str(error):
+            raise OutputError(
+                f"the disk that holds {path} is full, or fails; make room and run the same command again"
+            ) from error
+        raise
 
 
 class ResponseTrainer(Trainer):
@@ -127,7 +145,7 @@ class ResponseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(partial)
         try:
-            with explained(partial):
+            with explained(partial), _torch_explained(state):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
