@@ -32,7 +32,7 @@ from pissa import export_lora, load
 from pissa.checkpoint.write import TEMPORARY_PREFIX
 from pissa.errors import OutputError, PissaError
 from pissa.lab.models import smollm2
-from pissa.train import run as run_module
+from pissa.train import prepare
 from pissa.train.directory import RunDirectory, only_writer
 from pissa.train.progress import StepLog
 from pissa.train.recipe import Recipe
@@ -257,7 +257,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_is_saved(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "adapt", interrupt)
+    monkeypatch.setattr(prepare, "adapt", interrupt)
     with pytest.raises(Interrupted, match="nothing is saved"):
         run(base_directory, tmp_path / "run", recipe())
     assert not (tmp_path / "run").exists()
