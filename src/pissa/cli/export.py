@@ -16,7 +16,7 @@ def command(
         float | None, typer.Option(help="Smallest ranks that keep each update's relative error below this.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged.")] = False,
-    base: Annotated[str | None, typer.Option(help="The base, where the run does not record it.")] = None,
+    base: Annotated[str | None, typer.Option(help="With --merged: the base, where the run does not record it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write what training changed as a LoRA that loads on the untouched base, or as a merged model."""
@@ -26,6 +26,10 @@ def command(
 
     if merged and (rank is not None or tolerance is not None):
         raise ConfigError("--merged writes the whole model; it takes neither --rank nor --tolerance")
+    if base is not None and not merged:
+        raise ConfigError(
+            f"--base {base} without --merged: a LoRA is made without the base; leave --base out, or add --merged"
+        )
     if merged:
         export_merged(run, out, base=base)
         show({"out": str(out), "merged": True}, f"{out} is the merged model", as_json=as_json)

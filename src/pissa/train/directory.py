@@ -84,7 +84,7 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
         before = read_record(directory)["settings"]
         _check_same_settings(directory.path, json.loads(json.dumps(settings)), before)
         if directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
-            return json.loads(directory.results.read_text(encoding="utf-8"))
+            return _read_results(directory)
     else:
         places = [place for place in (directory.path, directory.state) if place.is_dir()]
         if any(child != directory.state for place in places for child in _lasting(place)):
@@ -93,6 +93,17 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
             )
     _check_writable(directory.path)
     return None
+
+
+def _read_results(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        results = json.loads(directory.results.read_text(encoding="utf-8"))
+        return {**results, "losses": list(results["losses"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(
+            f"{directory.results} is empty or damaged, although {directory.path} is finished; remove it, and the "
+            "same command writes it again from the last checkpoint"
+        ) from error
 
 
 def last_file(method: str) -> str:
