@@ -141,19 +141,23 @@ def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "aut
         options: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it.
+        CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it; tensors are
+            missing or of another shape than config.json says (transformers would draw random ones).
     """
     from transformers import AutoModelForCausalLM
 
     check_model_directory(source)
+    # by default a mismatch is an error that names no tensor
+    reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**options, **reporting})
     except ImportError as error:
         if "bitsandbytes" not in str(error):
             raise
         raise MissingExtraError(f"{source} is quantised with bitsandbytes: pip install 'pissa[quant]'") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load a language model from {source}: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(_cannot_load("a language model", source, error)) from error
+    _check_all_loaded(source, report)
     keep_unpacked(model)
     remember_dtype(model, model.dtype)
     return model
@@ -170,7 +174,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {source}: {first_line(error)}") from error
+        raise CheckpointError(_cannot_load("a tokenizer", source, error)) from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"the tokenizer of {source} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token_id is None:
@@ -204,6 +208,26 @@ def check_model_directory(source: str | os.PathLike[str]) -> None:
             raise CheckpointError(
                 f"{source} lacks {len(missing)} shard(s) that {index.name} names: {', '.join(missing)}"
             )
+
+
+def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
+    if Path(source).exists():
+        return f"cannot load {what} from {source}: {first_line(error)}"
+    return f"there is no directory {source}, and as a hub id it cannot be loaded: {first_line(error)}"
+
+
+def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are not all the checkpoint's, by transformers' own report (tied ones are there)."""
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    wrong += [
+        f"{key} is {tuple(found)} and not {tuple(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if wrong:
+        rest = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise CheckpointError(
+            f"{source} does not hold the weights that its config.json asks for: {', '.join(wrong[:20])}{rest}; "
+            "download it again, or correct config.json"
+        )
 
 
 def looks_like_path(source: str | os.PathLike[str]) -> bool:
