@@ -30,12 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pissa import export_lora, load
 from pissa.checkpoint.write import TEMPORARY_PREFIX
-from pissa.errors import OutputError, PissaError
+from pissa.errors import ConfigError, OutputError, PissaError
 from pissa.lab.models import smollm2
 from pissa.train import prepare
+from pissa.train import run as run_module
 from pissa.train.directory import RunDirectory, only_writer
 from pissa.train.progress import StepLog
 from pissa.train.recipe import Recipe
+from pissa.train.rows import examples_from_rows
 from pissa.train.run import Interrupted, train
 from tiny import largest_difference, logits_of, same_tensors, tiny_llama, tiny_tokenizer
 
@@ -317,6 +319,36 @@ def test_a_run_with_other_settings_is_refused_with_what_differs(base_directory: 
     with pytest.raises(OutputError, match=r"data: '20 rows, sha256 \w+' then, '19 rows"):
         run(base_directory, four_steps, recipe(max_steps=4), rows(19))
     assert {path: path.stat().st_mtime_ns for path in four_steps.rglob("*")} == before
+
+
+def test_subset_and_split_reach_the_hub_and_are_refused_for_rows(
+    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(source: str, *, split: str, subset: str | None) -> Any:
+        asked.append((source, split, subset))
+        return examples_from_rows(rows())
+
+    monkeypatch.setattr(run_module, "read_examples", read)
+    settings = recipe(max_steps=1, data_split="test", data_subset="main")
+    run(base_directory, tmp_path / "run", settings, "some/data")
+    assert asked == [("some/data", "test", "main")]
+    with pytest.raises(ConfigError, match="are for data on the hub; leave them out for the list of rows"):
+        run(base_directory, tmp_path / "other", settings)
+
+
+def test_a_run_with_modules_trained_in_full_goes_on_and_exports(base_directory: Path, tmp_path: Path) -> None:
+    settings = recipe(modules_to_save="lm_head", exclude_modules="o_proj", use_rslora=True, rank_pattern={"q_proj": 2})
+    out, other = tmp_path / "run", tmp_path / "other"
+    result = run(base_directory, out, settings)
+    with pytest.raises(Interrupted):
+        signal_at_step(2, lambda: run(base_directory, other, settings), number=signal.SIGTERM)
+    run(base_directory, other, settings)
+    assert same_tensors(result_tensors(other), result_tensors(out))
+    assert any("lm_head" in name for name in result_tensors(out))
+    assert not any("o_proj" in name for name in result_tensors(out))
+    assert largest_difference(plain_logits(base_directory, out), logits_of(result.model)) < 1e-5
 
 
 def test_another_base_or_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -23,8 +23,16 @@ def command(
     rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help='"all-linear", names separated by commas, or a regular expression.')
+        str | None,
+        typer.Option(help='"all-linear", names or name endings separated by commas, or one regular expression.'),
     ] = None,
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Modules left alone: names separated by commas, or one regular expression.")
+    ] = None,
+    modules_to_save: Annotated[
+        str | None, typer.Option(help="Modules trained in full beside the adapters: names separated by commas.")
+    ] = None,
+    use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = None,
     quantize: Annotated[str | None, typer.Option(help="Frozen weights in few bits: nf4 or int8.")] = None,
     quantize_method: Annotated[
         str | None, typer.Option(help="qlora, loftq, qpissa, or a preset such as qpissa-5. [qpissa; lora: qlora]")
@@ -54,6 +62,8 @@ def command(
         int | None, typer.Option(help="Examples per optimizer step, over all processes. [128]")
     ] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Examples per forward pass and process. [4]")] = None,
+    data_split: Annotated[str | None, typer.Option(help="Split of data on the hub. [train]")] = None,
+    data_subset: Annotated[str | None, typer.Option(help='Subset of data on the hub, such as "main".')] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per example. [512]")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt: alpaca, chat or none. [alpaca]")] = None,
     gradient_checkpointing: Annotated[
@@ -82,10 +92,6 @@ def command(
     from ..train.run import train
     from .main import show
 
-    if target_modules is not None and "," in target_modules:
-        flags["target_modules"] = [name.strip() for name in target_modules.split(",") if name.strip()]
-    elif target_modules is not None and target_modules.replace("_", "").isalnum():
-        flags["target_modules"] = [target_modules]
     recipe = read_recipe(config, **flags) if config is not None else recipe_from(flags, "the command line")
     result = train(model, data, out, recipe)
     results = result.results

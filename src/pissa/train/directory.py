@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..checkpoint.read import CONFIG
 from ..checkpoint.write import TEMPORARY_PREFIX, explained, write_json
 from ..errors import OutputError
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def _lasting(place: Path) -> Iterator[Path]:
 
 
 def _check_same_settings(out: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
+    # a run that was started before a setting existed had its default
+    before = {**json.loads(json.dumps(Recipe().as_dict())), **before}
     changed = [
         f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)
     ]

@@ -1,8 +1,13 @@
-"""How a model is trained: the paper's recipe (section 5) as defaults, every value a field and a command-line flag."""
+"""How a model is trained: the paper's recipe (section 5) as defaults, every value a field.
+
+Every field is a command-line flag and a line of YAML; those in YAML_ONLY are mappings and have no flag.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +22,9 @@ ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "q
 QUANTIZED_METHODS = ("qlora", "loftq", "qpissa")
 ITERATIONS = {"loftq": 5, "qpissa": 10}
 """Where nothing else is said."""
+YAML_ONLY = ("rank_pattern", "alpha_pattern")
+PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,17 @@ class Recipe:
     alpha: float | None = None
     """LoRA's numerator; None for alpha = rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Modules to adapt, see `PissaConfig`."""
+    """Modules to adapt: all-linear, names or name endings, or one regular expression, see `module_names`."""
+    exclude_modules: str | tuple[str, ...] = ()
+    """Modules to leave alone, given in the same way."""
+    modules_to_save: str | tuple[str, ...] = ()
+    """Modules trained in full beside the adapters: name endings."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Name ending or regular expression -> rank, where it differs from `rank`."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Name ending or regular expression -> alpha, where it differs from `alpha`."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
     quantize: Literal["nf4", "int8"] | None = None
     """Format of the frozen residual; None keeps it in `dtype`."""
     quantize_method: str | None = None
@@ -70,6 +88,10 @@ class Recipe:
     """Examples per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int = 4
     """Examples per forward pass and process; batch_size is made of these by gradient accumulation."""
+    data_split: str = "train"
+    """Split of data on the hub."""
+    data_subset: str | None = None
+    """Subset of data on the hub that has several ("main" of "openai/gsm8k")."""
     max_length: int = 512
     """Tokens per example; what is longer is cut and counted."""
     template: Template = "alpaca"
@@ -87,6 +109,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, module_names(getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", _listed(self.modules_to_save))
         _check_choices(self)
         _check_ranges(self)
         _check_quantization(self)
@@ -122,6 +148,11 @@ class Recipe:
             alpha=self.alpha,
             method=method,
             target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=tuple(self.modules_to_save),
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            use_rslora=self.use_rslora,
             dropout=self.dropout,
             allow_dropout=self.allow_dropout,
             quantization=self.quantization,
@@ -132,6 +163,27 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for YAML and JSON."""
         return asdict(self)
+
+
+def module_names(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Modules as they are named in flags, YAML and Python alike.
+
+    Args:
+        given: "all-linear"; a plain name (`q_proj`, `self_attn.q_proj`), which means every module whose name ends so;
+            several, separated by commas; anything else is one regular expression, which matches whole names. A list
+            holds plain names.
+
+    Returns:
+        A tuple of name endings; or "all-linear", or the regular expression.
+    """
+    if not isinstance(given, str) or given.strip() == ALL_LINEAR:
+        return given.strip() if isinstance(given, str) else given
+    names = _listed(given)
+    return names if names and all(PLAIN_NAME.fullmatch(name) for name in names) else given
+
+
+def _listed(given: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
 def read_recipe(path: str | Path, **flags: Any) -> Recipe:
@@ -183,24 +235,38 @@ def _converted(name: str, value: Any, annotation: str) -> Any:
 
 
 def _check_types(recipe: Recipe) -> None:
-    for field in fields(recipe):
-        value, annotation = getattr(recipe, field.name), str(field.type)
+    for setting in fields(recipe):
+        value, annotation = getattr(recipe, setting.name), str(setting.type)
         if value is None and annotation.endswith("| None"):
             continue
         if annotation == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{field.name} is {value!r}; give true or false")
+            raise ConfigError(f"{setting.name} is {value!r}; give true or false")
         if annotation.startswith("float") and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{field.name} is {value!r}; give a number")
-    targets = recipe.target_modules
-    names = [targets] if isinstance(targets, str) else targets
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"target_modules is {targets!r}; give a name, a list of names or a regular expression")
+            raise ConfigError(f"{setting.name} is {value!r}; give a number")
+        if annotation.startswith("Mapping"):
+            _check_pattern(setting.name, value)
+        if annotation.startswith("str | tuple"):
+            names = [value] if isinstance(value, str) else value
+            if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+                or_else = "" if setting.name == "modules_to_save" else " or a regular expression"
+                raise ConfigError(f"{setting.name} is {value!r}; give a name, a list of names{or_else}")
+    for name in ("data_split", "data_subset"):
+        value = getattr(recipe, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{name} is {value!r}; give a name")
+
+
+def _check_pattern(name: str, value: Any) -> None:
+    numbers = value.values() if isinstance(value, Mapping) else [None]
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise ConfigError(f"{name} is {value!r}; give lines of the form `module: number`")
 
 
 def _check_unused(recipe: Recipe) -> None:
     """Refuse what full fine-tuning would ignore."""
-    names = ("alpha", "target_modules", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
-    given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) != f.default]
+    names = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
+    names += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
+    given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) not in (f.default, {})]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
 

@@ -24,7 +24,7 @@ from ..checkpoint.manifest import MANIFEST, hardware, package_versions
 from ..checkpoint.read import check_model_directory, load_tokenizer
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.write import explained, output_files, write_json
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
 from .card import model_card
@@ -270,7 +270,14 @@ def _results(
 
 
 def _encoded(data: str | list[dict[str, Any]], tokenizer: Any, recipe: Recipe) -> Encoded:
-    examples = read_examples(data) if isinstance(data, str) else examples_from_rows(data)
+    on_hub = isinstance(data, str) and not Path(data).exists()
+    if not on_hub and (recipe.data_split, recipe.data_subset) != (Recipe.data_split, Recipe.data_subset):
+        given = data if isinstance(data, str) else "the list of rows"
+        raise ConfigError(f"data_split and data_subset are for data on the hub; leave them out for {given}")
+    if isinstance(data, str):
+        examples = read_examples(data, split=recipe.data_split, subset=recipe.data_subset)
+    else:
+        examples = examples_from_rows(data)
     return encode(examples, tokenizer, template=recipe.template, max_length=recipe.max_length)
 
 
