@@ -23,6 +23,7 @@ from torch import Tensor
 from .config import PissaConfig, Quantization
 from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS
+from .decompose.precision import full_precision
 from .errors import ConfigError, WeightError
 from .quantize.alternate import Alternation, alternate
 from .quantize.error import matrix_norm, plain_error
@@ -82,7 +83,7 @@ def split_weight(
     """
     label = name or "the weight"
     check(W, config, moment, gradient, label)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         split = quantized if config.quantization is not None else unquantized
         return split(W.detach(), config, moment, derive_seed(config.seed, name), label)
 
@@ -223,7 +224,8 @@ def _split(weight: Weight) -> Split:
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`W + scale·B·A`, computed in fp32 and rounded once to W's dtype; (out, in)."""
-    return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
+    with full_precision():
+        return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
 
 
 def relative_error(W: Tensor, approximation: Tensor) -> float:

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +32,7 @@ from .chebyshev import chebyshev_svd, filter_width
 from .cost import block_width, choose
 from .gram import exact_svd, gram_svd
 from .krylov import block_krylov, product
+from .precision import full_precision
 from .ritz import Factorization
 from .sketch import sketched_start
 from .subspace import OVERSAMPLING, subspace_svd
@@ -253,20 +252,6 @@ def warm_block(W: Tensor, rank: int, warm_start: Tensor, seed: int, flipped: boo
     probes = gaussian(W, min(n - known.shape[-1], max(PROBES, rank + PROBES - known.shape[-1])), seed)
     probes = probes * (torch.linalg.vector_norm(known, dim=(-2, -1), keepdim=True) / n**0.5)
     return torch.cat([known, probes], -1), passes
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Keep fp32 products in fp32, whatever the process allows (TF32, bf16) elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:

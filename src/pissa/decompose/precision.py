@@ -1,0 +1,46 @@
+"""fp32 arithmetic that is fp32, whatever the process allows elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+_lock = threading.Lock()
+_inside = 0
+_before = "highest"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep fp32 products in fp32: without TF32 or bf16 inside them, and outside autocast.
+
+    The matmul precision is one of the whole process: the first thread that enters sets it, and the last one that
+    leaves puts it back. Autocast is one of a thread, so that each thread enters for itself.
+    """
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            _before = torch.get_float32_matmul_precision()
+            _set_precision("highest")
+        _inside += 1
+    try:
+        with ExitStack() as stack:
+            for device in AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _set_precision(_before)
+
+
+def _set_precision(wanted: str) -> None:
+    if torch.get_float32_matmul_precision() != wanted:
+        torch.set_float32_matmul_precision(wanted)
