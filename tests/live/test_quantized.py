@@ -127,7 +127,7 @@ def test_gradients_on_codes_are_those_on_the_dequantised_weights() -> None:
 
 @pytest.mark.filterwarnings("ignore:untied")
 def test_a_tied_head_is_untied_and_tied_again() -> None:
-    model = tiny_llama(hidden=64, tie=True)
+    model: Any = tiny_llama(hidden=64, tie=True)
     embedding = model.get_input_embeddings().weight.clone()
     adapted: Any = adapt(model, config("nf4", target_modules=r".*(lm_head|q_proj)"))
     plain = adapted.get_base_model()
