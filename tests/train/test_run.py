@@ -351,6 +351,32 @@ def test_a_run_with_modules_trained_in_full_goes_on_and_exports(base_directory: 
     assert largest_difference(plain_logits(base_directory, out), logits_of(result.model)) < 1e-5
 
 
+def test_what_was_stopped_before_its_first_checkpoint_makes_way_for_other_settings(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "run", recipe(rank=2, max_steps=2)
+    assert in_child(lambda: signal_at_step(1, lambda: run(base_directory, out, recipe()))) == -signal.SIGKILL
+    assert listing(out / "state") == {"run.json", "log.jsonl"}
+    run(base_directory, out, settings)
+    run(base_directory, tmp_path / "expected", settings)
+    assert log_of(out) == log_of(tmp_path / "expected")
+    with pytest.raises(OutputError, match="rank: 2 then, 4 now"):
+        run(base_directory, out, recipe(max_steps=2))
+
+
+def test_a_relative_base_is_recorded_so_that_it_is_found_from_everywhere(
+    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(base_directory.parent)
+    out, settings = tmp_path / "run", recipe(max_steps=1)
+    first = train(base_directory.name, rows(), out, settings)
+    # what the data came to is said before the first step
+    assert first.results["data"] in capsys.readouterr().err
+    assert first.results["base"] == str(base_directory)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_directory)
+    assert train(str(base_directory), rows(), out, settings).model is None
+
+
 def test_another_base_or_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:
     base, data, out = tmp_path / "base", write_rows(tmp_path / "data.jsonl"), tmp_path / "run"
     tiny_llama().save_pretrained(base)

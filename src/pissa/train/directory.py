@@ -75,6 +75,27 @@ class RunDirectory:
         return f"interrupted; {last} is saved: the same command continues from there"
 
 
+def absolute(model: str) -> str:
+    """A model's directory such that it is found from everywhere; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else str(model)
+
+
+def has_only_other_settings(directory: RunDirectory, settings: dict[str, Any]) -> bool:
+    """Whether all that a directory holds of a run is its record, with other settings: no checkpoint, no result."""
+    if not directory.record.is_file() or directory.last_checkpoint is not None or directory.results.exists():
+        return False
+    return bool(_changes(settings, read_record(directory)["settings"]))
+
+
+def discard(directory: RunDirectory) -> None:
+    """Take away the record of a run that has no checkpoint, and what belongs to it; the record last."""
+    for place in (directory.residual, directory.state / "runs"):
+        if place.is_dir():
+            shutil.rmtree(place)
+    directory.log.unlink(missing_ok=True)
+    directory.record.unlink(missing_ok=True)
+
+
 def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The results of a run that is finished; None for one to start or continue. Nothing is written.
 
@@ -83,7 +104,7 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
     """
     if directory.record.is_file():
         before = read_record(directory)["settings"]
-        _check_same_settings(directory.path, json.loads(json.dumps(settings)), before)
+        _check_same_settings(directory.path, settings, before)
         if directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
             return _read_results(directory)
     else:
@@ -218,15 +239,22 @@ def _lasting(place: Path) -> Iterator[Path]:
 
 
 def _check_same_settings(out: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
-    # a run that was started before a setting existed had its default
-    before = {**json.loads(json.dumps(Recipe().as_dict())), **before}
-    changed = [
-        f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)
-    ]
+    changed = _changes(now, before)
     if changed:
         raise OutputError(
             f"{out} is another run ({'; '.join(changed)}); give the same settings to continue it, or another directory"
         )
+
+
+def _changes(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """What differs between two runs' settings, for people."""
+    now = json.loads(json.dumps(now))
+    # a run that was started before a setting existed had its default
+    before = {**json.loads(json.dumps(Recipe().as_dict())), **before}
+    before["model"] = absolute(str(before.get("model")))
+    return [
+        f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)
+    ]
 
 
 def _data_name(record: dict[str, Any]) -> str:

@@ -31,8 +31,11 @@ from .card import model_card
 from .data import read_examples
 from .directory import (
     RunDirectory,
+    absolute,
     check_same_inputs,
+    discard,
     finished_results,
+    has_only_other_settings,
     last_file,
     leftovers,
     only_writer,
@@ -95,10 +98,18 @@ def train(
     directory = RunDirectory(Path(out))
     quieten()
     arguments = training_arguments(recipe, directory.state)
+    model = absolute(model)
     settings = {"model": str(model), "data": data if isinstance(data, str) else _digest(data), **recipe.as_dict()}
     visible = is_main_process() and not quiet
     bar = progress or make_progress()
     with explained(directory.path):
+        if has_only_other_settings(directory, settings):
+            # what was interrupted before its first checkpoint saved nothing
+            PartialState().wait_for_everyone()
+            if is_main_process():
+                with only_writer(directory):
+                    discard(directory)
+            PartialState().wait_for_everyone()
         finished = finished_results(directory, settings)
     if finished is not None:
         if is_main_process() and leftovers(directory):
@@ -135,6 +146,8 @@ def _train(
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
+    if progress is not None:
+        progress.console.print(encoded.summary, markup=False, highlight=False, soft_wrap=True)
     # nobody writes before everybody has looked
     PartialState().wait_for_everyone()
     with ExitStack() as held:
