@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .orthogonal import orthonormalize
-from .ritz import ROUNDING, Factorization
+from .ritz import FP32_ROUNDING, ROUNDING, Factorization
 
 FP64_BELOW = 1e-5
 """Tolerances below this form and diagonalise the Gram matrix in fp64."""
@@ -45,7 +45,8 @@ def gram_svd(
         G = gram_matrix(W.double() if tolerance < FP64_BELOW else W)
     energies, vectors = torch.linalg.eigh(G)
     best = energies[..., -rank:].double().clamp_min(0).sum(-1)
-    return triplets_along(W, vectors[..., -rank:].flip(-1).float(), best, generator)
+    rounding = ROUNDING if G.dtype == torch.float64 else FP32_ROUNDING
+    return triplets_along(W, vectors[..., -rank:].flip(-1).float(), best, generator, rounding)
 
 
 def gram_matrix(A: Tensor) -> Tensor:
@@ -62,7 +63,9 @@ def gram_matrix(A: Tensor) -> Tensor:
     return G
 
 
-def triplets_along(W: Tensor, V: Tensor, best: Tensor, generator: torch.Generator) -> Factorization:
+def triplets_along(
+    W: Tensor, V: Tensor, best: Tensor, generator: torch.Generator, rounding: float = ROUNDING
+) -> Factorization:
     """The singular triplets of W restricted to the span of V (..., n, r), nearly orthonormal.
 
     Args:
@@ -70,6 +73,7 @@ def triplets_along(W: Tensor, V: Tensor, best: Tensor, generator: torch.Generato
         V: (..., n, r) fp32 right vectors, orthonormal to fp32 rounding unless W V is badly conditioned.
         best: (...,) fp64, at least what any r directions can capture; the loss is measured against it.
         generator: W = 0 and dependent columns are completed by random ones, whose singular value is 0.
+        rounding: relative error of `best`, added to the loss.
     """
     Y = W @ V
     wide = Y.double()
@@ -83,6 +87,6 @@ def triplets_along(W: Tensor, V: Tensor, best: Tensor, generator: torch.Generato
         left, S, right = torch.linalg.svd(R.double())
         Q, Vh = Q @ left.float(), right.float() @ V.mT
     captured = S.square().sum(-1)
-    loss = (1 - captured / best.clamp_min(torch.finfo(best.dtype).tiny)).clamp_min(0) + ROUNDING
+    loss = (1 - captured / best.clamp_min(torch.finfo(best.dtype).tiny)).clamp_min(0) + rounding
     loss = torch.where(best > 0, loss, 0.0)
     return Factorization(Q, S.float(), Vh, loss, 2, "upper bound")
