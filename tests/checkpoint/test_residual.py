@@ -98,8 +98,8 @@ CASES = [f"{form} {dtype}" for form in ("nf4-double", "nf4-single", "int8") for 
 def test_transformers_alone_reads_the_same_bits(seen: dict[str, tuple[PeftModel, Path]], case: str) -> None:
     model, path = seen[case]
     read = load_file(path / "seen.safetensors")
-    plain = model.get_base_model()
-    names = {n.replace(".base_layer", ""): m for n, m in plain.named_modules() if hasattr(m, "weight")}
+    plain: Any = model.get_base_model()
+    names: dict[str, Any] = {n.replace(".base_layer", ""): m for n, m in plain.named_modules() if hasattr(m, "weight")}
     assert read.keys() >= {name for name in names if ".lora_" not in name}
     for name, tensor in read.items():
         mine = weight_matrix(names[name]) if name in adapter_layers(model) else names[name].weight.detach()
@@ -142,7 +142,7 @@ def test_an_adapter_saved_afterwards_loads_as_the_trained_function(form: str, tm
     train_steps(model.train(), 2)
     trained = logits_of(model.eval())
     save_residual(model, tmp_path / "residual")
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     again = pissa.load(tmp_path / "adapter", is_trainable=True)
     assert torch.equal(logits_of(again.eval()), trained)
     with reference(model), reference(again):
@@ -167,7 +167,7 @@ def _start(model: PeftModel) -> PeftModel:
 def test_a_quantised_adapter_without_its_residual_is_refused(tmp_path: Path) -> None:
     tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
     model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PissaConfig(4, quantization=FORMATS["int8"]))
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     for base in (None, tmp_path / "base", AutoModelForCausalLM.from_pretrained(tmp_path / "base")):
         with pytest.raises(CheckpointError, match="save_residual"):
             pissa.load(tmp_path / "adapter", base)

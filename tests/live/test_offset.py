@@ -82,7 +82,7 @@ def test_the_base_is_untouched_and_the_adapter_trains_from_it(
         assert torch.equal(logits_of(model), before)
     with reference(model):
         assert torch.equal(logits_of(model), before)
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(str(tmp_path / "saved"))
     plain = PeftModel.from_pretrained(loaded(bases[kind]), str(tmp_path / "saved")).eval()
     assert torch.equal(logits_of(plain), trained)
     assert same_tensors(dict(export_lora(model)), load_file(tmp_path / "saved" / "adapter_model.safetensors"))
@@ -95,7 +95,7 @@ def test_a_loaded_adapter_keeps_its_frozen_half_and_trains_on_to_the_same_bits(
 ) -> None:
     model = adapt(loaded(bases[kind]), PissaConfig(rank=4, placement="offset"))
     train_steps(model.train(), 1)
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(str(tmp_path / "saved"))
     export_lora(model, tmp_path / "exported")
     for saved in ("saved", "exported"):
         again = pissa.load(tmp_path / saved, is_trainable=True)

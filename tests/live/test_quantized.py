@@ -109,8 +109,8 @@ def test_evaluating_before_training_and_saving_changes_nothing() -> None:
 
 
 def test_gradients_on_codes_are_those_on_the_dequantised_weights() -> None:
-    quantised = adapt(tiny_llama(hidden=64), config("nf4"))
-    dense = adapt(tiny_llama(hidden=64), config("nf4"))
+    quantised: Any = adapt(tiny_llama(hidden=64), config("nf4"))
+    dense: Any = adapt(tiny_llama(hidden=64), config("nf4"))
     for layer in adapter_layers(dense).values():
         wrapped: Any = layer
         plain = nn.Linear(1, 1, bias=False)
