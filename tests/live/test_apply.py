@@ -282,3 +282,27 @@ def test_autocast_around_adapt_changes_no_bit(placement: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         restored = restore(inside)
     assert same_tensors(snapshot(restore(plain)), snapshot(restored))
+
+
+def test_a_failure_after_wrapping_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_llama(tie=True)
+    before, modules = snapshot(model), dict(model.named_modules())
+    calls = []
+
+    def fail_late(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError
+        return torch.zeros_like(arguments[0])
+
+    monkeypatch.setattr("pissa.live.apply.combine", fail_late)
+    with pytest.raises(MemoryError), pytest.warns(UserWarning, match="untied"):
+        adapt(model, PissaConfig(4, target_modules=["q_proj", "up_proj", "lm_head"]))
+    assert dict(model.named_modules()) == modules
+    assert same_tensors(before, snapshot(model))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert "lm_head.weight" in model.all_tied_weights_keys and not hasattr(model, "peft_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="untied"):
+        adapt(model, PissaConfig(4, target_modules=["q_proj", "lm_head"]))

@@ -10,13 +10,15 @@ In placement "offset" the weights stay, and one adapter holds both (`offset.py`)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -162,7 +164,55 @@ def attach(
         trained: the factors that "default" gets; None for the initial ones.
         packed: quantised residuals that take the weights' place, one for each target or none at all.
         ready: whether the weights are residuals already, as loaded.
+
+    Whatever fails, the model is given back as it was.
     """
+    with _undone_on_failure(model):
+        return _attach(model, lora_config, initial, subtract=subtract, trained=trained, packed=packed, ready=ready)
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put modules, parameters and flags back as they were if the block raises; references are kept, no copies."""
+    runtime: Any = model
+    held = [(m, dict(m._modules), dict(m._parameters), m.training) for m in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = dict(model.__dict__)
+    ties = dict(getattr(model, "all_tied_weights_keys", {}))
+    settings = getattr(model, "config", None)
+    before = dict(vars(settings)) if isinstance(settings, PreTrainedConfig) else None
+    try:
+        yield
+    except BaseException:
+        for name in set(model.__dict__) - set(attributes):
+            del model.__dict__[name]
+        model.__dict__.update(attributes)
+        for module, children, parameters, training in held:
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module.training = training
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        if ties:
+            runtime.all_tied_weights_keys.update(ties)
+        if before is not None:
+            vars(settings).clear()
+            vars(settings).update(before)
+        raise
+
+
+def _attach(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    initial: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    subtract: bool,
+    trained: Mapping[str, tuple[Tensor, Tensor]] | None,
+    packed: Mapping[str, Packed] | None,
+    ready: bool,
+) -> PeftModel:
     shared = _shared_weights(model, list(initial)) if (subtract or packed) and not ready else {}
     tied_before = _declare_untied(model, shared) if shared else None
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -283,7 +333,7 @@ def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> bool | None:
         "untied "
         + ", ".join(f"{name} from {kept}" for name, kept in shared.items())
         + ": the residual gets a weight of its own and the shared one stays as it was (restore ties them again)",
-        stacklevel=4,
+        stacklevel=5,
     )
     ties = getattr(model, "all_tied_weights_keys", {})
     for name in shared:
