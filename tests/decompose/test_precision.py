@@ -28,7 +28,7 @@ def test_threads_that_overlap_share_one_setting_which_the_last_puts_back():
         with full_precision():
             second_inside.set()
             first_left.wait(10)
-            seen.append(torch.get_float32_matmul_precision())
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
 
     second_inside = threading.Event()
     thread = threading.Thread(target=second)
@@ -38,7 +38,7 @@ def test_threads_that_overlap_share_one_setting_which_the_last_puts_back():
         second_inside.wait(10)
     first_left.set()
     thread.join(10)
-    assert seen == ["highest"]
+    assert seen == ["ieee"]
     assert torch.get_float32_matmul_precision() == "medium"
 
 
@@ -55,3 +55,15 @@ def test_products_inside_autocast_are_fp32():
         with full_precision():
             assert (A @ A).dtype == torch.float32
         assert (A @ A).dtype == torch.bfloat16
+
+
+def test_a_backend_s_own_setting_is_put_back():
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        with full_precision():
+            assert backend.fp32_precision == "ieee"
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before

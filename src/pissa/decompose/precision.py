@@ -12,7 +12,7 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _lock = threading.Lock()
 _inside = 0
-_before = "highest"
+_before = ("ieee", "ieee")
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def full_precision() -> Iterator[None]:
     global _inside, _before
     with _lock:
         if _inside == 0:
-            _before = torch.get_float32_matmul_precision()
-            _set_precision("highest")
+            _before = _precision()
+            _set_precision(("ieee", "ieee"))
         _inside += 1
     try:
         with ExitStack() as stack:
@@ -41,6 +41,11 @@ def full_precision() -> Iterator[None]:
                 _set_precision(_before)
 
 
-def _set_precision(wanted: str) -> None:
-    if torch.get_float32_matmul_precision() != wanted:
-        torch.set_float32_matmul_precision(wanted)
+def _precision() -> tuple[str, str]:
+    """By backend: torch's one setting for all refuses to be read where a backend's own was set."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+def _set_precision(wanted: tuple[str, str]) -> None:
+    if _precision() != wanted:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = wanted

@@ -71,8 +71,8 @@ def truncated_svd(
     Args:
         W: (m, n) or (b, m, n), any float dtype, any strides; decomposed in fp32 and never modified.
         rank: r, 1 to min(m, n).
-        tolerance: the captured-energy loss to aim for, in [0, 1). With "auto" and no warm start, below 6e-7 it means the
-            exact SVD. A named algorithm comes as close as it can: on weights to 1e-6 and a little less, to 0 only
+        tolerance: the captured-energy loss to aim for, in [0, 1). With "auto" and no warm start, below 6e-7 it means
+            the exact SVD. A named algorithm comes as close as it can: on weights to 1e-6 and a little less, to 0 only
             "exact", and "subspace" gives up after 64 iterations. The certificate says what was reached.
         algorithm: "auto", "exact", "gram", "chebyshev", "krylov" or "subspace".
         seed: of the sketch, drawn from a generator of its own: the global one is left alone.
