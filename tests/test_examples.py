@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tiny import tiny_llama, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

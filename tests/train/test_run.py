@@ -382,6 +382,7 @@ def test_the_command_trains_prints_and_continues(base_directory: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_pissa_learns_gsm8k_faster_than_lora_at_the_same_learning_rate(pissa_data: Path, tmp_path: Path) -> None:
     try:
         model = smollm2()

@@ -183,8 +183,7 @@ def _locked(descriptor: int) -> bool:
 def _check_writable(out: Path) -> None:
     """Refuse a file, and a place where nothing can be made, before the work and not after it."""
     places = (out.absolute(), *out.absolute().parents)
-    with explained(out):
-        nearest = next(place for place in places if place.exists() or place.is_symlink())
+    nearest = next(place for place in places if place.exists() or place.is_symlink())
     if not nearest.is_dir():
         raise OutputError(f"{nearest} is a file; name a directory for the run")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -23,7 +23,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..checkpoint.manifest import MANIFEST, fingerprint, hardware, package_versions
 from ..checkpoint.read import check_model_directory, load, load_base, load_tokenizer
-from ..checkpoint.write import output_files, write_json
+from ..checkpoint.write import explained, output_files, write_json
 from ..export import LoraExport, export_lora, write_lora
 from ..live.apply import adapt
 from .card import model_card
@@ -95,7 +95,8 @@ def train(
     settings = {"model": str(model), "data": data if isinstance(data, str) else _digest(data), **recipe.as_dict()}
     visible = is_main_process() and not quiet
     bar = progress or make_progress()
-    finished = finished_results(directory, settings)
+    with explained(directory.path):
+        finished = finished_results(directory, settings)
     if finished is not None:
         if is_main_process() and leftovers(directory):
             with only_writer(directory):
