@@ -5,8 +5,9 @@
 Two passes over W and one symmetric eigenproblem of the smaller side: several times cheaper than the SVD, and the best
 choice when min(m, n) is small or the rank is a large share of it. Squaring W squares its condition: a singular value
 below about sqrt(eps)·σ₁ is lost in Λ. So Λ only selects the subspace, in fp64 when a small loss is asked for; the
-values and left vectors come from W V_r itself (QR, then the SVD of a small triangle), which keeps them accurate to
-fp32 rounding and orthonormal whatever the spectrum.
+values and left vectors come from W V_r itself: through its own r × r Gram matrix in fp64 where that is well
+conditioned, else by QR and the SVD of a small triangle. That keeps them accurate to fp32 rounding and orthonormal
+whatever the spectrum.
 """
 
 from __future__ import annotations
