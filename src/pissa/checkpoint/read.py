@@ -150,13 +150,14 @@ def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "aut
     # by default a mismatch is an error that names no tensor
     reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**options, **reporting})
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**options, **reporting})
     except ImportError as error:
         if "bitsandbytes" not in str(error):
             raise
         raise MissingExtraError(f"{source} is quantised with bitsandbytes: pip install 'pissa[quant]'") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(_cannot_load("a language model", source, error)) from error
+    model, report = loaded
     _check_all_loaded(source, report)
     keep_unpacked(model)
     remember_dtype(model, model.dtype)
