@@ -28,7 +28,7 @@ def test_threads_that_overlap_share_one_setting_which_the_last_puts_back():
         with full_precision():
             second_inside.set()
             first_left.wait(10)
-            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
 
     second_inside = threading.Event()
     thread = threading.Thread(target=second)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
+# Any: torch's annotations know neither attribute of the oneDNN backend
+_backends: Any = torch.backends
 _lock = threading.Lock()
 _inside = 0
 _before = ("ieee", "ieee")
@@ -43,9 +46,9 @@ def full_precision() -> Iterator[None]:
 
 def _precision() -> tuple[str, str]:
     """By backend: torch's one setting for all refuses to be read where a backend's own was set."""
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    return _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision
 
 
 def _set_precision(wanted: tuple[str, str]) -> None:
     if _precision() != wanted:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = wanted
+        _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision = wanted
