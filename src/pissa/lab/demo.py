@@ -86,7 +86,7 @@ class Plan:
 
 
 FULL = Plan(steps=32, batch_size=6, train=400, held_out=48, new_tokens=64)
-QUICK = Plan(steps=8, batch_size=4, train=80, held_out=8, new_tokens=64)
+QUICK = Plan(steps=6, batch_size=4, train=80, held_out=6, new_tokens=64)
 
 
 @dataclass(frozen=True)
