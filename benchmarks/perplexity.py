@@ -37,6 +37,8 @@ METHODS = {
     "gptq": "qlora,qlora+gptq,qpissa-1+gptq,qpissa-5+gptq,ours-4+gptq",
     "int8": "qlora,qpissa-5,ours-5",
 }
+NOT_RECORDED = ("out", "methods", "model", "data", "moments")
+"""What does not change a row: where things lie, and which rows to measure."""
 
 
 def main() -> None:
