@@ -37,13 +37,19 @@ METHODS = {
     "gptq": "qlora,qlora+gptq,qpissa-1+gptq,qpissa-5+gptq,ours-4+gptq",
     "int8": "qlora,qpissa-5,ours-5",
 }
+NOT_RECORDED = ("out", "methods", "model", "data", "moments")
+"""What does not change a row: where things lie, and which rows to measure."""
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     out = Path(arguments.out)
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "methods", "model", "data")}
+    settings = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in ("out", "methods", "model", "data", "moments")
+    }
     document: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"rows": []}
     if document.get("settings", settings) != settings:
         raise SystemExit(f"{out} holds another measurement; name another --out")
@@ -95,11 +101,17 @@ def main() -> None:
 def collect(
     model: Any, tokenizer: Any, path: Path, names: list[str], original: dict[str, Tensor], arguments: Any
 ) -> dict[str, Tensor]:
-    """Every layer's moment in the original model."""
+    """Every layer's moment in the original model, kept in a file between runs where one is named."""
+    kept = Path(arguments.moments) if arguments.moments else None
+    if kept is not None and kept.is_file():
+        return torch.load(kept)
     for layer, W in original.items():
         set_weight_matrix(model.get_submodule(layer), W)
     batches = calibration_batches(path, tokenizer, arguments.window, arguments.calibration_windows)
-    return {name: m.matrix for m in second_moments(model, batches, names) for name in m.names}
+    moments = {name: m.matrix for m in second_moments(model, batches, names) for name in m.names}
+    if kept is not None:
+        torch.save(moments, kept)
+    return moments
 
 
 def restored(name: str, W: Tensor, chosen: Variant, moment: Tensor | None, rank: int) -> Tensor:
@@ -143,9 +155,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantize", default="nf4", choices=list(METHODS))
     parser.add_argument("--methods", help="separated by commas")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--calibration-windows", type=int, default=24)
+    parser.add_argument("--moments", help="file to keep the moments in, for runs with the same calibration")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", default="perplexity.json")
     return parser.parse_args()

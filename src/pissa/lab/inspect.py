@@ -32,6 +32,7 @@ from ..live.targets import Target, resolve_targets
 from ..quantize.error import matrix_norm, output_error, split_error
 from ..quantize.formats import quantize_matrix
 from ..split import split_weight
+from ..train.run import quieten
 from .load import load_any_tokenizer, load_model
 from .variants import Variant
 
@@ -353,6 +354,7 @@ def inspect(
         raise ConfigError("without --quantize, inspect shows the plain split at one rank: no calibration, no figures")
     if held_out is not None and calibration is None:
         raise ConfigError("held-out text is for methods with calibration; give --calibration FILE")
+    quieten()
     model = load_model(source)
     head: dict[str, Any] = {"model": source, "parameters": sum(p.numel() for p in model.parameters())}
     common: dict[str, Any] = {"target_modules": target_modules, "max_layers": max_layers, "progress": progress}
