@@ -139,9 +139,7 @@ def scipy_svds(solver: str) -> Rival:
     def run(W: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         from scipy.sparse.linalg import svds
 
-        found = svds(W.numpy(), rank, solver=solver, rng=seed)
-        assert found is not None
-        U, S, Vh = found
+        U, S, Vh = (np.asarray(part) for part in svds(W.numpy(), rank, solver=solver, rng=seed))
         order = np.argsort(-S)
         return (
             torch.from_numpy(U[:, order].copy()),
@@ -479,10 +477,10 @@ def main() -> None:
     if "matrices" in sections:
         classes = classes_of(smollm, minilm, args.every, args.classes)
         classes |= {name: [pair] for name, pair in large.items() if re.search(args.classes, name)}
-        rank = {name: 128 if not args.quick else 16 for name in large}
+        rank = dict.fromkeys(large, 16 if args.quick else 128)
         clock = time.thread_time if args.clock == "cpu" else time.perf_counter
         rows = measure_matrices(
-            classes, lambda label: rank.get(label, args.rank), args.repeats, args.slow_repeats, args.rivals, clock
+            classes, lambda label: rank.get(label, int(args.rank)), args.repeats, args.slow_repeats, args.rivals, clock
         )
         measured = {(row["class"], row["rival"]) for row in rows}
         kept = [row for row in report.get("matrices", []) if (row["class"], row["rival"]) not in measured]
