@@ -139,7 +139,9 @@ def scipy_svds(solver: str) -> Rival:
     def run(W: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         from scipy.sparse.linalg import svds
 
-        U, S, Vh = svds(W.numpy(), rank, solver=solver, random_state=seed)
+        found = svds(W.numpy(), rank, solver=solver, rng=seed)
+        assert found is not None
+        U, S, Vh = found
         order = np.argsort(-S)
         return (
             torch.from_numpy(U[:, order].copy()),
@@ -205,6 +207,7 @@ def measure_matrices(
     repeats: int,
     slow_repeats: int,
     only: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """Alternating repetitions of every rival over all matrices of a class: median seconds, mean and largest loss."""
     rows = []
@@ -220,9 +223,9 @@ def measure_matrices(
                     continue
                 elapsed = 0.0
                 for W, values in matrices:
-                    start = time.perf_counter()
+                    start = clock()
                     found = rival(W, rank, repeat)
-                    elapsed += time.perf_counter() - start
+                    elapsed += clock() - start
                     losses[name].append(energy_loss(W, values, found))
                 times[name].append(elapsed)
         for name in rivals:
@@ -266,7 +269,11 @@ def measure_model(directory: Path, rank: int, repeats: int, exact_repeats: int) 
         return time.perf_counter() - start
 
     def with_pissa() -> float:
-        weights = [m.weight.data for n, m in fresh().named_modules() if n.endswith(SMOLLM_LINEARS)]
+        weights = [
+            module.weight.data
+            for name, module in fresh().named_modules()
+            if name.endswith(SMOLLM_LINEARS) and isinstance(module, torch.nn.Linear)
+        ]
         start = time.perf_counter()
         for W in weights:
             U, S, Vh, _ = truncated_svd(W, rank)
@@ -308,8 +315,8 @@ def measure_rate(label: str, W: Tensor, rank: int, repeats: int) -> dict[str, An
     product_times, totals, passes = [], [], 0
     for _ in range(repeats):
         start = time.perf_counter()
-        W @ X
-        W.T @ Y
+        torch.mm(W, X)
+        torch.mm(W.T, Y)
         product_times.append(time.perf_counter() - start)
         start = time.perf_counter()
         passes = truncated_svd(W, rank, algorithm="krylov").certificate.passes
@@ -372,6 +379,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     labels = list(dict.fromkeys(row["class"] for row in rows))
     columns = min(3, len(labels))
@@ -391,7 +399,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in list(axes.flat)[len(labels) :]:
         axis.axis("off")
     handles = [
-        plt.Line2D([], [], ls="", marker="*" if name.startswith("pissa") else "o", color=f"C{i}", label=name)
+        Line2D([], [], ls="", marker="*" if name.startswith("pissa") else "o", color=f"C{i}", label=name)
         for i, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=7)
@@ -434,6 +442,13 @@ def main() -> None:
     parser.add_argument("--slow-repeats", type=int, default=5, help="repetitions of the exact and the scipy solvers")
     parser.add_argument("--every", type=int, default=1, help="time every N-th layer of the models")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=64, help="rank for the models' linears; 128 for the large matrices")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="of the section `matrices`; cpu is one thread's time, for a machine that other jobs share (--threads 1)",
+    )
     parser.add_argument("--classes", default="", help="regular expression: only these classes of matrices")
     parser.add_argument("--rivals", default="", help="regular expression: only these rivals")
     args = parser.parse_args()
@@ -449,7 +464,12 @@ def main() -> None:
     path = args.out / "svd.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     report["environment"] = environment(args.threads)
-    report["settings"] = {"repeats": args.repeats, "slow_repeats": args.slow_repeats, "every": args.every}
+    report["settings"] = {
+        "repeats": args.repeats,
+        "slow_repeats": args.slow_repeats,
+        "every": args.every,
+        "clock": args.clock,
+    }
     if "accuracy" in sections:
         models = {"smollm": smollm, "minilm": minilm}
         if args.every > 1:
@@ -460,8 +480,9 @@ def main() -> None:
         classes = classes_of(smollm, minilm, args.every, args.classes)
         classes |= {name: [pair] for name, pair in large.items() if re.search(args.classes, name)}
         rank = {name: 128 if not args.quick else 16 for name in large}
+        clock = time.thread_time if args.clock == "cpu" else time.perf_counter
         rows = measure_matrices(
-            classes, lambda label: rank.get(label, 64), args.repeats, args.slow_repeats, args.rivals
+            classes, lambda label: rank.get(label, args.rank), args.repeats, args.slow_repeats, args.rivals, clock
         )
         measured = {(row["class"], row["rival"]) for row in rows}
         kept = [row for row in report.get("matrices", []) if (row["class"], row["rival"]) not in measured]

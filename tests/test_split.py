@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pissa.config import METHODS, Method, PissaConfig
 from pissa.errors import ConfigError, WeightError
-from pissa.split import STORAGE_DTYPES, split_each, split_weight
+from pissa.split import STORAGE_DTYPES, Weight, split_each, split_weight
 from tiny import global_generators
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -155,8 +155,8 @@ def test_a_rank_above_the_smaller_side_is_refused(shape: tuple[int, int]) -> Non
 
 
 def test_many_weights_have_the_same_bits_on_any_number_of_threads() -> None:
-    weights = [(weight(24 + i, 40, seed=i), PissaConfig(rank=4), f"layer{i}") for i in range(7)]
-    one_by_one = [split_weight(W, config, name=name) for W, config, name in weights]
+    weights = [Weight(weight(24 + i, 40, seed=i), PissaConfig(rank=4), f"layer{i}") for i in range(7)]
+    one_by_one = [split_weight(W, config, name=name) for W, config, name, _ in weights]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -171,6 +171,6 @@ def test_many_weights_have_the_same_bits_on_any_number_of_threads() -> None:
 
 def test_many_weights_name_the_one_that_cannot_be_split() -> None:
     bad = torch.full((8, 8), float("nan"))
-    weights = [(weight(8, 8), PissaConfig(rank=2), "good"), (bad, PissaConfig(rank=2), "bad")]
+    weights = [Weight(weight(8, 8), PissaConfig(rank=2), "good"), Weight(bad, PissaConfig(rank=2), "bad")]
     with pytest.raises(WeightError, match="bad holds NaN"):
         list(split_each(weights))

@@ -57,11 +57,12 @@ def tiny_tokenizer(
 
 
 def tiny_llama(
-    *, vocab_size: int = 384, tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+    *, vocab_size: int = 384, hidden: int = 32, tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama of hidden size 32 with 2 layers, in evaluation mode, equal for equal seeds.
+    """A randomly initialised Llama with 2 layers, in evaluation mode, equal for equal seeds.
 
     Args:
+        hidden: hidden size; NF4 needs a multiple of its block size, 64.
         vocab_size: rows of the embedding; the default holds every token of `tiny_tokenizer`.
         tie: share the embedding with the output head.
         dtype: of the weights.
@@ -69,8 +70,8 @@ def tiny_llama(
     """
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -86,12 +87,12 @@ def tiny_llama(
     return model.to(dtype).eval()  # type: ignore[arg-type]
 
 
-def tiny_gpt2(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT2LMHeadModel:
-    """A randomly initialised GPT-2 of hidden size 32 with 2 layers: Conv1D layers, a tied head, no dropout."""
+def tiny_gpt2(*, hidden: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT2LMHeadModel:
+    """A randomly initialised GPT-2 with 2 layers: Conv1D layers, a tied head, no dropout."""
     config = GPT2Config(
         vocab_size=384,
         n_positions=64,
-        n_embd=32,
+        n_embd=hidden,
         n_layer=2,
         n_head=2,
         resid_pdrop=0.0,

@@ -5,11 +5,13 @@ The public names below are loaded when they are first used, so that `import piss
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.read import load as load
+    from .checkpoint.residual import save_residual as save_residual
     from .config import PissaConfig as PissaConfig
     from .config import Quantization as Quantization
     from .config import quantization_preset as quantization_preset
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# bitsandbytes, which transformers imports where it is installed, tells of a faster kernel at its import, and of a cast
+# at every call of every 8-bit layer.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 _HOMES = {
     "PissaConfig": "config",
     "Quantization": "config",
@@ -41,6 +48,7 @@ _HOMES = {
     "reference": "live.reference",
     "restore": "live.reference",
     "load": "checkpoint.read",
+    "save_residual": "checkpoint.residual",
     "export_lora": "export",
     "export_merged": "export",
 }

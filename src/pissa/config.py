@@ -12,8 +12,10 @@ from .errors import ConfigError
 
 Method = Literal["pissa", "lora-kaiming", "lora-gaussian"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Placement = Literal["residual", "offset"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 LARGEST_ALPHA = 1e30
-Algorithm = Literal["auto", "exact", "gram", "krylov", "subspace"]
+Algorithm = Literal["auto", "exact", "gram", "chebyshev", "krylov", "subspace"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 QuantizationFormat = Literal["nf4", "int8", "gptq"]
@@ -147,6 +149,9 @@ class PissaConfig:
     """Modules trained in full beside the adapters and saved with them, as in PEFT."""
     quantization: Quantization | None = None
     """How the residual is quantised; None keeps it in the base's dtype."""
+    placement: Placement = "residual"
+    """"residual" replaces each weight by its residual. "offset" leaves the base as it is, quantised or not, and trains
+    `W + s(B·A − B0·A0)`: one LoRA of rank 2r whose second half is frozen."""
     seed: int = 0
     """Seed of every random draw (sketches, LoRA's `lora_A`); the global generators are never touched."""
 
@@ -176,6 +181,8 @@ class PissaConfig:
                 "allow_dropout (--allow-dropout) to accept that"
             )
         self._check_quantization()
+        if self.placement not in PLACEMENTS:
+            raise ConfigError(f"placement is {self.placement!r}; allowed: {', '.join(PLACEMENTS)}")
         if not self.target_modules:
             raise ConfigError('target_modules is empty; give names, a regular expression or "all-linear"')
 
@@ -184,6 +191,11 @@ class PissaConfig:
             return
         if not isinstance(self.quantization, Quantization):
             raise ConfigError(f"quantization is {self.quantization!r}; give a pissa.Quantization or None")
+        if self.placement == "offset":
+            raise ConfigError(
+                'placement "offset" leaves the base as it is, so there is no residual to quantise: leave quantization '
+                'out (and load the base in 4 or 8 bits where that is wanted), or use placement "residual"'
+            )
         if (self.quantization.method == "qlora") != self.starts_at_zero:
             raise ConfigError(
                 f"method {self.method!r} does not go with quantization method {self.quantization.method!r}: adapters "

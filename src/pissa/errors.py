@@ -29,6 +29,10 @@ class DataError(PissaError, ValueError):
     """Training or evaluation data that cannot be read; the message gives file and line."""
 
 
+class TrainingError(PissaError, ArithmeticError):
+    """A run that diverged; the message gives the step and the last good checkpoint."""
+
+
 class OutputError(PissaError, OSError):
     """A result that could not be written; nothing half-written is left behind."""
 

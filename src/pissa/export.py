@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpoint.manifest import MANIFEST, package_versions
@@ -29,13 +29,13 @@ from .checkpoint.read import (
     PREFIX,
     WEIGHTS,
     SavedAdapter,
-    config_with_ranks,
     load,
     read_adapter,
 )
 from .checkpoint.write import check_free, output_directory, write_json
 from .errors import ConfigError, PissaError
 from .live.layers import as_stored, weight_matrix
+from .live.quantized import quantized_layers
 from .live.state import (
     INITIAL,
     AdapterFactors,
@@ -43,8 +43,13 @@ from .live.state import (
     adapter_factors,
     adapter_layers,
     base_layer,
+    config_with_ranks,
     has_initial_adapter,
+    is_marked_offset,
+    is_offset,
     not_plain_lora,
+    set_marks,
+    without_marks,
 )
 from .live.targets import pattern_keys
 from .split import STORAGE_DTYPES, combine
@@ -63,6 +68,9 @@ class LoraExport(dict[str, Tensor]):
     """"lossless" where the initial adapter can be read back out of it."""
     errors: dict[str, float]
     """Module name -> `‖ΔW − exported ΔW‖ / ‖ΔW‖` (Frobenius); all 0 for a lossless export."""
+    gaps: dict[str, float]
+    """Module name -> `‖W − Q − s·B0·A0‖ / ‖W‖`, where the residual Q is quantised: the model was trained as
+    `Q + s·B·A`, and on the base W this export is off from that by just this. Empty where it is not quantised."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ def write_lora(export: LoraExport, directory: Path) -> None:
         "layout": export.layout,
         "base": export.base,
         "largest_error": max(export.errors.values(), default=0.0),
+        **gap_figures(export.gaps),
         "versions": package_versions(),
     }
     write_json(directory / MANIFEST, manifest)
@@ -131,6 +140,13 @@ def write_lora(export: LoraExport, directory: Path) -> None:
     config.inference_mode = True
     config.save_pretrained(str(directory))
     assert (directory / CONFIG).is_file()
+
+
+def gap_figures(gaps: Mapping[str, float]) -> dict[str, float]:
+    """Largest and mean relative distance between the base and what a quantised model started from, for manifests."""
+    if not gaps:
+        return {}
+    return {"largest_quantization_gap": max(gaps.values()), "mean_quantization_gap": sum(gaps.values()) / len(gaps)}
 
 
 def export_merged(
@@ -156,10 +172,12 @@ def export_merged(
     if not isinstance(plain, PreTrainedModel):
         raise PissaError(f"{type(plain).__name__} is no transformers model; export_lora works for any module")
     with output_directory(out) as partial:
-        merged_config = deepcopy(plain.config)
+        merged_config: Any = deepcopy(plain.config)
         state = _merged_state(model)
         if _ties_broken(plain, state):
             merged_config.tie_word_embeddings = False
+        if hasattr(merged_config, "quantization_config"):
+            del merged_config.quantization_config
         _save_plain(plain, merged_config, state, partial)
 
 
@@ -187,7 +205,7 @@ def _concatenated(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
 
 def _lossless(saved: SavedAdapter) -> LoraExport:
     doubled = any(factors.A0 is not None for factors in saved.factors.values())
-    config = config_with_ranks(saved.config, saved.config, 2.0) if doubled else deepcopy(saved.config)
+    config = config_with_ranks(saved.config, 2.0) if doubled else deepcopy(saved.config)
     parts = {name: _LowRank(*_concatenated(factors)) for name, factors in saved.factors.items()}
     return _as_export(saved, parts, config, LOSSLESS if doubled else None)
 
@@ -224,8 +242,12 @@ def _as_export(
         export[f"{PREFIX}{name}.lora_A.weight"] = part.A
         export[f"{PREFIX}{name}.lora_B.weight"] = part.B
     export.update(saved.others)
+    config = without_marks(config)
+    if layout == LOSSLESS and is_marked_offset(saved.config):
+        set_marks(config, placement="offset")
     config.base_model_name_or_path = saved.base
     config.lora_dropout = 0.0
+    export.gaps = {name: gap for name, gap in saved.gaps.items() if name in parts}
     export.config, export.base, export.layout = config, saved.base, layout
     export.errors = {name: part.error for name, part in parts.items()}
     return export
@@ -242,7 +264,12 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     given = dict(whole) if whole is not None else None
     state = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
     others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}
-    return SavedAdapter(factors, config, config.base_model_name_or_path, others)
+    if is_marked_offset(config):
+        config = config_with_ranks(config, 0.5)
+    record: Any = getattr(model, "pissa", None)
+    base = record.base if record is not None and record.residual else config.base_model_name_or_path
+    gaps = {n: c.rounding for n, c in record.certificates.items()} if record is not None and record.quantized else {}
+    return SavedAdapter(factors, config, base, others, gaps=gaps)
 
 
 def _whole_factors(name: str, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
@@ -275,7 +302,9 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     adapter = _exportable(model)
     factors, layers = adapter_factors(model, adapter), adapter_layers(model)
     state: dict[str, Tensor] = {}
-    for key, tensor in model.get_base_model().state_dict().items():
+    plain = model.get_base_model()
+    quantized = {n.replace(".base_layer", ""): m for n, m in quantized_layers(plain).items()}
+    for key, tensor in plain.state_dict().items():
         if ".lora_" in key or ".original_module." in key:
             continue
         if ".modules_to_save." in key:
@@ -284,15 +313,26 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
             key = key.replace(f".modules_to_save.{adapter}.", ".")
         key = key.replace(".base_layer.", ".")
         name, _, kind = key.rpartition(".")
+        owner = key.partition(".weight.")[0] if ".weight." in key else name
+        if owner in quantized and kind not in ("weight", "bias"):
+            continue  # scales, which the dequantised weight has in it
         if kind == "weight" and name in factors:
             module, f = base_layer(layers[name]), factors[name]
-            if tensor.dtype not in STORAGE_DTYPES:
+            if tensor.dtype not in STORAGE_DTYPES and name not in quantized:
                 raise PissaError(
                     f"cannot merge into {name}, which is stored as {tensor.dtype}: load the base unquantised"
                 )
-            tensor = as_stored(module, combine(weight_matrix(module), f.A, f.B, f.scale))
+            A, B = _concatenated(f) if is_offset(model, adapter) else (f.A, f.B)
+            tensor = as_stored(_layout(module), combine(weight_matrix(module), A, B, f.scale))
+        elif kind == "weight" and name in quantized:
+            tensor = as_stored(_layout(quantized[name]), weight_matrix(quantized[name]))
         state[key] = tensor
     return state
+
+
+def _layout(module: Any) -> type[nn.Module]:
+    """The class in whose layout the merged model stores a layer's weight."""
+    return getattr(module, "source_cls", type(module))
 
 
 def _ties_broken(model: Any, state: dict[str, Tensor]) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from .config import PissaConfig, Quantization
 from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS
+from .decompose.precision import full_precision
 from .errors import ConfigError, WeightError
 from .quantize.alternate import Alternation, alternate
 from .quantize.error import matrix_norm, plain_error
@@ -81,7 +83,7 @@ def split_weight(
     """
     label = name or "the weight"
     check(W, config, moment, gradient, label)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         split = quantized if config.quantization is not None else unquantized
         return split(W.detach(), config, moment, derive_seed(config.seed, name), label)
 
@@ -127,6 +129,44 @@ def unquantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int
     if not math.isfinite(rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
+
+
+class Weight(NamedTuple):
+    """One weight of many, for `split_each`."""
+
+    W: Tensor
+    """(out, in)."""
+    config: PissaConfig
+    """Its own configuration."""
+    name: str
+    """The weight's name."""
+    moment: Tensor | None = None
+    """(in, in) second moment of the layer's input."""
+
+
+def split_each(weights: Sequence[Weight]) -> Iterator[Split]:
+    """Split many weights, in order; on a CPU several at a time, each on one thread.
+
+    A factorisation of a weight's size gains little from a second thread, a second weight gains all of it; and the bits
+    do not depend on how many threads there are.
+
+    Args:
+        weights: the matrices, each with what `split_weight` takes beside it.
+
+    Raises:
+        WeightError, ConfigError: as `split_weight`, for the first weight that cannot be split.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or any(weight.W.device.type != "cpu" for weight in weights):
+        yield from map(_split, weights)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(_split, weights)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # a thread's own count is also what threads yet to come begin with
+        torch.set_num_threads(threads)
 
 
 def quantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, label: str) -> Split:
@@ -178,34 +218,14 @@ def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, s
     )
 
 
-def split_each(weights: Sequence[tuple[Tensor, PissaConfig, str]]) -> Iterator[Split]:
-    """Split many weights, in order; on a CPU several at a time, each on one thread.
-
-    A factorisation of a weight's size gains little from a second thread, a second weight gains all of it; and the bits
-    do not depend on how many threads there are.
-
-    Args:
-        weights: what `split_weight` takes: matrix, configuration, name.
-
-    Raises:
-        WeightError, ConfigError: as `split_weight`, for the first weight that cannot be split.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or any(W.device.type != "cpu" for W, _, _ in weights):
-        yield from (split_weight(W, config, name=name) for W, config, name in weights)
-        return
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from pool.map(lambda weight: split_weight(weight[0], weight[1], name=weight[2]), weights)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        # a thread's own count is also what threads yet to come begin with
-        torch.set_num_threads(threads)
+def _split(weight: Weight) -> Split:
+    return split_weight(weight.W, weight.config, moment=weight.moment, name=weight.name)
 
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`W + scale·B·A`, computed in fp32 and rounded once to W's dtype; (out, in)."""
-    return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
+    with full_precision():
+        return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
 
 
 def relative_error(W: Tensor, approximation: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -411,14 +412,39 @@ def test_a_hub_id_that_cannot_be_loaded_is_one_clear_line(name: str) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert not looks_like_path(name)
     check_model_directory(name)
-    with pytest.raises(CheckpointError, match=f"cannot load a language model from {name}") as caught:
-        load_base(name)
-    assert "\n" not in str(caught.value)
+    for load_it in (load_base, load_tokenizer):
+        expected = f"^there is no directory {name}, and as a hub id it cannot be loaded: "
+        with pytest.raises(CheckpointError, match=expected) as caught:
+            load_it(name)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["./model", "/model", "~/model", "a/b/c", "model/", "../model"])
 def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(name: str) -> None:
     assert looks_like_path(name)
+
+
+@pytest.mark.parametrize("what", ["missing", "mismatched"])
+def test_a_base_that_lacks_weights_is_refused_by_their_names(tmp_path: Path, what: str) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    up, down = (f"model.layers.1.mlp.{name}.weight" for name in ("up_proj", "down_proj"))
+    if what == "missing":
+        del tensors[up], tensors[down]
+        expected = rf"{re.escape(down)} is missing, {re.escape(up)} is missing; download it again"
+    else:
+        tensors[up] = tensors[up][:-1].clone()
+        expected = rf"config.json asks for: {re.escape(up)} is \(63, 32\) and not \(64, 32\)"
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        load_base(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tied_base_lacks_nothing(tmp_path: Path) -> None:
+    for name, model in {"llama": tiny_llama(tie=True), "gpt2": tiny_gpt2()}.items():
+        model.save_pretrained(tmp_path / name)
+        assert largest_difference(logits_of(load_base(tmp_path / name)), logits_of(model)) == 0
 
 
 def test_a_tokenizer_gets_a_padding_token_and_needs_an_end(tmp_path: Path) -> None:

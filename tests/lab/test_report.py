@@ -35,24 +35,26 @@ def results(**after: float) -> dict[str, Any]:
         for name, end in ends.items()
     ]
     export = {"max_abs_logit_difference": 1e-5, "max_abs_logit": 20.0, "rank": 16, "directory": "run"}
-    return {"runs": runs, "export": export, "task": {"name": "sums", "held_out": 16}}
+    costs = {"seconds": 300.0, "peak_memory_gib": 4.0}
+    return {"runs": runs, "export": export, "task": {"name": "sums", "held_out": 16}, **costs}
 
 
 def test_report_says_that_pissa_leads_where_it_does() -> None:
     report = demo_report(results())
-    assert "PiSSA's training loss ends lower: 0.500 against 0.900" in report
+    assert "PiSSA's training loss ends lower: 0.500 (PiSSA) against 0.900 (LoRA)" in report
     assert "12.0 times LoRA's" in report
     assert "stays behind PiSSA in training loss (0.600 against 0.500)" in report
 
 
 def test_report_says_that_lora_wins_where_it_does() -> None:
     report = demo_report(results(lora=0.3, lora_tuned=0.2))
-    assert "LoRA's training loss ends lower: 0.300 against 0.500" in report
+    assert "LoRA's training loss ends lower: 0.300 (LoRA) against 0.500 (PiSSA)" in report
     assert "ends ahead of PiSSA in training loss (0.200 against 0.500)" in report
     assert "lowest first: lora_tuned lr 0.002 0.200, lora lr 0.0002 0.300, pissa lr 0.0002 0.500" in report
 
 
 def test_report_calls_losses_that_hardly_differ_level() -> None:
+    assert "the training losses end level: 0.500 (PiSSA) against 0.510" in demo_report(results(lora=0.51))
     assert "ends level with PiSSA in training loss (0.510 against 0.500)" in demo_report(results(lora_tuned=0.51))
 
 

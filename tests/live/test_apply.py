@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from pissa import PissaConfig, adapt, reference
+from pissa import PissaConfig, adapt, reference, restore
 from pissa.config import METHODS, Method
 from pissa.live.layers import weight_matrix
 from pissa.live.state import INITIAL, TRAINABLE, adapter_factors, adapter_layers, base_layer
@@ -270,3 +270,39 @@ def test_peft_truncates_a_rank_and_drops_components_without_a_word() -> None:
         dropping = adapted_by_peft(tiny_llama(), "pissa", r=8, target_modules=["v_proj"], lora_dropout=0.5)
     assert adapter_factors(low)["model.layers.0.self_attn.k_proj"].A.shape[0] == 16
     assert largest_difference(logits_of(dropping.train()), base) > 1e-2
+
+
+@pytest.mark.parametrize("placement", ["residual", "offset"])
+def test_autocast_around_adapt_changes_no_bit(placement: Any) -> None:
+    config = PissaConfig(4, placement=placement)
+    plain = adapt(tiny_llama(), config)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = adapt(tiny_llama(), config)
+    assert same_tensors(snapshot(plain), snapshot(inside))
+    with torch.autocast("cpu", torch.bfloat16):
+        restored = restore(inside)
+    assert same_tensors(snapshot(restore(plain)), snapshot(restored))
+
+
+def test_a_failure_after_wrapping_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_llama(tie=True)
+    before, modules = snapshot(model), dict(model.named_modules())
+    calls = []
+
+    def fail_late(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError
+        return torch.zeros_like(arguments[0])
+
+    monkeypatch.setattr("pissa.live.apply.combine", fail_late)
+    with pytest.raises(MemoryError), pytest.warns(UserWarning, match="untied"):
+        adapt(model, PissaConfig(4, target_modules=["q_proj", "up_proj", "lm_head"]))
+    assert dict(model.named_modules()) == modules
+    assert same_tensors(before, snapshot(model))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert "lm_head.weight" in model.all_tied_weights_keys and not hasattr(model, "peft_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="untied"):
+        adapt(model, PissaConfig(4, target_modules=["q_proj", "lm_head"]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 from pissa import PissaConfig, adapt
 from pissa.errors import ConfigError, PissaError, TargetError, WeightError
@@ -217,3 +218,57 @@ def test_a_name_that_ends_another_one_s_means_its_own_module_alone() -> None:
     assert {name: layer.r["default"] for name, layer in layers.items()} == {"fc": 2, "block.fc": 3}
     assert {name: layer.scaling["default"] for name, layer in layers.items()} == {"fc": 2.5, "block.fc": 1.0}
     torch.testing.assert_close(adapted(x), before, rtol=1e-5, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """One module under two names, and another in a list twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(8, 8)
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        layer = nn.Linear(8, 8)
+        self.stack = nn.ModuleList([layer, layer])
+
+
+def test_a_module_under_several_names_is_refused_by_all_of_them() -> None:
+    model = Twice()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=r"cannot adapt a = b, stack\.0 = stack\.1: one module under several names"):
+        adapt(model, PissaConfig(2))
+    assert same_tensors(before, snapshot(model))
+    assert names(model, exclude_modules=["a", "0"]) == ["plain"]
+
+
+def test_a_weight_that_is_computed_is_refused_by_name() -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    nn.utils.parametrizations.orthogonal(model[1])
+    nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[3])
+    before = snapshot(model)
+    with pytest.raises(TargetError, match="cannot adapt 1, 2, 3: the weight is computed by a parametrisation"):
+        adapt(model, PissaConfig(2))
+    assert same_tensors(before, snapshot(model))
+    assert names(model, exclude_modules=["1", "2", "3"]) == ["0"]
+
+
+def test_all_linear_says_which_fused_experts_get_no_adapter() -> None:
+    config = MixtralConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model = MixtralForCausalLM(config)
+    with pytest.warns(UserWarning, match=r"no adapter to .*mlp\.experts\.gate_up_proj, .*mlp\.experts\.down_proj: "):
+        chosen = names(model)
+    assert len(chosen) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert names(model, exclude_modules=["experts"]) == chosen
+        assert len(names(model, target_modules=["q_proj"])) == 1

@@ -183,6 +183,18 @@ def test_what_a_killed_process_left_does_not_stop_the_next(base: Path, tmp_path:
     assert not list(out.rglob(f"{TEMPORARY_PREFIX}*")) and (out / "adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize("content", ["", '{"losses": [1.', "[]", "{}"])
+def test_damaged_results_are_one_line_and_can_be_written_again(base: Path, tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    expected = run(base, out, recipe(max_steps=1)).results["losses"]
+    (out / "results.json").write_text(content)
+    with pytest.raises(OutputError, match=r"results\.json is empty or damaged") as caught:
+        run(base, out, recipe(max_steps=1))
+    assert "\n" not in str(caught.value)
+    (out / "results.json").unlink()
+    assert run(base, out, recipe(max_steps=1)).results["losses"] == expected
+
+
 def test_a_place_below_a_file_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'file'} is a file")):

@@ -32,7 +32,8 @@ def step_log(path: Path, **options: Any) -> StepLog:
 
 
 def write(log: StepLog, step: int) -> None:
-    log.on_log(ARGUMENTS, state_at(step), TrainerControl(), {"loss": 1 / step, "grad_norm": 2.0, "learning_rate": 0.1})
+    logs = {"loss": 1 / step, "grad_norm": 2.0, "learning_rate": 0.1, "tokens_per_second": 100.0}
+    log.on_log(ARGUMENTS, state_at(step), TrainerControl(), logs)
 
 
 def test_a_step_is_one_line_of_json(tmp_path: Path) -> None:

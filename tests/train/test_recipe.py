@@ -13,9 +13,16 @@ import pytest
 from pissa.cli import train as train_command
 from pissa.errors import ConfigError
 from pissa.train.engine import training_arguments
-from pissa.train.recipe import Recipe, read_recipe, recipe_from
+from pissa.train.recipe import YAML_ONLY, Recipe, read_recipe, recipe_from
 
-HELP_OF = {"alpha": "rank", "export_rank": "lossless", "max_steps": None, "target_modules": None}
+HELP_OF = {
+    "alpha": "rank",
+    "export_rank": "lossless",
+    "max_steps": None,
+    "target_modules": None,
+    "exclude_modules": None,
+}
+HELP_OF |= {"modules_to_save": None}
 
 
 def test_the_defaults_are_the_paper_s() -> None:
@@ -86,6 +93,42 @@ def test_yaml_holds_settings_and_flags_win(tmp_path: Path) -> None:
     assert read_recipe(path) == Recipe()
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ("q_proj",)),
+        ("self_attn.q_proj", ("self_attn.q_proj",)),
+        ("q_proj, v_proj,", ("q_proj", "v_proj")),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        (r".*\.layers\.\d{1,2}\..*_proj", r".*\.layers\.\d{1,2}\..*_proj"),
+        (["q_proj", "v_proj"], ("q_proj", "v_proj")),
+    ],
+)
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_modules_mean_the_same_in_yaml_flag_and_python(tmp_path: Path, name: str, given: Any, meant: Any) -> None:
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({name: given}))
+    for recipe in (read_recipe(path), recipe_from({name: given}), Recipe(**{name: given})):
+        value = getattr(recipe, name)
+        assert (value if isinstance(value, str) else tuple(value)) == meant
+        assert getattr(recipe.pissa_config(), name) == value
+
+
+def test_the_adapter_gets_every_setting(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("use_rslora: true\nrank_pattern: {q_proj: 2}\nalpha_pattern: {v_proj: 3.5}\n")
+    config = read_recipe(path, modules_to_save="lm_head, norm", exclude_modules="o_proj").pissa_config()
+    assert (config.use_rslora, config.exclude_modules, config.modules_to_save) == (
+        True,
+        ("o_proj",),
+        ("lm_head", "norm"),
+    )
+    assert (config.rank_pattern, config.alpha_pattern) == ({"q_proj": 2}, {"v_proj": 3.5})
+
+
 def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
     import yaml
 
@@ -154,6 +197,10 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path: Path, content: str | 
         ({"seed": 0.5}, "seed is 0.5"),
         ({"seed": True}, "seed is True"),
         ({"target_modules": 5}, "target_modules is 5"),
+        ({"rank_pattern": 5}, "rank_pattern is 5; give lines of the form"),
+        ({"data_split": 5}, "data_split is 5; give a name"),
+        ({"modules_to_save": 5}, "modules_to_save is 5; give a name, a list of names"),
+        ({"method": "full", "modules_to_save": "lm_head"}, "leave out modules_to_save"),
         ({"target_modules": "("}, "target_modules is no regular expression"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"method": "full", "export_rank": 4, "alpha": 8}, "leave out alpha, export_rank"),
@@ -174,7 +221,8 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, monkeypa
 
 def test_every_setting_has_a_flag_whose_help_states_its_default() -> None:
     signature = inspect.signature(train_command.command, eval_str=True)
-    for field in fields(Recipe):
+    assert set(YAML_ONLY) == {field.name for field in fields(Recipe)} - set(signature.parameters)
+    for field in (field for field in fields(Recipe) if field.name not in YAML_ONLY):
         annotation = signature.parameters[field.name].annotation
         option = next(item for item in annotation.__metadata__ if hasattr(item, "param_decls"))
         assert signature.parameters[field.name].default is None, field.name

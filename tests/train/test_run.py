@@ -30,12 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pissa import export_lora, load
 from pissa.checkpoint.write import TEMPORARY_PREFIX
-from pissa.errors import OutputError, PissaError
+from pissa.errors import ConfigError, OutputError, PissaError
 from pissa.lab.models import smollm2
+from pissa.train import prepare
 from pissa.train import run as run_module
 from pissa.train.directory import RunDirectory, only_writer
 from pissa.train.progress import StepLog
 from pissa.train.recipe import Recipe
+from pissa.train.rows import examples_from_rows
 from pissa.train.run import Interrupted, train
 from tiny import largest_difference, logits_of, same_tensors, tiny_llama, tiny_tokenizer
 
@@ -257,7 +259,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_is_saved(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "adapt", interrupt)
+    monkeypatch.setattr(prepare, "adapt", interrupt)
     with pytest.raises(Interrupted, match="nothing is saved"):
         run(base_directory, tmp_path / "run", recipe())
     assert not (tmp_path / "run").exists()
@@ -317,6 +319,62 @@ def test_a_run_with_other_settings_is_refused_with_what_differs(base_directory: 
     with pytest.raises(OutputError, match=r"data: '20 rows, sha256 \w+' then, '19 rows"):
         run(base_directory, four_steps, recipe(max_steps=4), rows(19))
     assert {path: path.stat().st_mtime_ns for path in four_steps.rglob("*")} == before
+
+
+def test_subset_and_split_reach_the_hub_and_are_refused_for_rows(
+    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(source: str, *, split: str, subset: str | None) -> Any:
+        asked.append((source, split, subset))
+        return examples_from_rows(rows())
+
+    monkeypatch.setattr(run_module, "read_examples", read)
+    settings = recipe(max_steps=1, data_split="test", data_subset="main")
+    run(base_directory, tmp_path / "run", settings, "some/data")
+    assert asked == [("some/data", "test", "main")]
+    with pytest.raises(ConfigError, match="are for data on the hub; leave them out for the list of rows"):
+        run(base_directory, tmp_path / "other", settings)
+
+
+def test_a_run_with_modules_trained_in_full_goes_on_and_exports(base_directory: Path, tmp_path: Path) -> None:
+    settings = recipe(modules_to_save="lm_head", exclude_modules="o_proj", use_rslora=True, rank_pattern={"q_proj": 2})
+    out, other = tmp_path / "run", tmp_path / "other"
+    result = run(base_directory, out, settings)
+    with pytest.raises(Interrupted):
+        signal_at_step(2, lambda: run(base_directory, other, settings), number=signal.SIGTERM)
+    run(base_directory, other, settings)
+    assert same_tensors(result_tensors(other), result_tensors(out))
+    assert any("lm_head" in name for name in result_tensors(out))
+    assert not any("o_proj" in name for name in result_tensors(out))
+    assert largest_difference(plain_logits(base_directory, out), logits_of(result.model)) < 1e-5
+
+
+def test_what_was_stopped_before_its_first_checkpoint_makes_way_for_other_settings(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "run", recipe(rank=2, max_steps=2)
+    assert in_child(lambda: signal_at_step(1, lambda: run(base_directory, out, recipe()))) == -signal.SIGKILL
+    assert listing(out / "state") == {"run.json", "log.jsonl"}
+    run(base_directory, out, settings)
+    run(base_directory, tmp_path / "expected", settings)
+    assert log_of(out) == log_of(tmp_path / "expected")
+    with pytest.raises(OutputError, match="rank: 2 then, 4 now"):
+        run(base_directory, out, recipe(max_steps=2))
+
+
+def test_a_relative_base_is_recorded_so_that_it_is_found_from_everywhere(
+    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(base_directory.parent)
+    out, settings = tmp_path / "run", recipe(max_steps=1)
+    first = train(base_directory.name, rows(), out, settings)
+    # what the data came to is said before the first step
+    assert first.results["data"] in capsys.readouterr().err
+    assert first.results["base"] == str(base_directory)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_directory)
+    assert train(str(base_directory), rows(), out, settings).model is None
 
 
 def test_another_base_or_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:

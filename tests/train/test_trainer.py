@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,14 @@ from torch.nn.functional import cross_entropy
 
 from pissa import PissaConfig, adapt
 from pissa.checkpoint.read import read_adapter
-from pissa.errors import ConfigError
+from pissa.errors import ConfigError, MissingExtraError, TrainingError
 from pissa.live.state import TRAINABLE, adapter_factors
+from pissa.train import trainer as trainer_module
 from pissa.train.encode import IGNORED, Collator, encode
 from pissa.train.engine import training_arguments
 from pissa.train.rows import examples_from_rows
 from pissa.train.sampler import WithBlank
-from pissa.train.trainer import ResponseTrainer, response_loss
+from pissa.train.trainer import ResponseTrainer, check_trainer, response_loss
 from tiny import largest_difference, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -192,3 +194,44 @@ def test_an_engine_that_cannot_save_the_run_whole_is_refused(engine: dict[str, A
         setattr(trainer if name.startswith("is_") else trainer.accelerator.state, name, value)
     with pytest.raises(ConfigError, match=remedy):
         ResponseTrainer._check_engine(trainer)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient norm"])
+def test_a_run_that_diverges_stops_at_the_step_and_publishes_nothing(
+    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    original = trainer_module.response_loss
+    steps = 0
+
+    def diverges(*arguments: Any) -> tuple[Tensor, int]:
+        nonlocal steps
+        steps += 1
+        loss, count = original(*arguments)
+        if steps < 4:
+            return loss, count
+        # the derivative of |x|^0.5 is infinite at 0, the value is not
+        return (loss * float("nan") if kind == "loss" else loss + ((loss - loss).abs() ** 0.5)), count
+
+    monkeypatch.setattr(trainer_module, "response_loss", diverges)
+    out = tmp_path / "run"
+    with pytest.raises(TrainingError) as caught:
+        run(base_directory, out, recipe(save_every=2))
+    message = str(caught.value)
+    assert "diverged at step 4: " in message and f"{kind} is nan" in message
+    assert f"{out / 'state' / 'checkpoint-2'}" in message and "lower the learning rate (0.005)" in message
+    assert {path.name for path in out.iterdir()} == {"state"}
+    assert not (out / "state" / "checkpoint-4").exists()
+    assert "NaN" not in (out / "state" / "log.jsonl").read_text()
+
+
+def test_every_callback_sees_tokens_per_second(base_directory: Path, tmp_path: Path) -> None:
+    run(base_directory, tmp_path / "run", recipe(max_steps=2))
+    state = json.loads((tmp_path / "run" / "state" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert all(entry["tokens_per_second"] > 0 for entry in state["log_history"] if "loss" in entry)
+
+
+def test_a_transformers_without_what_is_extended_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_trainer()
+    monkeypatch.delattr(trainer_module.Trainer, "_run_epoch")
+    with pytest.raises(MissingExtraError, match="has no _run_epoch"):
+        check_trainer()

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 MANIFEST = "pissa.json"
-PACKAGES = ("pissa", "torch", "transformers", "peft", "accelerate", "safetensors")
+PACKAGES = ("pissa", "torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -59,14 +59,15 @@ def hardware() -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> str:
-    """A short hash of a model's weights, fast for any size: names, shapes, and a sample of each tensor's values.
+    """A short hash of a model's weights, or of a state dict: names, shapes, and a sample of each tensor's values.
 
     It tells another checkpoint, fine-tune or dtype from the one that a run began with; it is no proof of integrity.
     """
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = model if isinstance(model, dict) else model.state_dict()
+    for name, tensor in sorted((name, value) for name, value in state.items() if isinstance(value, torch.Tensor)):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 256)].float().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -1,12 +1,15 @@
 """Bases and adapters from disk.
 
-An adapter directory comes in three layouts, and each says by itself which one it is:
+An adapter directory comes in four layouts, and each says by itself which one it is:
 
-    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0]; `pissa.json` says so
+    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0]; `pissa.json` says so, or,
+               in placement "offset", the adapter's configuration
+    on disk    the rank-r adapter for a residual that `save_residual` wrote; its configuration and `pissa.json` name it
     residual   a plain `save_pretrained` of an adapted model: the rank-r adapter, and `pissa_init/` beside it
     LoRA       any other PEFT LoRA
 
-From the first two the residual is `W − s·B0·A0`, computed by the function that split it: same bits, never an SVD.
+From the first and third the residual is `W − s·B0·A0`, computed by the function that split it: same bits, never an SVD.
+A residual on disk is loaded as it is.
 """
 
 from __future__ import annotations
@@ -25,10 +28,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..live.apply import attach
-from ..live.state import INITIAL, TRAINABLE, AdapterFactors, not_plain_lora
+from ..errors import CheckpointError, MissingExtraError
+from ..live.apply import attach, attach_offset
+from ..live.layers import is_linear, matrix_shape
+from ..live.quantized import keep_unpacked, quantized_layers, remember_dtype
+from ..live.state import (
+    INITIAL,
+    TRAINABLE,
+    AdapterFactors,
+    config_with_ranks,
+    halves,
+    is_marked_offset,
+    marks,
+    not_plain_lora,
+)
 from .manifest import read_manifest
+from .residual import SavedResidual, find_residual, residual_at
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -47,6 +62,10 @@ class SavedAdapter:
     """The base's directory or hub id, where it is recorded."""
     others: dict[str, Tensor] = field(default_factory=dict)
     """Tensors of modules that were trained in full, under PEFT's names."""
+    residual: SavedResidual | None = None
+    """The residual on disk that the adapter is for; None where it is computed from the base."""
+    gaps: dict[str, float] = field(default_factory=dict)
+    """Module name -> relative distance of the base from residual + initial adapter, where the residual is quantised."""
 
 
 def load(
@@ -69,23 +88,48 @@ def load(
         CheckpointError: the adapter or the base is missing, incomplete, or they do not fit each other.
     """
     saved = read_adapter(path)
-    if base is None:
-        base = saved.base
-    if base is None:
-        raise CheckpointError(f"{path} does not record its base; pass it: load(path, base=…)")
-    model = load_base(base) if isinstance(base, str | os.PathLike) else base
+    model, residual = _base_or_residual(path, saved, base)
     _check_fit(path, saved.factors, model)
-    subtract = any(factors.A0 is not None for factors in saved.factors.values())
+    has_initial = any(factors.A0 is not None for factors in saved.factors.values())
+    in_few_bits = any(name in saved.factors for name in quantized_layers(model))
+    offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
     trained = {name: (f.A, f.B) for name, f in saved.factors.items()}
     initial = {
         name: (f.A0, f.B0) if f.A0 is not None and f.B0 is not None else (f.A, f.B) for name, f in saved.factors.items()
     }
-    adapted = attach(model, saved.config, initial, subtract=subtract, trained=trained)
+    attach_placed = attach_offset if offset else attach
+    adapted = attach_placed(
+        model, saved.config, initial, subtract=has_initial, trained=trained, ready=residual is not None
+    )
+    if residual is not None:
+        record: Any = adapted.pissa
+        record.base, record.residual, record.quantized = residual.base, str(residual.path), in_few_bits
+        record.certificates = residual.certificates
     if saved.others:
         _load_others(adapted, saved.others)
     if not is_trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def _base_or_residual(
+    path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | nn.Module | None
+) -> tuple[Any, SavedResidual | None]:
+    """The model to attach an adapter to, and where it is the residual already, what its directory says."""
+    if base is None:
+        base = saved.residual.path if saved.residual is not None else saved.base
+    if base is None:
+        raise CheckpointError(f"{path} does not record its base; pass it: load(path, base=…)")
+    place = base if isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None)
+    residual = residual_at(Path(place)) if place and not is_marked_offset(saved.config) else None
+    if marks(saved.config).get("residual") and residual is None:
+        raise CheckpointError(
+            f"{path} holds an adapter for a quantised residual, and {place or 'the model given'} is not that residual; "
+            "save it with pissa.save_residual(model, …) and pass it: load(path, base=…)"
+        )
+    model: Any = load_base(base) if isinstance(base, str | os.PathLike) else base
+    keep_unpacked(model)
+    return model, residual
 
 
 def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -97,15 +141,27 @@ def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "aut
         options: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it.
+        CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it; tensors are
+            missing or of another shape than config.json says (transformers would draw random ones).
     """
     from transformers import AutoModelForCausalLM
 
     check_model_directory(source)
+    # by default a mismatch is an error that names no tensor
+    reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load a language model from {source}: {first_line(error)}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**options, **reporting})
+    except ImportError as error:
+        if "bitsandbytes" not in str(error):
+            raise
+        raise MissingExtraError(f"{source} is quantised with bitsandbytes: pip install 'pissa[quant]'") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(_cannot_load("a language model", source, error)) from error
+    model, report = loaded
+    _check_all_loaded(source, report)
+    keep_unpacked(model)
+    remember_dtype(model, model.dtype)
+    return model
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -119,7 +175,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {source}: {first_line(error)}") from error
+        raise CheckpointError(_cannot_load("a tokenizer", source, error)) from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"the tokenizer of {source} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token_id is None:
@@ -155,6 +211,26 @@ def check_model_directory(source: str | os.PathLike[str]) -> None:
             )
 
 
+def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
+    if Path(source).exists():
+        return f"cannot load {what} from {source}: {first_line(error)}"
+    return f"there is no directory {source}, and as a hub id it cannot be loaded: {first_line(error)}"
+
+
+def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are not all the checkpoint's, by transformers' own report (tied ones are there)."""
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    wrong += [
+        f"{key} is {tuple(found)} and not {tuple(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if wrong:
+        rest = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise CheckpointError(
+            f"{source} does not hold the weights that its config.json asks for: {', '.join(wrong[:20])}{rest}; "
+            "download it again, or correct config.json"
+        )
+
+
 def looks_like_path(source: str | os.PathLike[str]) -> bool:
     """Whether a source can only be a path: hub ids are `name` or `org/name`."""
     text = os.fspath(source)
@@ -172,58 +248,43 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     factors, others = _read_factors(directory, config)
     manifest = read_manifest(directory) or {}
     base = manifest.get("base") or config.base_model_name_or_path
-    if manifest.get("layout") == LOSSLESS:
-        config = config_with_ranks(config, config, 0.5)
+    residual = None
+    if not is_marked_offset(config):  # whose base is the base, were it a residual to others
+        residual = find_residual(directory, manifest, config.base_model_name_or_path)
+    if residual is not None:
+        base = residual.base
+    beside = [directory / INITIAL] + ([residual.path / INITIAL] if residual is not None else [])
+    if manifest.get("layout") == LOSSLESS or is_marked_offset(config):
+        config = config_with_ranks(config, 0.5)
         odd = [name for name, f in factors.items() if f.A.shape[0] % 2]
         if odd:
             raise CheckpointError(f"{directory} is no lossless export: odd rank at {', '.join(odd)}")
-        factors = {name: _halves(f) for name, f in factors.items()}
-    elif (directory / INITIAL / CONFIG).is_file():
-        initial, _ = _read_factors(directory / INITIAL, _read_config(directory / INITIAL))
-        if {n: (f.A.shape, f.B.shape) for n, f in initial.items()} != {
-            n: (f.A.shape, f.B.shape) for n, f in factors.items()
-        }:
-            raise CheckpointError(f"{directory} and its {INITIAL}/ differ in modules or ranks; they are not of one run")
-        factors = {
-            name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()
-        }
+        factors = {name: halves(f) for name, f in factors.items()}
+    elif initial_directory := next((place for place in beside if (place / CONFIG).is_file()), None):
+        factors = _with_initial(directory, factors, initial_directory)
     reason = not_plain_lora(config, initial_known=any(f.A0 is not None for f in factors.values()))
     if reason:
         raise CheckpointError(f"the adapter in {directory} {reason}")
-    return SavedAdapter(factors, config, base, others)
+    return SavedAdapter(factors, config, base, others, residual, residual.gaps if residual is not None else {})
 
 
-def config_with_ranks(config: LoraConfig, source: LoraConfig, factor: float) -> LoraConfig:
-    """The configuration with every rank multiplied by `factor` and every alpha such that the scales stay."""
-    from copy import deepcopy
-
-    result = deepcopy(config)
-    alpha_factor = factor**0.5 if source.use_rslora else factor
-    result.r = round(source.r * factor)
-    result.lora_alpha = _whole(source.lora_alpha * alpha_factor)
-    result.rank_pattern = {key: round(rank * factor) for key, rank in (source.rank_pattern or {}).items()}
-    result.alpha_pattern = {key: _whole(a * alpha_factor) for key, a in (source.alpha_pattern or {}).items()}
-    return result
+def _with_initial(
+    directory: Path, factors: dict[str, AdapterFactors], initial_directory: Path
+) -> dict[str, AdapterFactors]:
+    """The factors together with those at step 0, which lie in a directory of their own."""
+    initial, _ = _read_factors(initial_directory, _read_config(initial_directory))
+    if {n: (f.A.shape, f.B.shape) for n, f in initial.items()} != {
+        n: (f.A.shape, f.B.shape) for n, f in factors.items()
+    }:
+        raise CheckpointError(
+            f"{directory} and {initial_directory} differ in modules or ranks; they are not of one run"
+        )
+    return {name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()}
 
 
 def first_line(error: BaseException) -> str:
     """An exception's message as one line."""
     return " ".join(str(error).split())[:400] or type(error).__name__
-
-
-def _whole(alpha: float) -> Any:
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _halves(factors: AdapterFactors) -> AdapterFactors:
-    r = factors.A.shape[0] // 2
-    return AdapterFactors(
-        factors.A[:r].contiguous(),
-        factors.B[:, :r].contiguous(),
-        factors.scale,
-        factors.A[r:].contiguous(),
-        -factors.B[:, r:].contiguous(),
-    )
 
 
 def _adapter_directory(path: Path) -> Path:
@@ -234,6 +295,8 @@ def _adapter_directory(path: Path) -> Path:
     trained = manifest.get("trained") if manifest else None
     if trained:
         path = path / trained
+    elif residual_at(path) is not None:
+        path = path / INITIAL  # the residual by itself: its adapter is the one at step 0
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path} has no {CONFIG}; give a finished run or a PEFT adapter directory")
     return path
@@ -307,15 +370,13 @@ def _scale(config: LoraConfig, name: str) -> float:
 
 
 def _check_fit(path: str | os.PathLike[str], factors: Mapping[str, AdapterFactors], model: nn.Module) -> None:
-    from ..live.layers import is_linear, weight_matrix
-
     modules = dict(model.named_modules())
     wrong = [
         name
         for name, f in factors.items()
         if name not in modules
         or not is_linear(modules[name])
-        or weight_matrix(modules[name]).shape != (f.B.shape[0], f.A.shape[1])
+        or matrix_shape(modules[name]) != (f.B.shape[0], f.A.shape[1])
     ]
     if wrong:
         raise CheckpointError(f"{path} was made for another base: {', '.join(wrong[:20])} missing or of another shape")

@@ -9,7 +9,9 @@ import typer
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Where results.json, curves.png and report.md go.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where results.json, curves.png and report.md go. [runs/demo, runs/demo-quick]")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A directory or hub id. [SmolLM2-135M-Instruct]")] = None,
     data: Annotated[str | None, typer.Option(help="Your data. [generated word problems]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A reduced pass of at most two minutes.")] = False,
@@ -20,6 +22,7 @@ def command(
     from ..lab.demo import run_demo
     from .main import show
 
+    out = out or Path("runs/demo-quick" if quick else "runs/demo")
     results = run_demo(out, model=model, data=data, quick=quick, seed=seed)
     text = (out / "report.md").read_text(encoding="utf-8")
     show(results, f"{text}\nwritten to {out}: results.json, curves.png, report.md", as_json=as_json)

@@ -16,16 +16,20 @@ def command(
         float | None, typer.Option(help="Smallest ranks that keep each update's relative error below this.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged.")] = False,
-    base: Annotated[str | None, typer.Option(help="The base, where the run does not record it.")] = None,
+    base: Annotated[str | None, typer.Option(help="With --merged: the base, where the run does not record it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write what training changed as a LoRA that loads on the untouched base, or as a merged model."""
     from ..errors import ConfigError
-    from ..export import export_lora, export_merged
+    from ..export import export_lora, export_merged, gap_figures
     from .main import show
 
     if merged and (rank is not None or tolerance is not None):
         raise ConfigError("--merged writes the whole model; it takes neither --rank nor --tolerance")
+    if base is not None and not merged:
+        raise ConfigError(
+            f"--base {base} without --merged: a LoRA is made without the base; leave --base out, or add --merged"
+        )
     if merged:
         export_merged(run, out, base=base)
         show({"out": str(out), "merged": True}, f"{out} is the merged model", as_json=as_json)
@@ -34,4 +38,12 @@ def command(
     worst = max(export.errors.values(), default=0.0)
     document = {"out": str(out), "rank": export.config.r, "base": export.base, "errors": export.errors}
     how = "lossless" if worst == 0 else f"largest relative error of an update {worst:.2e}"
+    if export.gaps:
+        figures = gap_figures(export.gaps)
+        document |= {"quantization_gaps": export.gaps, **figures}
+        how += (
+            "; trained on a quantised residual, from whose function it is off by the quantisation error of the start: "
+            f"{100 * figures['mean_quantization_gap']:.2f} % of the weights on average, at most "
+            f"{100 * figures['largest_quantization_gap']:.2f} %. --merged gives the trained function itself"
+        )
     show(document, f"{out} is a LoRA of rank {export.config.r} for {export.base} ({how})", as_json=as_json)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..train.recipe import Recipe
 
 
 def command(
@@ -14,12 +17,30 @@ def command(
     out: Annotated[Path, typer.Option(help="The run's directory; it becomes a LoRA for the base.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="pissa, lora, lora-kaiming, lora-gaussian or full. [pissa]")
+        str | None,
+        typer.Option(help="pissa, lora, lora-kaiming, lora-gaussian, qlora, loftq, qpissa or full. [pissa]"),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help='"all-linear", names separated by commas, or a regular expression.')
+        str | None,
+        typer.Option(help='"all-linear", names or name endings separated by commas, or one regular expression.'),
+    ] = None,
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Modules left alone: names separated by commas, or one regular expression.")
+    ] = None,
+    modules_to_save: Annotated[
+        str | None, typer.Option(help="Modules trained in full beside the adapters: names separated by commas.")
+    ] = None,
+    use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Frozen weights in few bits: nf4 or int8.")] = None,
+    quantize_method: Annotated[
+        str | None, typer.Option(help="qlora, loftq, qpissa, or a preset such as qpissa-5. [qpissa; lora: qlora]")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of qpissa and loftq. [10; loftq: 5]")] = None,
+    placement: Annotated[
+        str | None,
+        typer.Option(help="residual, or offset: leave the base as it is, for one in 4 or 8 bits. [residual]"),
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout on the adapter's input. [0]")] = None,
     allow_dropout: Annotated[
@@ -41,6 +62,8 @@ def command(
         int | None, typer.Option(help="Examples per optimizer step, over all processes. [128]")
     ] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Examples per forward pass and process. [4]")] = None,
+    data_split: Annotated[str | None, typer.Option(help="Split of data on the hub. [train]")] = None,
+    data_subset: Annotated[str | None, typer.Option(help='Subset of data on the hub, such as "main".')] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per example. [512]")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt: alpaca, chat or none. [alpaca]")] = None,
     gradient_checkpointing: Annotated[
@@ -56,7 +79,8 @@ def command(
 ) -> None:
     """Fine-tune MODEL on DATA with PiSSA, LoRA or in full.
 
-    OUT becomes an ordinary LoRA for the untouched base (a model with --method full). A run that was stopped goes on
+    OUT becomes an ordinary LoRA for the untouched base (with --quantize for OUT/residual, with --method full a model).
+    A run that was stopped goes on
     when the same command is given again.
     """
     flags = {
@@ -68,10 +92,6 @@ def command(
     from ..train.run import train
     from .main import show
 
-    if target_modules is not None and "," in target_modules:
-        flags["target_modules"] = [name.strip() for name in target_modules.split(",") if name.strip()]
-    elif target_modules is not None and target_modules.replace("_", "").isalnum():
-        flags["target_modules"] = [target_modules]
     recipe = read_recipe(config, **flags) if config is not None else recipe_from(flags, "the command line")
     result = train(model, data, out, recipe)
     results = result.results
@@ -79,7 +99,18 @@ def command(
     text = (
         f"{results['data']}\n"
         f"{results['method']}: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last of {len(losses)}\n"
-        f"{result.directory} is "
-        + ("the fine-tuned model" if not recipe.adapts else f"a LoRA for {results['base']}; plain PEFT loads it")
+        f"{result.directory} is " + _what_it_is(recipe, results)
     )
     show({"directory": str(result.directory), **results}, text, as_json=as_json)
+
+
+def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:
+    if not recipe.adapts:
+        return "the fine-tuned model"
+    if recipe.quantization is not None:
+        gap = results["mean_quantization_gap"]
+        return (
+            "an adapter for the quantised residual in it, residual/; `pissa export` makes a LoRA for "
+            f"{results['base']} (off by {100 * gap:.1f} % of its weights on average) or a merged model"
+        )
+    return f"a LoRA for {results['base']}; plain PEFT loads it"

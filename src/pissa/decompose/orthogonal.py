@@ -39,15 +39,17 @@ def orthonormalize(Y: Tensor, basis: Tensor | None, generator: torch.Generator) 
     """
     C: Tensor | None = None
     R: Tensor | None = None
-    for _ in range(MAX_ROUNDS):
+    for round_ in range(MAX_ROUNDS):
         if basis is not None:
             D = basis.mT @ Y
             subtract_product(Y, basis, D)
             C = D if C is None or R is None else C + D @ R
-        wide = Y.double()
-        G = wide.mT @ wide
-        diagonal = G.diagonal(dim1=-2, dim2=-1)
+        # After a first round fp32 is enough to see that the block is nearly orthonormal, and to finish it.
+        G = (Y.mT @ Y).double() if round_ else gram_fp64(Y)
         deviation = largest_deviation(G)
+        if round_ and deviation >= NEARLY_ORTHONORMAL:
+            G = gram_fp64(Y)
+        diagonal = G.diagonal(dim1=-2, dim2=-1)
         shifted = G + torch.diag_embed((SHIFT * diagonal.sum(-1, keepdim=True)).expand_as(diagonal))
         upper, info = torch.linalg.cholesky_ex(shifted, upper=True)
         if bool((info != 0).any()) or bool((diagonal == 0).any()):
@@ -59,6 +61,12 @@ def orthonormalize(Y: Tensor, basis: Tensor | None, generator: torch.Generator) 
         if deviation < NEARLY_ORTHONORMAL:
             return Y, C, R
     raise AssertionError(f"{MAX_ROUNDS} rounds did not orthonormalise a block of shape {tuple(Y.shape)}")
+
+
+def gram_fp64(Y: Tensor) -> Tensor:
+    """`YᵀY` in fp64."""
+    wide = Y.double()
+    return wide.mT @ wide
 
 
 def complete_basis(Y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

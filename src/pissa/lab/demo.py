@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from ..checkpoint.manifest import hardware, package_versions
-from ..checkpoint.read import load_base, load_tokenizer
-from ..checkpoint.write import write_json
+from ..checkpoint.read import check_model_directory, load_base, load_tokenizer
+from ..checkpoint.write import explained, output_files, write_json
 from ..errors import DataError, OutputError
 from ..evaluate.generate import ExactMatch, exact_match
 from ..train.data import read_examples
@@ -42,7 +43,7 @@ from .models import smollm2
 from .report import demo_report
 
 LEARNING_RATE = 2e-4
-FILES = ("results.json", "curves.png", "report.md")
+SETTINGS = "demo.json"
 FRESH_PROCESS = """
 import sys, torch
 from peft import PeftModel
@@ -85,7 +86,7 @@ class Plan:
 
 
 FULL = Plan(steps=32, batch_size=6, train=400, held_out=48, new_tokens=64)
-QUICK = Plan(steps=8, batch_size=4, train=80, held_out=8, new_tokens=64)
+QUICK = Plan(steps=6, batch_size=4, train=80, held_out=6, new_tokens=64)
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,21 @@ def run_demo(
         PissaError: the input is wrong, or `out` holds another demo or something else.
     """
     quieten()
+    start = time.perf_counter()
     plan = QUICK if quick else FULL
     settings = {"model": model, "data": data, "quick": quick, "seed": seed}
-    _claim(out, settings)
-    base = str(model or smollm2())
+    _check_output(out, settings)
     task = _task(data, plan, seed)
+    base = str(model or smollm2())
+    check_model_directory(base)
     with make_progress() as progress:
         tokenizer = load_tokenizer(base)
-        before = _scores(load_base(base, dtype=torch.float32).eval(), tokenizer, task, plan, progress, "base")
+        untouched = load_base(base, dtype=torch.float32).eval()
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / SETTINGS, settings)
+        before = _scores(untouched, tokenizer, task, plan, progress, "base")
+        del untouched
         runs = []
         for name, method, learning_rate in _arms():
             recipe = plan.recipe(method, learning_rate, seed)
@@ -135,13 +143,16 @@ def run_demo(
     results = {
         "runs": runs,
         "export": export,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_gib": _peak_memory_gib(),
         "task": {"name": task.name, "held_out": len(task.held_out), "settings": settings},
         "versions": package_versions(),
         "hardware": hardware(),
     }
-    draw_curves(runs, out / "curves.png", title=f"{task.name}, rank {plan.rank}, seed {seed}")
-    (out / "report.md").write_text(demo_report(results), encoding="utf-8")
-    write_json(out / "results.json", results)
+    with output_files(out, last="results.json") as partial:
+        draw_curves(runs, partial / "curves.png", title=f"{task.name}, rank {plan.rank}, seed {seed}")
+        (partial / "report.md").write_text(demo_report(results), encoding="utf-8")
+        write_json(partial / "results.json", results)
     return results
 
 
@@ -157,20 +168,29 @@ def _label(method: str, learning_rate: float) -> str:
     return f"{ {'pissa': 'PiSSA', 'lora': 'LoRA'}[method] } lr {learning_rate:g}"
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make the directory ours, or see that it is that of the same demo."""
-    path = out / "demo.json"
+def _check_output(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a directory that holds something other than this demo. Nothing is written."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a directory with --out")
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != settings:
-            raise OutputError(f"{out} holds a demo of other settings ({before}); name another directory with --out")
+    path = out / SETTINGS
+    if not path.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} already holds something else; name another directory with --out")
         return
-    if out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out} already holds something else; name another directory with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OutputError(f"{path} is not a demo's record ({error}); name another directory with --out") from error
+    if before != settings:
+        raise OutputError(f"{out} holds a demo of other settings ({before}); name another directory with --out")
+
+
+def _peak_memory_gib() -> float:
+    """The largest resident memory that this process and its finished children had, in GiB."""
+    import resource
+
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def _task(data: str | None, plan: Plan, seed: int) -> Task:

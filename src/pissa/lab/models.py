@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..checkpoint.write import output_directory
@@ -72,10 +73,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    try:
-        import gguf as _gguf
-    except ImportError as error:
-        raise MissingExtraError("the demo's model is a GGUF file: pip install 'pissa[gguf]'") from error
+    if find_spec("gguf") is None:
+        raise MissingExtraError("the demo's model is a GGUF file: pip install 'pissa[gguf]'")
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     # without dequantize=True transformers marks the model as quantised, and saving and Trainer refuse it
     model = AutoModelForCausalLM.from_pretrained(

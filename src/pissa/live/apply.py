@@ -1,30 +1,42 @@
 """`adapt`: a live model becomes a frozen residual with a trainable adapter.
 
 Every target is split first, which changes nothing; only when all splits are there is the model wrapped by PEFT and its
-weights replaced by residuals. The trainable adapter is called `default`. Its state at step 0 stays on the model as
-the frozen, inactive adapter `pissa_init`: residual + `pissa_init` is the base, so the reference and the export are
-always at hand, and nothing is ever decomposed again.
+weights replaced by residuals (with a quantisation, its layers by bitsandbytes' with ready codes). The trainable adapter
+is called `default`. Its state at step 0 stays on the model as the frozen, inactive adapter `pissa_init`: residual +
+`pissa_init` is the base, so the reference and the export are always at hand, and nothing is ever decomposed again.
+In placement "offset" the weights stay, and one adapter holds both (`offset.py`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from ..config import PissaConfig
+from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate
-from ..errors import PissaError
-from ..split import combine, split_each
+from ..errors import ConfigError, PissaError
+from ..quantize.formats import Packed
+from ..split import Weight, combine, split_each
 from .layers import set_weight_matrix, weight_matrix
-from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors
+from .offset import concatenated, freeze_second_halves, offset_config
+from .quantized import (
+    bitsandbytes_config,
+    declare_quantized,
+    keep_unpacked,
+    quantized_layer,
+    require_bitsandbytes,
+)
+from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors, set_marks
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
@@ -44,15 +56,30 @@ class AdaptationRecord:
     """The base configuration's value, where untying changed it."""
     trainable: frozenset[str] = frozenset()
     """The base's parameters that required a gradient."""
+    quantization: Quantization | None = None
+    """How the residual was quantised; None where it is not, or where pissa did not do it."""
+    quantized: bool = False
+    """Whether the residual is in few bits, so that the trained function is `Q + s·B·A`."""
+    base: str | None = None
+    """Directory or hub id of the base."""
+    residual: str | None = None
+    """The directory to which the residual was saved, or from which it was loaded."""
 
 
-def adapt(model: nn.Module, config: PissaConfig, *, progress: Progress | None = None) -> PeftModel:
+def adapt(
+    model: nn.Module,
+    config: PissaConfig,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> PeftModel:
     """Turn a model into its residual with a trainable adapter that starts at the principal components.
 
     Args:
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
-        config: rank, method, targets.
+        config: rank, method, targets, quantisation, placement.
+        moments: module name -> (in, in) second moment of its input, for a quantisation that minimises output error.
         progress: called with (module name, how many are done, how many there are) after each split.
 
     Returns:
@@ -61,25 +88,59 @@ def adapt(model: nn.Module, config: PissaConfig, *, progress: Progress | None = 
 
     Raises:
         TargetError, ConfigError, WeightError: see `targets.resolve_targets`; the model is then unchanged.
+        MissingExtraError: a quantisation without bitsandbytes.
 
     Source: paper, section 3.
     """
+    if config.quantization is not None:
+        _check_live_format(config.quantization, moments)
+    keep_unpacked(model)
     targets = resolve_targets(model, config)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
+    packed: dict[str, Packed] = {}
     weights = [
-        (weight_matrix(target.module), config.for_module(target.rank, target.alpha), f"{target.name}.weight")
+        Weight(
+            weight_matrix(target.module),
+            config.for_module(target.rank, target.alpha),
+            f"{target.name}.weight",
+            moments.get(target.name) if moments is not None else None,
+        )
         for target in targets
     ]
     for done, (target, split) in enumerate(zip(targets, split_each(weights), strict=True), start=1):
         factors[target.name] = split.A, split.B
         certificates[target.name] = split.certificate
+        if split.packed is not None:
+            packed[target.name] = split.packed
         if progress is not None:
             progress(target.name, done, len(targets))
 
-    adapted = attach(model, peft_config(model, targets, config), factors, subtract=not config.starts_at_zero)
+    attach_placed = attach_offset if config.placement == "offset" and not config.starts_at_zero else attach
+    adapted = attach_placed(
+        model, peft_config(model, targets, config), factors, subtract=not config.starts_at_zero, packed=packed
+    )
     record: Any = adapted.pissa
-    record.config, record.certificates = config, certificates
+    record.config, record.certificates, record.quantization = config, certificates, config.quantization
+    return adapted
+
+
+def attach_offset(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    initial: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    trained: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    **_: Any,
+) -> PeftModel:
+    """`attach` for placement "offset": the base is left alone and the initial factors are the adapter's second half.
+
+    Args:
+        lora_config: of rank r; the adapter gets twice the rank at the same scale.
+    """
+    factors = concatenated(trained or initial, initial)
+    adapted = attach(model, offset_config(lora_config), factors, subtract=False)
+    freeze_second_halves(adapted)
     return adapted
 
 
@@ -90,6 +151,8 @@ def attach(
     *,
     subtract: bool,
     trained: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    packed: Mapping[str, Packed] | None = None,
+    ready: bool = False,
 ) -> PeftModel:
     """Wrap a base model by PEFT and give it ready factors: the step that `adapt` and `load` share.
 
@@ -99,10 +162,64 @@ def attach(
         initial: module name -> (A0 (r, in), B0 (out, r)).
         subtract: whether `s·B0·A0` is taken out of the weights and kept as `pissa_init`; else the base stays as it is.
         trained: the factors that "default" gets; None for the initial ones.
+        packed: quantised residuals that take the weights' place, one for each target or none at all.
+        ready: whether the weights are residuals already, as loaded.
+
+    Whatever fails, the model is given back as it was.
     """
-    shared = _shared_weights(model, list(initial)) if subtract else {}
+    with _undone_on_failure(model):
+        return _attach(model, lora_config, initial, subtract=subtract, trained=trained, packed=packed, ready=ready)
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put modules, parameters and flags back as they were if the block raises; references are kept, no copies."""
+    runtime: Any = model
+    held = [(m, dict(m._modules), dict(m._parameters), m.training) for m in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = dict(model.__dict__)
+    ties = dict(getattr(model, "all_tied_weights_keys", {}))
+    settings = getattr(model, "config", None)
+    before = dict(vars(settings)) if isinstance(settings, PreTrainedConfig) else None
+    try:
+        yield
+    except BaseException:
+        for name in set(model.__dict__) - set(attributes):
+            del model.__dict__[name]
+        model.__dict__.update(attributes)
+        for module, children, parameters, training in held:
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module.training = training
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        if ties:
+            runtime.all_tied_weights_keys.update(ties)
+        if before is not None:
+            vars(settings).clear()
+            vars(settings).update(before)
+        raise
+
+
+def _attach(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    initial: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    subtract: bool,
+    trained: Mapping[str, tuple[Tensor, Tensor]] | None,
+    packed: Mapping[str, Packed] | None,
+    ready: bool,
+) -> PeftModel:
+    shared = _shared_weights(model, list(initial)) if (subtract or packed) and not ready else {}
     tied_before = _declare_untied(model, shared) if shared else None
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    base = getattr(model, "name_or_path", None) or None
+    if packed:
+        _quantize_layers(model, packed)
+        set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
     adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
     if subtract:
         adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
@@ -120,11 +237,42 @@ def attach(
         set_factors(layer, TRAINABLE, *(trained or initial)[name], trainable=True)
         if subtract:
             set_factors(layer, INITIAL, A0, B0, trainable=False)
+        if subtract and not packed and not ready:
             module = base_layer(layer)
             residual = combine(weight_matrix(module), A0, B0, -float(layer.scaling[TRAINABLE]))
             set_weight_matrix(module, residual)
-    adapted.pissa = AdaptationRecord(None, {}, shared, tied_before, trainable)  # pyright: ignore[reportArgumentType]
+    adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
+        None, {}, shared, tied_before, trainable, quantized=bool(packed), base=base
+    )
     return adapted
+
+
+def _check_live_format(quantization: Quantization, moments: Mapping[str, Tensor] | None) -> None:
+    """Refuse a quantisation that live layers cannot carry out.
+
+    Raises:
+        ConfigError, MissingExtraError: with the way out.
+    """
+    if quantization.format == "gptq":
+        raise ConfigError(
+            "no live layer holds GPTQ's format; use format nf4 or int8, or split_weight for single weights"
+        )
+    if quantization.calibration is not None and moments is None:
+        raise ConfigError(
+            f"calibration {quantization.calibration!r} says which text to take second moments from; pass them as "
+            "moments, or leave calibration out"
+        )
+    require_bitsandbytes()
+
+
+def _quantize_layers(model: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Put bitsandbytes' layers with these weights in the place of the model's own."""
+    first = next(iter(packed.values()))
+    description = bitsandbytes_config(model, packed, first, first.dtype)
+    for name, weight in packed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized_layer(model.get_submodule(name), weight))
+    declare_quantized(model, 8 if description.load_in_8bit else 4, description)
 
 
 def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) -> LoraConfig:
@@ -141,7 +289,7 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
         lora_dropout=config.dropout,
-        fan_in_fan_out=all(isinstance(target.module, Conv1D) for target in targets),
+        fan_in_fan_out=config.quantization is None and all(isinstance(t.module, Conv1D) for t in targets),
         modules_to_save=list(config.modules_to_save) or None,
         init_lora_weights=True,
         task_type=_task_type(model),
@@ -185,7 +333,7 @@ def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> bool | None:
         "untied "
         + ", ".join(f"{name} from {kept}" for name, kept in shared.items())
         + ": the residual gets a weight of its own and the shared one stays as it was (restore ties them again)",
-        stacklevel=4,
+        stacklevel=5,
     )
     ties = getattr(model, "all_tied_weights_keys", {})
     for name in shared:

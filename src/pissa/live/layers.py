@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .quantized import bits_of, dequantized
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -16,13 +20,25 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
-    """An (out, in) matrix in the shape and layout in which the module stores its weight; contiguous."""
-    return (matrix.T if isinstance(module, Conv1D) else matrix).contiguous()
+def as_stored(module: nn.Module | type[nn.Module], matrix: Tensor) -> Tensor:
+    """An (out, in) matrix in the shape and layout in which the module, or its class, stores its weight; contiguous."""
+    kind = module if isinstance(module, type) else type(module)
+    return (matrix.T if issubclass(kind, Conv1D) else matrix).contiguous()
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of the module's weight, however it is stored."""
+    layer: Any = module
+    if bits_of(module) is not None:
+        return layer.out_features, layer.in_features
+    out, columns = as_matrix(module, layer.weight).shape
+    return out, columns
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The module's weight as a detached (out, in) view."""
+    """The module's weight as a detached (out, in) view; of a quantised layer, what its weight dequantises to."""
+    if bits_of(module) is not None:
+        return dequantized(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return as_matrix(module, weight.detach())

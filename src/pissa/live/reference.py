@@ -18,7 +18,8 @@ from torch import nn
 
 from ..errors import PissaError
 from ..split import combine
-from .layers import set_weight_matrix, weight_matrix
+from .layers import is_linear, matrix_shape, set_weight_matrix, weight_matrix
+from .quantized import bits_of, dense_layer, undeclare_quantized
 from .state import (
     INITIAL,
     PRESERVING_INITIALISATIONS,
@@ -33,7 +34,8 @@ from .state import (
 def reference(model: PeftModel) -> Iterator[PeftModel]:
     """Inside the block the model computes what the base computes; afterwards everything is as it was.
 
-    Exact up to the residual's rounding (`model.pissa.certificates`) for PiSSA, bit for bit for the LoRA baselines.
+    Exact up to the residual's rounding or quantisation error (`model.pissa.certificates`) for PiSSA, bit for bit in
+    placement "offset" and for the LoRA baselines.
 
     Args:
         model: an adapted model, trained or not, in training or evaluation mode.
@@ -58,8 +60,8 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
     Args:
         model: an adapted model; it must not be used afterwards.
         base: the base model as it was before `adapt`, where it is at hand: its weights are copied, bit for bit.
-            Without it the weights are `residual + s·B0·A0`, which is the base up to the residual's rounding (bit for
-            bit for the LoRA baselines, which never change it).
+            Without it the weights are `residual + s·B0·A0`, which is the base up to the residual's rounding or
+            quantisation error (bit for bit in placement "offset" and for the LoRA baselines, which never change it).
 
     Returns:
         The model that `adapt` was given, without adapters, tied and trainable where it was.
@@ -72,14 +74,14 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
     originals = _original_weights(base, layers) if base is not None else {}
     record = getattr(model, "pissa", None)
     untied = record.untied if record is not None else {}
-    if has_initial_adapter(model):
-        initial = adapter_factors(model, INITIAL)
-        for name, layer in layers.items():
-            if name in untied:
-                continue
-            module = base_layer(layer)
-            weight = combine(weight_matrix(module), initial[name].A, initial[name].B, initial[name].scale)
-            set_weight_matrix(module, originals[name].to(weight, copy=True) if name in originals else weight)
+    if has_initial_adapter(model) or (record is not None and record.quantized):
+        for name, weight in _base_weights(model, layers, originals):
+            if bits_of(base_layer(layers[name])) is not None:
+                _make_dense(layers[name], weight)
+            elif name not in untied:
+                set_weight_matrix(base_layer(layers[name]), weight)
+        if record is not None and record.quantized:
+            undeclare_quantized(model.get_base_model())
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.set_adapter([])  # else unloading keeps the trained copy
@@ -95,6 +97,27 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
         for name, parameter in plain.named_parameters():
             parameter.requires_grad_(name in record.trainable)
     return plain
+
+
+def _base_weights(
+    model: PeftModel, layers: dict[str, LoraLayer], originals: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Module name and the base's weight (out, in): the original where it is at hand, else residual + `pissa_init`."""
+    initial = adapter_factors(model, INITIAL) if has_initial_adapter(model) else {}
+    for name, layer in layers.items():
+        weight = weight_matrix(base_layer(layer))
+        if name in originals:
+            weight = originals[name].to(weight, copy=True)
+        elif name in initial:
+            weight = combine(weight, initial[name].A, initial[name].B, initial[name].scale)
+        yield name, weight
+
+
+def _make_dense(layer: Any, weight: torch.Tensor) -> None:
+    """Put an unquantised layer with this weight under an adapter."""
+    plain: Any = dense_layer(base_layer(layer), nn.Parameter(weight, requires_grad=False))
+    set_weight_matrix(plain, weight)
+    layer.base_layer = plain
 
 
 @contextmanager
@@ -135,5 +158,4 @@ def _original_weights(base: nn.Module, layers: dict[str, LoraLayer]) -> dict[str
 
 
 def _same_shape(left: nn.Module, right: nn.Module) -> bool:
-    weights: Any = getattr(left, "weight", None), right.weight
-    return weights[0] is not None and weights[0].shape == weights[1].shape
+    return is_linear(left) and matrix_shape(left) == matrix_shape(right)

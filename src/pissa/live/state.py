@@ -10,11 +10,12 @@ record; the model it came from is not needed.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from .layers import is_linear
 
 TRAINABLE = "default"
 INITIAL = "pissa_init"
+MARKS = "pissa"
 PRESERVING_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """What PEFT may have done at initialisation without changing the base's weights."""
 
@@ -51,6 +53,39 @@ def adapter_layers(model: PeftModel) -> dict[str, LoraLayer]:
 def has_initial_adapter(model: nn.Module) -> bool:
     """Whether the model's weights are residuals, that is, whether it carries `pissa_init`."""
     return INITIAL in getattr(model, "peft_config", {})
+
+
+def is_offset(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter is one of placement "offset": `[A ; A0]` and `[B | −B0]` in one LoRA of rank 2r."""
+    return is_marked_offset(getattr(model, "peft_config", {}).get(adapter))
+
+
+def is_marked_offset(config: Any) -> bool:
+    """Whether an adapter's configuration says placement "offset"."""
+    return marks(config).get("placement") == "offset"
+
+
+def marks(config: Any) -> dict[str, str]:
+    """What pissa notes in an adapter's own configuration, so that it is not lost when PEFT or Trainer saves it.
+
+    "placement": "offset", where the adapter's second half is frozen; "residual": the format, where the adapter fits
+    only a quantised residual. `auto_mapping` is the one field of a PeftConfig that holds any dict.
+    """
+    mapping = getattr(config, "auto_mapping", None) or {}
+    return mapping.get(MARKS, {}) if isinstance(mapping, dict) else {}
+
+
+def set_marks(config: Any, **values: str) -> None:
+    """Note something in an adapter's configuration, see `marks`."""
+    config.auto_mapping = {**(config.auto_mapping or {}), MARKS: {**marks(config), **values}}
+
+
+def without_marks(config: LoraConfig) -> LoraConfig:
+    """A copy of the configuration as plain PEFT would have it."""
+    result = deepcopy(config)
+    rest = {key: value for key, value in (config.auto_mapping or {}).items() if key != MARKS}
+    result.auto_mapping = rest or None
+    return result
 
 
 def not_plain_lora(config: Any, *, initial_known: bool) -> str | None:
@@ -105,11 +140,37 @@ def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, A
         if adapter not in layer.lora_A:
             continue
         A, B = _pair(layer, adapter)
+        if is_offset(model, adapter):
+            factors[name] = halves(AdapterFactors(A, B, float(layer.scaling[adapter])))
+            continue
         A0, B0 = _pair(layer, INITIAL) if INITIAL in layer.lora_A else (None, None)
         factors[name] = AdapterFactors(A, B, float(layer.scaling[adapter]), A0, B0)
     if others:
         raise PissaError(f"adapter {adapter!r} adapts {', '.join(others)}; pissa handles linear layers only")
     return factors
+
+
+def halves(factors: AdapterFactors) -> AdapterFactors:
+    """Trained and initial factors out of `[A ; A0]` and `[B | −B0]`."""
+    r = factors.A.shape[0] // 2
+    return AdapterFactors(
+        factors.A[:r].contiguous(),
+        factors.B[:, :r].contiguous(),
+        factors.scale,
+        factors.A[r:].contiguous(),
+        -factors.B[:, r:].contiguous(),
+    )
+
+
+def config_with_ranks(source: LoraConfig, factor: float) -> LoraConfig:
+    """A copy of the configuration with every rank multiplied by `factor` and every alpha such that the scales stay."""
+    result = deepcopy(source)
+    alpha_factor = factor**0.5 if source.use_rslora else factor
+    result.r = round(source.r * factor)
+    result.lora_alpha = _whole(source.lora_alpha * alpha_factor)
+    result.rank_pattern = {key: round(rank * factor) for key, rank in (source.rank_pattern or {}).items()}
+    result.alpha_pattern = {key: _whole(a * alpha_factor) for key, a in (source.alpha_pattern or {}).items()}
+    return result
 
 
 def set_factors(layer: LoraLayer, adapter: str, A: Tensor, B: Tensor, *, trainable: bool) -> None:
@@ -130,3 +191,7 @@ def _pair(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     holders: Any = layer.lora_A[adapter], layer.lora_B[adapter]
     A, B = (holder.weight.detach() for holder in holders)
     return A, B
+
+
+def _whole(alpha: float) -> Any:
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
-from .layers import is_linear, weight_matrix
+from .layers import is_linear, matrix_shape, weight_matrix
+from .quantized import bits_of, check_quantizable
 
 CLASSIFICATION_HEADS = ("classifier", "score")
 
@@ -47,9 +50,10 @@ def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
         The targets in the model's order, at least one.
 
     Raises:
-        TargetError: nothing matches, or something that matches cannot be adapted.
+        TargetError: nothing matches, or something that matches cannot be adapted: it is no linear layer, its weight is
+            computed by a parametrisation, or it goes by several names.
         ConfigError: a rank above the smaller side of a target, or a pattern that matches no target.
-        WeightError: a target's weight is quantised, not loaded, or holds NaN or Inf.
+        WeightError: a target's weight is quantised (outside placement "offset"), not loaded, or holds NaN or Inf.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TargetError(
@@ -65,10 +69,47 @@ def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
             f"cannot adapt {_listed([*unsupported, *attention])}: only nn.Linear and Conv1D layers that are called as "
             "modules can be; name them in exclude_modules, or narrow target_modules"
         )
+    _check_parametrized(modules, names)
+    _check_shared(model, modules, names)
     targets = [_with_rank(name, modules[name], config) for name in names]
     _check_patterns(names, config)
+    _check_quantized(targets, config)
     _check_weights(targets)
+    if config.quantization is not None:
+        bits = 8 if config.quantization.format == "int8" else 4
+        check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
     return targets
+
+
+def _check_parametrized(modules: dict[str, nn.Module], names: list[str]) -> None:
+    """Refuse layers whose weight is computed anew for each forward, which no residual can replace."""
+    computed = [name for name in names if is_parametrized(modules[name]) or _has_old_hook(modules[name])]
+    if computed:
+        raise TargetError(
+            f"cannot adapt {_listed(computed)}: the weight is computed by a parametrisation (torch.nn.utils' "
+            "parametrize, weight_norm, spectral_norm); remove it first, as with remove_parametrizations or "
+            "remove_weight_norm, or name them in exclude_modules"
+        )
+
+
+def _has_old_hook(module: nn.Module) -> bool:
+    """Whether the weight is set by a hook of the older `torch.nn.utils.weight_norm` kind, and so is no parameter."""
+    return module._parameters.get("weight") is None
+
+
+def _check_shared(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> None:
+    """Refuse a module that goes by several names: PEFT would wrap it under one and leave it bare under the others."""
+    if len(modules) == sum(1 for _ in model.named_modules(remove_duplicate=False)):
+        return
+    known: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        known.setdefault(id(module), []).append(name)
+    shared = [" = ".join(known[id(modules[name])]) for name in names if len(known[id(modules[name])]) > 1]
+    if shared:
+        raise TargetError(
+            f"cannot adapt {_listed(shared)}: one module under several names; give each name a module of its own "
+            "(copy.deepcopy), or name them in exclude_modules"
+        )
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
@@ -110,6 +151,7 @@ def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig
         heads = _output_heads(model, modules)
         chosen = [name for name, module in modules.items() if is_linear(module) and name not in heads]
         chosen = [name for name in chosen if not _lies_in(name, saved)]
+        _warn_of_experts(modules, config, saved)
     else:
         chosen = [name for name in modules if name and matches(name, config.target_modules)]
         _check_all_matched(chosen, modules, config.target_modules)
@@ -126,6 +168,24 @@ def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig
             + f"; the model's linear layers end in: {', '.join(_linear_endings(modules)) or 'it has none'}"
         )
     return left
+
+
+def _warn_of_experts(modules: dict[str, nn.Module], config: PissaConfig, saved: set[str]) -> None:
+    """Say which expert matrices "all-linear" leaves out: transformers fuses those of a layer into one 3-D parameter."""
+    fused = [
+        f"{name}.{key}"
+        for name, module in modules.items()
+        if not (config.exclude_modules and matches(name, config.exclude_modules)) and not _lies_in(name, saved)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and _inside(name, "experts")
+    ]
+    if fused:
+        warnings.warn(
+            f'target_modules="all-linear" gives no adapter to {_listed(fused, 20)}: experts fused into one 3-D '
+            "parameter are no linear layers, and are left frozen as they are; name their modules in exclude_modules "
+            "to say that this is meant",
+            stacklevel=5,
+        )
 
 
 def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
@@ -194,9 +254,28 @@ def _check_patterns(names: list[str], config: PissaConfig) -> None:
         raise ConfigError(f"{_listed(unused)} matches no target; the targets are {_listed(names)}")
 
 
+def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
+    """Refuse a base in 4 or 8 bits where its weights would have to change."""
+    already = [f"{t.name} ({bits_of(t.module)} bit)" for t in targets if bits_of(t.module) is not None]
+    if not already or config.placement == "offset" or (config.starts_at_zero and config.quantization is None):
+        return
+    remedy = (
+        "load the base unquantised"
+        if config.quantization is not None
+        else 'set placement="offset" (--placement offset), which leaves the base as it is, or load it unquantised'
+    )
+    raise WeightError(f"cannot split {_listed(already)}: already quantised; {remedy}")
+
+
 def _check_weights(targets: list[Target]) -> None:
     unready, low, bad = [], [], []
     for target in targets:
+        if bits_of(target.module) is not None:
+            # bitsandbytes holds finite values only, and takes time to show them
+            if target.rank > min(matrix_shape(target.module)):
+                shape = matrix_shape(target.module)
+                low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
+            continue
         weight = weight_matrix(target.module)
         if weight.dtype not in STORAGE_DTYPES or weight.is_meta or weight.numel() == 0 or weight.ndim != 2:
             unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
@@ -207,7 +286,7 @@ def _check_weights(targets: list[Target]) -> None:
     if unready:
         raise WeightError(
             f"cannot split {_listed(unready)}: weights must be loaded whole in float32, bfloat16 or float16 "
-            "(a quantised or sharded base cannot be split; load it without quantisation)"
+            "(a base that is sharded, or quantised by other means than bitsandbytes, cannot be split)"
         )
     if low:
         raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")

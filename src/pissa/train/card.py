@@ -20,11 +20,14 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
 
     Args:
         results: what results.json holds.
-        export: the LoRA that lies beside the card; None for a model fine-tuned in full.
+        export: the LoRA for the base that lies beside the card; None for a model fine-tuned in full, and where the
+            residual is quantised.
     """
     base = results["base"]
-    front = ["---", f"base_model: {base}", "library_name: " + ("peft" if export is not None else "transformers")]
-    front += ["tags:", "- pissa", "- lora" if export is not None else "- full-fine-tuning", "---", ""]
+    quantized = results.get("quantization") is not None
+    adapter = export is not None or quantized
+    front = ["---", f"base_model: {base}", "library_name: " + ("peft" if adapter else "transformers")]
+    front += ["tags:", "- pissa", "- lora" if adapter else "- full-fine-tuning", "---", ""]
     losses = results["losses"]
     facts = [
         f"- base: `{base}`, loaded in {results['dtype']}",
@@ -33,6 +36,8 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
         f"- training loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last" if losses else "",
         f"- data: {results['data']}",
     ]
+    if quantized:
+        return "\n".join([*front, *_quantized_body(results, facts), ""])
     if export is None:
         body = ["# Fine-tuned model", "", *filter(None, facts), "", "An ordinary transformers model."]
         return "\n".join([*front, *body, ""])
@@ -54,3 +59,23 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
         "`state/` holds what continues the run; it is not needed to use the adapter.",
     ]
     return "\n".join([*front, *body, ""])
+
+
+def _quantized_body(results: dict[str, Any], facts: list[str]) -> list[str]:
+    base, how = results["base"], results["quantization"]
+    return [
+        "# Adapter for a quantised residual",
+        "",
+        f"Fine-tuned with pissa. This directory is a LoRA of rank {results['rank']} for the model in `residual/`, and "
+        f"for no other: on `{base}` itself it would compute something else.",
+        "",
+        *filter(None, facts),
+        f"- residual: {how['format']}, method {how['method']}; residual and initial adapter together differ from the "
+        f"base by {100 * results['mean_quantization_gap']:.2f} % of a weight's norm on average, at most "
+        f"{100 * results['largest_quantization_gap']:.2f} %",
+        "",
+        LOADING.format(base="PATH-OF-THIS-DIRECTORY/residual"),
+        "",
+        f"`pissa export` makes an ordinary LoRA for `{base}` of it, which is off by just that difference, or, with",
+        "`--merged`, one 16-bit model that computes what was trained. `state/` holds what continues the run.",
+    ]

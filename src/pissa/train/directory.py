@@ -1,11 +1,12 @@
 """A run's directory: what lies where, whether it may be written, and what a stopped run left in it.
 
 RUN/                 the LoRA for the untouched base (method full: the model), with its card, tokenizer, pissa.json
+RUN/residual/        only where it is quantised: what RUN/'s adapter, of rank r, is for
 RUN/results.json     settings, losses by step, speed, versions, hardware
 RUN/state/           what continues the run:
     run.json             settings, fingerprints of base and data, figures of the split
     log.jsonl            one line a step
-    checkpoint-N/        adapter (itself a LoRA for the base), optimizer, schedule, generators
+    checkpoint-N/        adapter (as RUN/'s itself is), optimizer, schedule, generators
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..checkpoint.read import CONFIG
 from ..checkpoint.write import TEMPORARY_PREFIX, explained, write_json
 from ..errors import OutputError
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class RunDirectory:
     def state(self) -> Path:
         """What continues the run."""
         return self.path / "state"
+
+    @property
+    def residual(self) -> Path:
+        """The quantised residual, where the run has one."""
+        return self.path / "residual"
 
     @property
     def record(self) -> Path:
@@ -68,6 +75,27 @@ class RunDirectory:
         return f"interrupted; {last} is saved: the same command continues from there"
 
 
+def absolute(model: str) -> str:
+    """A model's directory such that it is found from everywhere; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else str(model)
+
+
+def has_only_other_settings(directory: RunDirectory, settings: dict[str, Any]) -> bool:
+    """Whether all that a directory holds of a run is its record, with other settings: no checkpoint, no result."""
+    if not directory.record.is_file() or directory.last_checkpoint is not None or directory.results.exists():
+        return False
+    return bool(_changes(settings, read_record(directory)["settings"]))
+
+
+def discard(directory: RunDirectory) -> None:
+    """Take away the record of a run that has no checkpoint, and what belongs to it; the record last."""
+    for place in (directory.residual, directory.state / "runs"):
+        if place.is_dir():
+            shutil.rmtree(place)
+    directory.log.unlink(missing_ok=True)
+    directory.record.unlink(missing_ok=True)
+
+
 def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The results of a run that is finished; None for one to start or continue. Nothing is written.
 
@@ -76,9 +104,9 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
     """
     if directory.record.is_file():
         before = read_record(directory)["settings"]
-        _check_same_settings(directory.path, json.loads(json.dumps(settings)), before)
+        _check_same_settings(directory.path, settings, before)
         if directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
-            return json.loads(directory.results.read_text(encoding="utf-8"))
+            return _read_results(directory)
     else:
         places = [place for place in (directory.path, directory.state) if place.is_dir()]
         if any(child != directory.state for place in places for child in _lasting(place)):
@@ -87,6 +115,17 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
             )
     _check_writable(directory.path)
     return None
+
+
+def _read_results(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        results = json.loads(directory.results.read_text(encoding="utf-8"))
+        return {**results, "losses": list(results["losses"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(
+            f"{directory.results} is empty or damaged, although {directory.path} is finished; remove it, and the "
+            "same command writes it again from the last checkpoint"
+        ) from error
 
 
 def last_file(method: str) -> str:
@@ -105,7 +144,11 @@ def check_same_inputs(directory: RunDirectory, fingerprints: dict[str, str]) -> 
     record = read_record(directory)
     changed = [what for what, mark in fingerprints.items() if record["fingerprints"].get(what) not in (None, mark)]
     if changed:
-        names = {"base": f"the weights of {record['settings']['model']}", "data": f"the rows of {_data_name(record)}"}
+        names = {
+            "base": f"the weights of {record['settings']['model']}",
+            "residual": f"the weights in {directory.residual}",
+            "data": f"the rows of {_data_name(record)}",
+        }
         raise OutputError(
             f"{' and '.join(names[what] for what in changed)} are not those that {directory.path} was started with; "
             "continue with what it was started with, or start in another directory"
@@ -196,13 +239,22 @@ def _lasting(place: Path) -> Iterator[Path]:
 
 
 def _check_same_settings(out: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
-    changed = [
-        f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)
-    ]
+    changed = _changes(now, before)
     if changed:
         raise OutputError(
             f"{out} is another run ({'; '.join(changed)}); give the same settings to continue it, or another directory"
         )
+
+
+def _changes(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """What differs between two runs' settings, for people."""
+    now = json.loads(json.dumps(now))
+    # a run that was started before a setting existed had its default
+    before = {**json.loads(json.dumps(Recipe().as_dict())), **before}
+    before["model"] = absolute(str(before.get("model")))
+    return [
+        f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)
+    ]
 
 
 def _data_name(record: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ A batch of the recipe is that of one optimizer step, whatever the number of proc
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,11 +32,8 @@ def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
             f"batch_size {recipe.batch_size} is no multiple of micro_batch_size {recipe.micro_batch_size} times "
             f"{processes} processes; change either"
         )
-    if recipe.log_to == "tensorboard":
-        try:
-            import tensorboard as _tensorboard  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise MissingExtraError("log_to tensorboard needs that package: pip install tensorboard") from error
+    if recipe.log_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise MissingExtraError("log_to tensorboard needs that package: pip install tensorboard")
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(state),

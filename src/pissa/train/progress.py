@@ -20,7 +20,7 @@ from ..checkpoint.write import TEMPORARY_PREFIX, explained
 from ..errors import OutputError
 
 SAME_REQUEST_SECONDS = 1.0
-STEP_KEYS = ("loss", "grad_norm", "learning_rate")
+STEP_KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
 
 
 class _Progress(Progress):
@@ -76,12 +76,11 @@ class StepLog(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         record = {"step": state.global_step, **{key: float(logs[key]) for key in STEP_KEYS if key in logs}}
-        record["tokens_per_second"] = self.trainer.take_tokens_per_second()
         if not state.is_world_process_zero:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
                 if control.should_save:
                     # no checkpoint without the lines of its steps
                     file.flush()

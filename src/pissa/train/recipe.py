@@ -1,19 +1,30 @@
-"""How a model is trained: the paper's recipe (section 5) as defaults, every value a field and a command-line flag."""
+"""How a model is trained: the paper's recipe (section 5) as defaults, every value a field.
+
+Every field is a command-line flag and a line of YAML; those in YAML_ONLY are mappings and have no flag.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..config import METHODS, PissaConfig
+from ..config import METHODS, PLACEMENTS, PissaConfig, Placement, Quantization, quantization_preset
 from ..errors import ConfigError
 from .prompts import TEMPLATES, Template
 
-TrainingMethod = Literal["pissa", "lora", "lora-kaiming", "lora-gaussian", "full"]
+TrainingMethod = Literal["pissa", "lora", "lora-kaiming", "lora-gaussian", "qlora", "loftq", "qpissa", "full"]
 TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
 DTYPES = ("auto", "fp32", "bf16")
-ALIASES = {"lora": "lora-kaiming"}
+ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "qpissa": "pissa"}
+QUANTIZED_METHODS = ("qlora", "loftq", "qpissa")
+ITERATIONS = {"loftq": 5, "qpissa": 10}
+"""Where nothing else is said."""
+YAML_ONLY = ("rank_pattern", "alpha_pattern")
+PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -25,13 +36,33 @@ class Recipe:
     """
 
     method: TrainingMethod = "pissa"
-    """pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model is trained."""
+    """pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model is trained. qlora, loftq and
+    qpissa are lora and pissa with that quantize_method, in nf4 unless `quantize` says otherwise."""
     rank: int = 16
     """Components per adapter."""
     alpha: float | None = None
     """LoRA's numerator; None for alpha = rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Modules to adapt, see `PissaConfig`."""
+    """Modules to adapt: all-linear, names or name endings, or one regular expression, see `module_names`."""
+    exclude_modules: str | tuple[str, ...] = ()
+    """Modules to leave alone, given in the same way."""
+    modules_to_save: str | tuple[str, ...] = ()
+    """Modules trained in full beside the adapters: name endings."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Name ending or regular expression -> rank, where it differs from `rank`."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Name ending or regular expression -> alpha, where it differs from `alpha`."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Format of the frozen residual; None keeps it in `dtype`."""
+    quantize_method: str | None = None
+    """qlora; loftq, as published; qpissa, with this library's scale search, refit and momentum; or a preset such as
+    qpissa-5, the published one with 5 iterations. None: qpissa for pissa, qlora for lora."""
+    iterations: int | None = None
+    """Of the alternation between residual and adapter; None for 10 with qpissa, 5 with loftq."""
+    placement: Placement = "residual"
+    """offset leaves the base as it is, also one that is in 4 or 8 bits already, see `PissaConfig`."""
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     allow_dropout: bool = False
@@ -57,6 +88,10 @@ class Recipe:
     """Examples per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int = 4
     """Examples per forward pass and process; batch_size is made of these by gradient accumulation."""
+    data_split: str = "train"
+    """Split of data on the hub."""
+    data_subset: str | None = None
+    """Subset of data on the hub that has several ("main" of "openai/gsm8k")."""
     max_length: int = 512
     """Tokens per example; what is longer is cut and counted."""
     template: Template = "alpaca"
@@ -74,8 +109,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, module_names(getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", _listed(self.modules_to_save))
         _check_choices(self)
         _check_ranges(self)
+        _check_quantization(self)
         if self.adapts:
             self.pissa_config()
         else:
@@ -86,6 +126,19 @@ class Recipe:
         """Whether adapters are trained; False for full fine-tuning."""
         return self.method != "full"
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the residual is quantised; None where it is not."""
+        short = self.method if self.method in QUANTIZED_METHODS else None
+        form = self.quantize or ("nf4" if short else None)
+        if form is None:
+            return None
+        kind = self.quantize_method or short or ("qpissa" if self.method == "pissa" else "qlora")
+        if kind in ITERATIONS:
+            name = {"loftq": "loftq", "qpissa": "ours"}[kind]
+            kind = f"{name}-{self.iterations or ITERATIONS[kind]}"
+        return quantization_preset(kind, format=form)
+
     def pissa_config(self) -> PissaConfig:
         """The adapter's configuration."""
         method = ALIASES.get(self.method, self.method)
@@ -95,14 +148,42 @@ class Recipe:
             alpha=self.alpha,
             method=method,
             target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=tuple(self.modules_to_save),
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            use_rslora=self.use_rslora,
             dropout=self.dropout,
             allow_dropout=self.allow_dropout,
+            quantization=self.quantization,
+            placement=self.placement,
             seed=self.seed,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for YAML and JSON."""
         return asdict(self)
+
+
+def module_names(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Modules as they are named in flags, YAML and Python alike.
+
+    Args:
+        given: "all-linear"; a plain name (`q_proj`, `self_attn.q_proj`), which means every module whose name ends so;
+            several, separated by commas; anything else is one regular expression, which matches whole names. A list
+            holds plain names.
+
+    Returns:
+        A tuple of name endings; or "all-linear", or the regular expression.
+    """
+    if not isinstance(given, str) or given.strip() == ALL_LINEAR:
+        return given.strip() if isinstance(given, str) else given
+    names = _listed(given)
+    return names if names and all(PLAIN_NAME.fullmatch(name) for name in names) else given
+
+
+def _listed(given: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
 def read_recipe(path: str | Path, **flags: Any) -> Recipe:
@@ -154,32 +235,68 @@ def _converted(name: str, value: Any, annotation: str) -> Any:
 
 
 def _check_types(recipe: Recipe) -> None:
-    for field in fields(recipe):
-        value, annotation = getattr(recipe, field.name), str(field.type)
+    for setting in fields(recipe):
+        value, annotation = getattr(recipe, setting.name), str(setting.type)
         if value is None and annotation.endswith("| None"):
             continue
         if annotation == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{field.name} is {value!r}; give true or false")
+            raise ConfigError(f"{setting.name} is {value!r}; give true or false")
         if annotation.startswith("float") and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{field.name} is {value!r}; give a number")
-    targets = recipe.target_modules
-    names = [targets] if isinstance(targets, str) else targets
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"target_modules is {targets!r}; give a name, a list of names or a regular expression")
+            raise ConfigError(f"{setting.name} is {value!r}; give a number")
+        if annotation.startswith("Mapping"):
+            _check_pattern(setting.name, value)
+        if annotation.startswith("str | tuple"):
+            names = [value] if isinstance(value, str) else value
+            if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+                or_else = "" if setting.name == "modules_to_save" else " or a regular expression"
+                raise ConfigError(f"{setting.name} is {value!r}; give a name, a list of names{or_else}")
+    for name in ("data_split", "data_subset"):
+        value = getattr(recipe, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{name} is {value!r}; give a name")
+
+
+def _check_pattern(name: str, value: Any) -> None:
+    numbers = value.values() if isinstance(value, Mapping) else [None]
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise ConfigError(f"{name} is {value!r}; give lines of the form `module: number`")
 
 
 def _check_unused(recipe: Recipe) -> None:
     """Refuse what full fine-tuning would ignore."""
-    names = ("alpha", "target_modules", "dropout", "allow_dropout", "export_rank")
-    given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) != f.default]
+    names = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
+    names += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
+    given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) not in (f.default, {})]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
+
+
+def _check_quantization(recipe: Recipe) -> None:
+    """Refuse settings of a quantisation that nothing would use."""
+    short = recipe.method if recipe.method in QUANTIZED_METHODS else None
+    given = [name for name in ("quantize_method", "iterations") if getattr(recipe, name) is not None]
+    if given and recipe.quantize is None and short is None:
+        raise ConfigError(f"{' and '.join(given)} without a format; add quantize (--quantize nf4)")
+    if recipe.quantize_method is not None and short is not None:
+        raise ConfigError(
+            f"method {short} says how to quantise already; leave out quantize_method, or use method pissa"
+        )
+    kind = recipe.quantize_method or short or ("qpissa" if recipe.method == "pissa" else "qlora")
+    if recipe.iterations is not None and kind not in ITERATIONS:
+        raise ConfigError(f"quantize_method {kind} takes no iterations; leave them out")
+    if recipe.export_rank is not None and (recipe.quantize is not None or short is not None):
+        raise ConfigError(
+            "export_rank with a quantised residual: the run is an adapter for that residual; leave export_rank out and "
+            "use pissa export --rank for a LoRA of the base"
+        )
 
 
 def _check_choices(recipe: Recipe) -> None:
     choices = {
         "method": TRAINING_METHODS,
         "dtype": DTYPES,
+        "quantize": (None, "nf4", "int8"),
+        "placement": PLACEMENTS,
         "schedule": ("cosine", "linear", "constant"),
         "template": TEMPLATES,
         "log_to": ("jsonl", "tensorboard"),
@@ -187,11 +304,11 @@ def _check_choices(recipe: Recipe) -> None:
     for name, allowed in choices.items():
         value = getattr(recipe, name)
         if value not in allowed:
-            raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+            raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(filter(None, allowed))}")
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank")
+    counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank", "iterations")
     for name in (*counts, "max_length"):
         value, least = getattr(recipe, name), 2 if name == "max_length" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

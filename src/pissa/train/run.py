@@ -9,11 +9,10 @@ import hashlib
 import json
 import logging
 import os
-import time
 import warnings
 from array import array
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,22 @@ from accelerate import PartialState
 from rich.progress import Progress
 from transformers import TrainingArguments, set_seed
 
-from ..checkpoint.manifest import MANIFEST, fingerprint, hardware, package_versions
-from ..checkpoint.read import check_model_directory, load, load_base, load_tokenizer
+from ..checkpoint.manifest import MANIFEST, hardware, package_versions
+from ..checkpoint.read import check_model_directory, load_tokenizer
+from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.write import explained, output_files, write_json
+from ..errors import ConfigError, TrainingError
 from ..export import LoraExport, export_lora, write_lora
-from ..live.apply import adapt
+from ..live.offset import trained_values
 from .card import model_card
 from .data import read_examples
 from .directory import (
     RunDirectory,
+    absolute,
     check_same_inputs,
+    discard,
     finished_results,
+    has_only_other_settings,
     last_file,
     leftovers,
     only_writer,
@@ -40,6 +44,7 @@ from .directory import (
 )
 from .encode import Collator, Encoded, encode
 from .engine import autocasts, is_main_process, process_count, storage_dtype, training_arguments
+from .prepare import prepare
 from .progress import StepLog, StopAtStepEnd, make_progress, read_log
 from .recipe import Recipe
 from .rows import examples_from_rows
@@ -87,15 +92,24 @@ def train(
     Raises:
         PissaError: the input or the settings are wrong, before anything is written.
         OutputError: `out` holds something else, or cannot be written.
+        TrainingError: the run diverged; nothing is published.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
     directory = RunDirectory(Path(out))
     quieten()
     arguments = training_arguments(recipe, directory.state)
+    model = absolute(model)
     settings = {"model": str(model), "data": data if isinstance(data, str) else _digest(data), **recipe.as_dict()}
     visible = is_main_process() and not quiet
     bar = progress or make_progress()
     with explained(directory.path):
+        if has_only_other_settings(directory, settings):
+            # what was interrupted before its first checkpoint saved nothing
+            PartialState().wait_for_everyone()
+            if is_main_process():
+                with only_writer(directory):
+                    discard(directory)
+            PartialState().wait_for_everyone()
         finished = finished_results(directory, settings)
     if finished is not None:
         if is_main_process() and leftovers(directory):
@@ -128,71 +142,31 @@ def _train(
     checkpoint = directory.last_checkpoint
     if progress is not None and checkpoint is not None:
         progress.console.print(f"continuing from {checkpoint}", markup=False)
-    prepared = _prepare(model, recipe, checkpoint, progress, label or recipe.method)
-    fingerprints = {"base": prepared.fingerprint, "data": _fingerprint_of_data(encoded)}
+    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method)
+    fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
-    split = prepared.split if checkpoint is None else read_record(directory)["split"]
+    split = prepared.split if prepared.split is not None else read_record(directory)["split"]
+    if progress is not None:
+        progress.console.print(encoded.summary, markup=False, highlight=False, soft_wrap=True)
     # nobody writes before everybody has looked
     PartialState().wait_for_everyone()
     with ExitStack() as held:
         if is_main_process():
             held.enter_context(only_writer(directory))
             write_record(directory, {"settings": settings, "fingerprints": fingerprints, "split": split})
+            if recipe.quantization is not None and prepared.split is not None:
+                save_residual(prepared.model, directory.residual, tokenizer=tokenizer)
         log = StepLog(directory.log, progress=progress, label=label or recipe.method)
         trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log)
         trained = trainer.accelerator.unwrap_model(trainer.model).eval()
         whole = trainer.whole_state()
         results = _results(recipe, settings, encoded, fingerprints, split, trained, read_log(directory.log))
+        _check_finite(directory, results)
         if is_main_process():
             step = trainer.state.global_step
             _publish(directory, trained, whole, tokenizer, recipe, results, step)
     trainer.accelerator.wait_for_everyone()
     return RunResult(directory.path, results, trained)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    model: Any
-    fingerprint: str
-    split: dict[str, float | None]
-
-
-def _prepare(source: str, recipe: Recipe, checkpoint: Path | None, progress: Progress | None, label: str) -> _Prepared:
-    """The model to train: adapted, or as the checkpoint left it."""
-    base = load_base(source, dtype=storage_dtype(recipe))
-    mark = fingerprint(base)
-    if recipe.gradient_checkpointing:
-        # transformers 5.23 renamed it and warns of the old name
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if not recipe.adapts:
-        base.requires_grad_(True)
-        return _Prepared(base, mark, _figures(0.0, {}))
-    if checkpoint is not None:
-        return _Prepared(load(checkpoint, base, is_trainable=True), mark, {})
-    task = progress.add_task(f"{label}, split", total=None, note="") if progress is not None else None
-
-    def show(name: str, done: int, total: int) -> None:
-        if progress is not None and task is not None:
-            progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
-
-    start = time.perf_counter()
-    try:
-        adapted: Any = adapt(base, recipe.pissa_config(), progress=show)
-    finally:
-        if progress is not None and task is not None:
-            progress.remove_task(task)
-    seconds = time.perf_counter() - start
-    return _Prepared(adapted, mark, _figures(seconds, adapted.pissa.certificates))
-
-
-def _figures(seconds: float, certificates: dict[str, Any]) -> dict[str, float | None]:
-    """What the split cost, for the results."""
-    return {
-        "init_seconds": seconds,
-        "largest_captured_energy_loss": max((c.captured_energy_loss for c in certificates.values()), default=None),
-        "largest_rounding_error": max((c.rounding for c in certificates.values()), default=None),
-    }
 
 
 def _run(
@@ -233,6 +207,17 @@ def _run(
     return trainer
 
 
+def _check_finite(directory: RunDirectory, results: dict[str, Any]) -> None:
+    """Refuse to publish what JSON cannot say, such as the log of a run that diverged under an earlier version."""
+    try:
+        json.dumps(results, allow_nan=False)
+    except ValueError as error:
+        raise TrainingError(
+            f"the results of {directory.path} hold numbers that are not finite, see {directory.log}; nothing is "
+            f"published. Lower the learning rate ({results['learning_rate']:g}) and name another directory"
+        ) from error
+
+
 def _publish(
     directory: RunDirectory,
     model: Any,
@@ -242,13 +227,19 @@ def _publish(
     results: dict[str, Any],
     step: int,
 ) -> None:
-    """Put the result into the run's directory: for adapters one LoRA for the untouched base, with its card."""
-    export: LoraExport | None = export_lora(model, rank=recipe.export_rank, state=whole) if recipe.adapts else None
+    """Put the result into the run's directory, with its card: for adapters one LoRA for the untouched base, or, where
+    the residual is quantised, for that."""
+    quantized = recipe.quantization is not None
+    export: LoraExport | None = None
+    if recipe.adapts and not quantized:
+        export = export_lora(model, rank=recipe.export_rank, state=whole)
     with output_files(directory.path, last=last_file(recipe.method)) as partial:
-        if export is None:
-            model.save_pretrained(partial, state_dict=whole)
-        else:
+        if quantized:
+            write_trained(model, partial, final=directory.path)
+        elif export is not None:
             write_lora(export, partial)
+        else:
+            model.save_pretrained(partial, state_dict=whole)
         if recipe.export_rank is not None:
             manifest = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))
             trained = f"{directory.state.name}/checkpoint-{step}"
@@ -280,7 +271,8 @@ def _results(
         "grad_norms": [record["grad_norm"] for record in log],
         "tokens_per_second": rates[len(rates) // 2] if rates else 0.0,
         **split,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(trained_values(p) for p in model.parameters() if p.requires_grad),
+        "quantization": asdict(recipe.quantization) if recipe.quantization is not None else None,
         "data": encoded.summary,
         "settings": settings,
         "fingerprints": fingerprints,
@@ -291,7 +283,14 @@ def _results(
 
 
 def _encoded(data: str | list[dict[str, Any]], tokenizer: Any, recipe: Recipe) -> Encoded:
-    examples = read_examples(data) if isinstance(data, str) else examples_from_rows(data)
+    on_hub = isinstance(data, str) and not Path(data).exists()
+    if not on_hub and (recipe.data_split, recipe.data_subset) != (Recipe.data_split, Recipe.data_subset):
+        given = data if isinstance(data, str) else "the list of rows"
+        raise ConfigError(f"data_split and data_subset are for data on the hub; leave them out for {given}")
+    if isinstance(data, str):
+        examples = read_examples(data, split=recipe.data_split, subset=recipe.data_subset)
+    else:
+        examples = examples_from_rows(data)
     return encode(examples, tokenizer, template=recipe.template, max_length=recipe.max_length)
 
 

@@ -1,13 +1,16 @@
-"""transformers' Trainer with four things changed.
+"""transformers' Trainer with five things changed.
 
 loss          the vocabulary projection is computed at response tokens only: it is a quarter of a step
 order         batches of similar length, a function of seed and epoch (`sampler.py`)
 checkpoints   appear whole or not at all
-adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly
+adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly; those of a
+              quantised residual as they are, with its name
+logs          have tokens per second, and a step that diverged ends the run before anything of it is kept
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,20 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..checkpoint.residual import write_trained
 from ..checkpoint.write import TEMPORARY_PREFIX, durable_rename, explained
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, MissingExtraError, OutputError, TrainingError
 from ..export import export_lora, write_lora
-from ..live.state import active_adapter_name
+from ..live.state import TRAINABLE, active_adapter_name, is_offset
+from .directory import RunDirectory
 from .encode import IGNORED
 from .sampler import LengthGroupedBatches
 
 KEPT_CHECKPOINTS = 2
+EXTENDED = ("_get_train_sampler", "_load_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint")
+"""What `ResponseTrainer` overrides of Trainer although transformers does not promise to keep it."""
 
 
 def response_loss(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
@@ -50,6 +58,26 @@ def response_loss(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tup
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
     loss = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[learned], reduction="sum")
     return loss, int(learned.sum())
+
+
+def check_trainer() -> None:
+    """Refuse a transformers whose Trainer lacks what is extended here: the extension would silently do nothing.
+
+    Raises:
+        MissingExtraError: naming what is missing.
+    """
+    missing = [name for name in EXTENDED if not callable(getattr(Trainer, name, None))]
+    if missing:
+        raise MissingExtraError(
+            f"Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which pissa extends; "
+            "install the version that constraints.txt names"
+        )
+
+
+def _needs_whole_layers(model: Any) -> bool:
+    """Whether a model's layers or its adapter's frozen half would not survive sharding."""
+    record = getattr(model, "pissa", None)
+    return (record is not None and record.quantized) or is_offset(model, TRAINABLE)
 
 
 @contextmanager
@@ -81,11 +109,13 @@ def _torch_explained(path: Path) -> Iterator[None]:
 
 
 class ResponseTrainer(Trainer):
-    """Trains on response tokens; `step_records` holds loss, gradient norm, learning rate and tokens/s by step."""
+    """Trains on response tokens; what it logs at each step has loss, gradient norm, learning rate and tokens/s."""
 
     def __init__(self, *args: Any, lengths: list[int], batch_size: int, **options: Any) -> None:
+        check_trainer()
         super().__init__(*args, **options)
         self._check_engine()
+        self.state_directory = Path(str(self.args.output_dir)).absolute()
         # our loss is a sum over the whole accumulated batch divided by its token count
         self.model_accepts_loss_kwargs = True
         shared = self.args.per_device_train_batch_size * self.args.world_size
@@ -119,6 +149,29 @@ class ResponseTrainer(Trainer):
             return loss / max(count, 1)
         # gradients are averaged over processes, the token count is that of all of them together
         return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand the step's numbers to all callbacks, with tokens per second.
+
+        Raises:
+            TrainingError: a number that is not finite, before the step is logged or saved.
+        """
+        if "loss" in logs:
+            self._check_finite(logs)
+            logs["tokens_per_second"] = self.take_tokens_per_second()
+        super().log(logs, start_time)
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        named = {"loss": "loss", "grad_norm": "gradient norm"}
+        wrong = [f"{name} is {logs[key]}" for key, name in named.items() if not math.isfinite(logs.get(key, 0.0))]
+        if wrong:
+            last = RunDirectory(self.state_directory.parent).last_checkpoint
+            raise TrainingError(
+                f"the run diverged at step {self.state.global_step}: {' and '.join(wrong)}; "
+                + (f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint before it")
+                + f". Nothing is published; lower the learning rate ({self.args.learning_rate:g})"
+                + (" and name another directory" if last is not None else "")
+            )
 
     def take_tokens_per_second(self) -> float:
         """Tokens per second over all processes since the last call (padding not counted)."""
@@ -158,6 +211,10 @@ class ResponseTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
+            record: Any = getattr(model, "pissa", None)
+            if record is not None and record.quantized:
+                write_trained(model, directory, final=self.state_directory / directory.name)
+                return None
             export = export_lora(model, state=state_dict)
             # whoever continues trains with it; in evaluation it does nothing
             export.config.lora_dropout = self._dropout(model)
@@ -181,6 +238,12 @@ class ResponseTrainer(Trainer):
             )
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
             raise ConfigError("with FSDP a run is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
+        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3)
+        if sharded and _needs_whole_layers(self.accelerator.unwrap_model(self.model)):
+            raise ConfigError(
+                'a quantised residual and placement "offset" need whole layers, and FSDP shards them; use several '
+                "processes without FSDP"
+            )
 
     @staticmethod
     def _dropout(model: PeftModel) -> float:

@@ -1,0 +1,205 @@
+"""Residuals on disk: what `save_residual` writes, plain transformers loads.
+
+OUT/               the residual as a transformers checkpoint. Quantised, it is a true pre-quantised bitsandbytes one:
+                   codes and scales as the split chose them; what is loaded is `split.residual`, bit for bit
+OUT/pissa_init/    the initial adapter as a PEFT adapter: residual + pissa_init is the base
+OUT/pissa.json     the base, how each module was split and what that cost
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..decompose.certificate import Certificate
+from ..errors import PissaError
+from ..live.quantized import bits_of, keep_unpacked, quantized_layers
+from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter
+from .manifest import MANIFEST, package_versions, read_manifest
+from .write import check_free, output_directory, write_json
+
+RESIDUAL = "residual"
+ADAPTER = "adapter for a residual"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class SavedResidual:
+    """What a residual's directory says of itself."""
+
+    path: Path
+    """Where it lies."""
+    base: str | None
+    """Directory or hub id of the base that was split."""
+    certificates: dict[str, Certificate]
+    """Module name -> certificate of its split."""
+
+    @property
+    def gaps(self) -> dict[str, float]:
+        """Module name -> `‖W − Q − s·B0·A0‖ / ‖W‖` where the residual is quantised; empty where it is not."""
+        return {n: c.rounding for n, c in self.certificates.items() if c.quantization_error is not None}
+
+
+def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+    """Write an adapted model's residual so that `AutoModelForCausalLM.from_pretrained(out)` loads it as it is.
+
+    `PeftModel.from_pretrained(residual, out, subfolder="pissa_init", is_trainable=True)` then gives the model as it
+    was at step 0. Adapters that the live model saves from now on name `out` as their base: that is what they
+    fit.
+
+    Args:
+        model: an adapted model whose weights are residuals; only that note on it is changed.
+        out: directory to write, new or empty.
+        tokenizer: to be saved beside it.
+
+    Raises:
+        PissaError: the weights are the base's own, the adapters are merged, or it is not a transformers model.
+        OutputError: `out` holds something already, or cannot be written.
+    """
+    check_free(out)
+    record: Any = getattr(model, "pissa", None)
+    plain = _check_residual(model, record)
+    with output_directory(out) as partial:
+        state = residual_state(plain)
+        save_torch_state_dict(state, str(partial), metadata={"format": "pt"})
+        _save_config(plain, state, partial)
+        final = os.path.abspath(out)
+        if has_initial_adapter(model):
+            write_adapter(model, partial / INITIAL, base=final, adapter=INITIAL)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        write_json(partial / MANIFEST, _manifest(record))
+    record.residual = final
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = final
+
+
+def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str | None = None) -> None:
+    """Write an adapter's weights and configuration in PEFT's layout, the rank-r factors as they are.
+
+    Args:
+        directory: where; made if need be.
+        base: what its configuration names as the model that it fits.
+        adapter: the adapter's name; None for the one being trained.
+    """
+    adapter = adapter or active_adapter_name(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if adapter == INITIAL:
+        state = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    tensors = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
+    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+    config: Any = deepcopy(model.peft_config[adapter])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(directory))
+
+
+def write_trained(model: PeftModel, directory: Path, *, final: Path) -> None:
+    """Write an adapter for a saved residual: the rank-r adapter, with a manifest that says what it is for.
+
+    Args:
+        model: whose residual was saved, or loaded from disk.
+        directory: where to write.
+        final: the name that the directory will have in the end; the residual is found relative to it.
+    """
+    record: Any = model.pissa
+    assert record.residual is not None
+    write_adapter(model, directory, base=record.residual)
+    manifest = {
+        "layout": ADAPTER,
+        "base": record.base,
+        "residual": os.path.relpath(record.residual, final.absolute()),
+        "versions": package_versions(),
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def residual_at(path: Path) -> SavedResidual | None:
+    """The residual that a directory holds; None where it holds something else."""
+    manifest = read_manifest(path) if path.is_dir() else None
+    if manifest is None or manifest.get("layout") != RESIDUAL:
+        return None
+    known = {field.name for field in fields(Certificate)}
+    certificates = {
+        name: Certificate(**{key: value for key, value in module.items() if key in known})
+        for name, module in manifest.get("modules", {}).items()
+    }
+    return SavedResidual(path, manifest.get("base"), certificates)
+
+
+def find_residual(directory: Path, manifest: dict[str, Any], named: str | None) -> SavedResidual | None:
+    """The residual that an adapter is for: where its manifest says (relative to itself, so that a run can be moved as a
+    whole), else the base that its configuration names, where that is one."""
+    relative = manifest.get("residual")
+    if relative is not None:
+        found = residual_at(Path(os.path.normpath(directory / relative)))
+        if found is not None:
+            return found
+    return residual_at(Path(named)) if named else None
+
+
+def residual_state(plain: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's own tensors under their own names, without PEFT's; shared ones once."""
+    keep_unpacked(plain)
+    state: dict[str, Tensor] = {}
+    for key, tensor in plain.state_dict().items():
+        if ".lora_" in key or ".modules_to_save." in key or not isinstance(tensor, Tensor):
+            continue
+        state[key.replace(".original_module.", ".").replace(".base_layer.", ".")] = tensor.detach().contiguous()
+    ties: dict[str, str] = getattr(plain, "all_tied_weights_keys", {})
+    for shared, kept in ties.items():
+        if shared in state and kept in state:
+            del state[shared]
+    return state
+
+
+def _check_residual(model: PeftModel, record: Any) -> PreTrainedModel:
+    if not isinstance(model, PeftModel) or record is None:
+        raise PissaError(f"a model from pissa.adapt or pissa.load is needed, got {type(model).__name__}")
+    if not record.quantized and not has_initial_adapter(model):
+        raise PissaError("the model's weights are the base's own: there is no residual to save, the base is it")
+    if any(layer.merged for layer in adapter_layers(model).values()):
+        raise PissaError("the adapters are merged into the weights: call unmerge_adapter() first")
+    plain: Any = model.get_base_model()
+    if not isinstance(plain, PreTrainedModel):
+        raise PissaError(f"{type(plain).__name__} is no transformers model; save its state_dict yourself")
+    layers: dict[str, Any] = {**quantized_layers(plain)}
+    uneven = [name for name, layer in layers.items() if bits_of(layer) == 4 and layer.out_features % 32]
+    if uneven:
+        warnings.warn(
+            f"{', '.join(uneven)}: the number of outputs is no multiple of 32, so bitsandbytes fails in evaluation "
+            "mode on CPUs with AVX512-bf16 when transformers alone loads this; pissa.load does not",
+            stacklevel=3,
+        )
+    return plain
+
+
+def _save_config(plain: Any, state: dict[str, Tensor], directory: Path) -> None:
+    config = deepcopy(plain.config)
+    unquantised = [t.dtype for key, t in state.items() if t.is_floating_point() and key.endswith(".weight")]
+    config.dtype = unquantised[0] if unquantised else torch.float32
+    config.architectures = [type(plain).__name__]
+    config.save_pretrained(directory)
+    if plain.can_generate() and plain.generation_config is not None:
+        plain.generation_config.save_pretrained(directory)
+
+
+def _manifest(record: Any) -> dict[str, Any]:
+    return {
+        "layout": RESIDUAL,
+        "base": record.base,
+        "config": asdict(record.config) if record.config is not None else None,
+        "modules": {name: asdict(certificate) for name, certificate in record.certificates.items()},
+        "versions": package_versions(),
+    }

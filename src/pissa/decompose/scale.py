@@ -1,0 +1,48 @@
+"""Matrices brought to a size whose squares fit into fp32, and their energy.
+
+The power of two is exact, so that scaling costs no accuracy. The same look at every entry finds NaN and Inf.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightError
+
+SAFE_MAGNITUDE = (1e-6, 1e6)
+"""Matrices whose largest entry lies outside are scaled by a power of two, so that no square over- or underflows."""
+
+
+def scaled(W: Tensor) -> tuple[Tensor, int]:
+    """W in fp32 with one unit stride, times a power of two where squares would not fit; and the power's exponent.
+
+    Raises:
+        WeightError: W holds NaN or Inf.
+    """
+    low, high = torch.aminmax(W) if W.numel() else (W.new_zeros(()), W.new_zeros(()))
+    largest = max(-float(low), float(high))
+    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+        raise WeightError("the matrix holds NaN or Inf; repair or reload the weight")
+    exponent = 0
+    if largest > 0 and not SAFE_MAGNITUDE[0] <= largest <= SAFE_MAGNITUDE[1]:
+        exponent = -math.frexp(largest)[1]
+        W = unscaled(W.double(), -exponent)
+    W = W.float()
+    return (W if 1 in W.stride()[-2:] else W.contiguous()), exponent
+
+
+def unscaled(values: Tensor, exponent: int) -> Tensor:
+    """`values · 2^−exponent`, in two steps because the power itself may not fit."""
+    if exponent == 0:
+        return values
+    half = -exponent // 2
+    return values * 2.0**half * 2.0 ** (-exponent - half)
+
+
+def energy(W: Tensor) -> Tensor:
+    """‖W‖² (...,), fp64: fp32 within a row or column, fp64 across them."""
+    along = -1 if W.stride(-1) == 1 else -2
+    return torch.linalg.vector_norm(W, dim=along).double().square().sum(-1)

@@ -1,0 +1,91 @@
+"""Placement "offset": the base stays as it is, and the adapter carries its own starting point along.
+
+    W + s·(B·A − B0·A0) = W + s·[B | −B0]·[A ; A0]
+
+is ONE plain LoRA of rank 2r on the untouched base, quantised or not. Its first half is trained; the second, the
+initial factors, is frozen. So `disable_adapter()` is the base, bit for bit, and whatever PEFT, TRL or an inference
+server saves, copies or merges is the trained function, with no further code.
+
+Two guards keep the second half. Its gradient is set to zero as soon as it is accumulated, so that clipping, gradient
+norms and the optimizer's moments never see it. That does not stop decoupled weight decay, which shrinks a parameter
+whatever its gradient is; so after each step of any torch optimizer the half is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from ..errors import PissaError
+from .state import TRAINABLE, adapter_layers, config_with_ranks, set_marks
+
+FROZEN = "_pissa_frozen_half"
+"""A parameter's attribute: (dimension that is cut in halves, the second half as it must stay)."""
+_watching: list[Any] = []
+
+
+def offset_config(lora_config: LoraConfig) -> LoraConfig:
+    """The configuration of rank 2r and the same scales, marked as of this placement."""
+    doubled = config_with_ranks(lora_config, 2.0)
+    set_marks(doubled, placement="offset")
+    return doubled
+
+
+def concatenated(
+    trained: Mapping[str, tuple[Tensor, Tensor]], initial: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name -> ([A ; A0] (2r, in), [B | −B0] (out, 2r))."""
+    return {
+        name: (torch.cat([A, initial[name][0]]), torch.cat([B, -initial[name][1]], dim=1))
+        for name, (A, B) in trained.items()
+    }
+
+
+def freeze_second_halves(model: PeftModel) -> None:
+    """Keep the second half of every factor of adapter "default" as it is, whatever is trained."""
+    for name, layer in adapter_layers(model).items():
+        for dimension, holders in enumerate((layer.lora_A, layer.lora_B)):
+            holder: Any = holders[TRAINABLE]
+            if holder.weight.shape[dimension] % 2:
+                raise PissaError(
+                    f"{name}: an offset adapter has an even rank, this one {holder.weight.shape[dimension]}"
+                )
+            _freeze(holder.weight, dimension)
+
+
+def _freeze(parameter: nn.Parameter, dimension: int) -> None:
+    """Freeze one factor's second half along a dimension (0 for A, 1 for B)."""
+
+    def drop_gradient(accumulated: Tensor) -> None:
+        if accumulated.grad is not None:
+            second_half(accumulated.grad, dimension).zero_()
+
+    parameter.register_post_accumulate_grad_hook(drop_gradient)
+    setattr(parameter, FROZEN, (dimension, second_half(parameter.detach(), dimension).clone()))
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(_put_back))
+
+
+def second_half(factor: Tensor, dimension: int) -> Tensor:
+    """A view of the second half along a dimension."""
+    half = factor.shape[dimension] // 2
+    return factor.narrow(dimension, half, half)
+
+
+def trained_values(parameter: nn.Parameter) -> int:
+    """How many of a parameter's values are trained."""
+    return parameter.numel() // (2 if hasattr(parameter, FROZEN) else 1)
+
+
+@torch.no_grad()
+def _put_back(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if hasattr(parameter, FROZEN):
+                dimension, values = getattr(parameter, FROZEN)
+                second_half(parameter, dimension).copy_(values)

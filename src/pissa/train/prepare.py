@@ -1,0 +1,118 @@
+"""The model that a run trains: adapted from the base, or as the run left it on the disk.
+
+A quantised residual is split once, written to RUN/residual/ and read from there by whatever continues the run, so that
+no second split could come out different.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from ..checkpoint.manifest import fingerprint
+from ..checkpoint.read import load, load_base
+from ..checkpoint.residual import residual_at, residual_state
+from ..export import gap_figures
+from ..live.apply import adapt
+from .directory import RunDirectory, read_record
+from .engine import storage_dtype
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be trained."""
+
+    model: Any
+    """The adapted model, or the base itself for full fine-tuning."""
+    fingerprints: dict[str, str]
+    """Of the base, and of the residual where it is quantised."""
+    split: dict[str, float | None] | None
+    """What the split cost; None where it was made before and stands in the run's record."""
+
+
+def prepare(
+    source: str,
+    recipe: Recipe,
+    directory: RunDirectory,
+    device: torch.device,
+    progress: Progress | None,
+    label: str,
+) -> Prepared:
+    """The model to train, as the last checkpoint left it where there is one.
+
+    Args:
+        source: the base's directory or hub id.
+        recipe: method, rank, quantisation.
+        directory: the run's; nothing is written.
+        device: where it is trained. bitsandbytes' layers must be made there, others are moved by the trainer.
+        progress: a bar for the split, or None.
+        label: the run's name on the bar.
+    """
+    checkpoint = directory.last_checkpoint
+    if recipe.quantization is not None and (checkpoint is not None or residual_at(directory.residual) is not None):
+        return _continued(recipe, directory, device)
+    base = load_base(source, dtype=storage_dtype(recipe))
+    mark = {"base": fingerprint(base)}
+    _checkpoint_activations(base, recipe)
+    if not recipe.adapts:
+        base.requires_grad_(True)
+        return Prepared(base, mark, _figures(0.0, {}))
+    if checkpoint is not None:
+        return Prepared(load(checkpoint, base, is_trainable=True), mark, None)
+    if recipe.quantization is not None and device.type != "cpu":
+        base.to(device)
+    start = time.perf_counter()
+    adapted = _adapted(base, recipe, progress, label)
+    seconds = time.perf_counter() - start
+    if recipe.quantization is not None:
+        mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
+    return Prepared(adapted, mark, _figures(seconds, adapted.pissa.certificates))
+
+
+def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
+    """The saved residual, with the last checkpoint's adapter or, before the first, the initial one."""
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    residual = load_base(directory.residual, dtype=storage_dtype(recipe), **place)
+    marks = {**read_record(directory)["fingerprints"], "residual": fingerprint(residual_state(residual))}
+    marks.pop("data", None)
+    _checkpoint_activations(residual, recipe)
+    adapter: Path = directory.last_checkpoint or directory.residual
+    return Prepared(load(adapter, residual, is_trainable=True), marks, None)
+
+
+def _adapted(base: Any, recipe: Recipe, progress: Progress | None, label: str) -> Any:
+    task = progress.add_task(f"{label}, split", total=None, note="") if progress is not None else None
+
+    def show(name: str, done: int, total: int) -> None:
+        if progress is not None and task is not None:
+            progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
+
+    try:
+        return adapt(base, recipe.pissa_config(), progress=show)
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
+
+
+def _checkpoint_activations(base: Any, recipe: Recipe) -> None:
+    if recipe.gradient_checkpointing:
+        # transformers 5.23 renamed it and warns of the old name
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def _figures(seconds: float, certificates: dict[str, Any]) -> dict[str, float | None]:
+    """What the split cost, for the results."""
+    gaps = {name: c.rounding for name, c in certificates.items() if c.quantization_error is not None}
+    return {
+        "init_seconds": seconds,
+        "largest_captured_energy_loss": max((c.captured_energy_loss for c in certificates.values()), default=None),
+        "largest_rounding_error": max((c.rounding for c in certificates.values()), default=None),
+        **gap_figures(gaps),
+    }
