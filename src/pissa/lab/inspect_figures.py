@@ -138,5 +138,6 @@ def positive(values: Tensor) -> Tensor:
 
 
 def decorate(panel: Any) -> None:
+    """A faint grid, and no frame above and on the right."""
     panel.grid(alpha=0.25, which="both")
     panel.spines[["top", "right"]].set_visible(False)

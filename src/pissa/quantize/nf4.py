@@ -34,6 +34,7 @@ ZERO_CODE = NF4_VALUES.index(0.0)
 
 @cache
 def nf4_table(device: torch.device) -> Table:
+    """The sixteen NF4 values on a device."""
     return Table(torch.tensor(NF4_VALUES, dtype=torch.float32, device=device))
 
 
@@ -191,6 +192,7 @@ def each_chunk(flat: Tensor, block_size: int, weights: Tensor | None) -> Iterato
 
 
 def chunk_blocks(block_size: int) -> int:
+    """How many blocks are worked on at once, so that memory stays bounded."""
     return max(1, CHUNK // block_size)
 
 
