@@ -407,7 +407,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in list(axes.flat)[len(labels) :]:
         axis.axis("off")
     handles = [
-        Line2D([], [], ls="", marker="*" if name.startswith("pissa") else "o", color=plt.get_cmap("tab20")(2 * i % 19), label=name)
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker="*" if name.startswith("pissa") else "o",
+            color=plt.get_cmap("tab20")(2 * i % 19),
+            label=name,
+        )
         for i, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=7)
