@@ -29,6 +29,8 @@ class WeightFiles(NamedTuple):
     weight_map: dict[str, str] | None = None
     """Tensor name -> file name, as the index has it; None where there is no index."""
     index: Path | None = None
+    total_size: float | None = None
+    """Bytes of all tensors, as the index claims."""
 
 
 def find_weights(directory: Path) -> WeightFiles:
@@ -37,6 +39,8 @@ def find_weights(directory: Path) -> WeightFiles:
     Raises:
         CheckpointError: there are none, or the index is damaged, or names what is missing or not its to name.
     """
+    if directory.suffix == ".gguf" and directory.is_file():
+        return WeightFiles("gguf", (directory,))
     names: tuple[tuple[Form, str], ...] = (("safetensors", "model.safetensors"), ("pickle", "pytorch_model.bin"))
     for form, name in names:
         if os.path.lexists(directory / name):
@@ -48,12 +52,11 @@ def find_weights(directory: Path) -> WeightFiles:
     if len(gguf) == 1:
         return WeightFiles("gguf", (gguf[0],))
     if gguf:
-        raise CheckpointError(
-            f"{directory} holds {len(gguf)} GGUF files ({', '.join(f.name for f in gguf[:5])}); give the one that is meant"
-        )
+        some = ", ".join(file.name for file in gguf[:5])
+        raise CheckpointError(f"{directory} holds {len(gguf)} GGUF files ({some}); give the one that is meant")
     raise CheckpointError(
-        f"{directory} has no weights: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin and no "
-        "*.gguf; download it again"
+        f"{directory} has no weights: no model.safetensors, pytorch_model.bin, index of either, or *.gguf; download it "
+        "again"
     )
 
 
@@ -121,7 +124,7 @@ def _sharded(form: Form, index: Path) -> WeightFiles:
     foreign = [name for name in files if not _is_plain_name(name) or not name.endswith(suffix)]
     if foreign:
         raise CheckpointError(
-            f"{index} names {', '.join(repr(name[:100]) for name in foreign[:5])}; a shard is a {suffix} file that lies "
+            f"{index} names {', '.join(repr(name[:100]) for name in foreign[:5])}; a shard is a {suffix} file "
             "beside its index"
         )
     missing = [name for name in files if not os.path.lexists(index.parent / name)]
@@ -135,7 +138,7 @@ def _sharded(form: Form, index: Path) -> WeightFiles:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and not (type(total) in (int, float) and 0 <= total < 1 << 63):
         raise CheckpointError(f"{index}: total_size is {str(total)[:50]!r} and no number of bytes; download it again")
-    return WeightFiles(form, tuple(index.parent / name for name in files), weight_map, index)
+    return WeightFiles(form, tuple(index.parent / name for name in files), weight_map, index, total)
 
 
 def _check_place(file: Path) -> None:
