@@ -7,18 +7,19 @@ weight is too small for, a weight that is not finite: every offender is gathered
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
+from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
 from .layers import is_linear, matrix_shape, weight_matrix
@@ -281,7 +282,7 @@ def _check_weights(targets: list[Target]) -> None:
             unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
         elif target.rank > min(weight.shape):
             low.append(f"{target.name} {tuple(weight.shape)}: {target.rank} > {min(weight.shape)}")
-        elif not bool(torch.isfinite(weight).all()):
+        elif not math.isfinite(magnitude(weight)):
             bad.append(target.name)
     if unready:
         raise WeightError(
