@@ -33,6 +33,7 @@ from .quantize.lowrank import singular_triplets
 from .quantize.metric import metric
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_LINE = 64
 BLOCK = 1 << 20
 """Elements of a block of rows that is widened to fp32 at once, so that a residual needs no fp32 copy of its weight."""
 
@@ -88,7 +89,7 @@ def split_weight(
     check(W, config, moment, gradient, label)
     with torch.no_grad(), full_precision():
         split = quantized if config.quantization is not None else unquantized
-        return split(W.detach(), config, moment, derive_seed(config.seed, name), label)
+        return split(aligned(W.detach()), config, moment, derive_seed(config.seed, name), label)
 
 
 def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, label: str) -> None:
@@ -132,6 +133,12 @@ def unquantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int
     if not math.isfinite(rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
+
+
+def aligned(W: Tensor) -> Tensor:
+    """The weight where a matrix product rounds it as anywhere else: on CPUs its bits depend on how far from a cache
+    line's beginning an fp32 matrix begins, and in a file that is mapped into memory it may begin anywhere."""
+    return W.clone() if W.device.type == "cpu" and W.dtype == torch.float32 and W.data_ptr() % CACHE_LINE else W
 
 
 class Weight(NamedTuple):
@@ -227,7 +234,7 @@ def _split(weight: Weight) -> Split:
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`W + scale·B·A`, computed in fp32 and rounded once to W's dtype; (out, in)."""
-    A, B = A.float(), B.float()
+    A, B = aligned(A.float()), aligned(B.float())
     out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
     with full_precision():
         for rows in row_blocks(W):
@@ -241,6 +248,7 @@ def split_error(W: Tensor, residual: Tensor, A: Tensor, B: Tensor, scale: float)
     Args:
         W: (out, in); residual: the same shape; A: (r, in) fp32; B: (out, r) fp32.
     """
+    A, B = aligned(A.float()), aligned(B.float())
     norms, errors = [], []
     with full_precision():
         for rows in row_blocks(W):

@@ -95,9 +95,7 @@ def sharded(tensors: Mapping[str, Kind]) -> tuple[list[FileLayout], dict[str, ob
     split = split_state_dict_into_shards_factory(
         dict(tensors), get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=PATTERN
     )
-    files = [
-        file_layout(name, {key: tensors[key] for key in keys}) for name, keys in split.filename_to_tensors.items()
-    ]
+    files = [file_layout(name, {key: tensors[key] for key in keys}) for name, keys in split.filename_to_tensors.items()]
     if not split.is_sharded:
         return files, None
     return files, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -43,10 +43,8 @@ from ..live.state import (
     not_plain_lora,
 )
 from .manifest import read_manifest
-from .residual import SavedResidual, find_residual, residual_at
+from .residual import CONFIG, PREFIX, WEIGHTS, SavedResidual, find_residual, residual_at
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
 LOSSLESS = "lossless"
 
 

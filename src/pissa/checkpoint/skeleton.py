@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -150,8 +149,6 @@ def _check_sizes(source: Source, settings: dict[str, Any]) -> None:
                 f"{source.path / 'config.json'}: {key} is {value:,}, and there are {len(source.entries):,} tensors in "
                 "all; correct config.json"
             )
-
-
 
 
 def _listed(items: list[str]) -> str:
