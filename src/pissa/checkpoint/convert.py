@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError, MissingExtraError
 from .files import open_plain
 from .hub import first_line
-from .pickled import load_weights
+from .pickled import UNREADABLE, load_weights
 from .write import explained
 
 
@@ -44,17 +44,8 @@ def convert_gguf(file: Path, directory: Path, *, dtype: torch.dtype | str = "aut
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantization, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as e:
-        raise CheckpointError(f"{file} cannot be read as a GGUF model: {first_line(e)}") from e
+    except UNREADABLE as error:
+        raise CheckpointError(f"{file} cannot be read as a GGUF model: {first_line(error)}") from error
     with explained(directory):
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

@@ -54,6 +54,8 @@ def find_weights(directory: Path) -> WeightFiles:
     if gguf:
         some = ", ".join(file.name for file in gguf[:5])
         raise CheckpointError(f"{directory} holds {len(gguf)} GGUF files ({some}); give the one that is meant")
+    if not any(directory.iterdir()):
+        raise CheckpointError(f"{directory} is empty; a model directory holds config.json and its weights")
     raise CheckpointError(
         f"{directory} has no weights: no model.safetensors, pytorch_model.bin, index of either, or *.gguf; download it "
         "again"

@@ -1,8 +1,8 @@
 """Where the tensors of a `pytorch_model.bin` lie, without running its code and without loading them.
 
 A .bin is a zip archive: a pickle that describes the tensors, and one uncompressed record for the bytes of each storage.
-torch's own weights-only loader reads the pickle, for which code is never run, with tensors that have no memory; it notes
-where in the file each storage lies. That is held against the archive's directory.
+torch's own weights-only loader, which runs no code, reads the pickle into tensors that have no memory and notes where
+in the file each storage lies. That is held against the archive's directory.
 """
 
 from __future__ import annotations

@@ -165,6 +165,22 @@ def open_source(model: str | os.PathLike[str]) -> Source:
     return source
 
 
+def check_source(directory: str | os.PathLike[str]) -> None:
+    """Refuse a local directory that `open_source` would refuse; pickles and GGUF as far as names and links tell.
+
+    Raises:
+        CheckpointError: as `open_source`.
+    """
+    path = local_directory(directory)
+    weights = find_weights(path)
+    if weights.form == "safetensors":
+        open_source(path).close()
+    elif weights.form == "pickle":
+        read_config(path)
+        for file in weights.files:
+            os.close(open_plain(file)[0])
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """What config.json holds, without `auto_map`: code that comes with a model is never run.
 
@@ -173,8 +189,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     file = directory / CONFIG
     if not os.path.lexists(file):
-        what = "is empty" if not any(directory.iterdir()) else "has no config.json"
-        raise CheckpointError(f"{directory} {what}; a model directory holds config.json and its weights")
+        raise CheckpointError(f"{directory} has no config.json; a model directory holds config.json and its weights")
     config = read_json(file)
     if config.pop("auto_map", None) is not None:
         from transformers import CONFIG_MAPPING
