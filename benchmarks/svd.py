@@ -397,7 +397,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, label in zip(axes.flat, labels, strict=False):
         for row in (row for row in rows if row["class"] == label):
             marker = "*" if row["rival"].startswith("pissa") else "o"
-            color = f"C{names.index(row['rival'])}"
+            color = plt.get_cmap("tab20")(2 * names.index(row["rival"]) % 19)
             loss = max(row["mean_loss"], 1e-8)
             axis.loglog(loss, row["median_seconds"], marker, color=color, ms=11 if marker == "*" else 6)
         axis.set_title(f"{label}, r {row_rank(rows, label)}", fontsize=8)
@@ -407,7 +407,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in list(axes.flat)[len(labels) :]:
         axis.axis("off")
     handles = [
-        Line2D([], [], ls="", marker="*" if name.startswith("pissa") else "o", color=f"C{i}", label=name)
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker="*" if name.startswith("pissa") else "o",
+            color=plt.get_cmap("tab20")(2 * i % 19),
+            label=name,
+        )
         for i, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=7)

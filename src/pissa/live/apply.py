@@ -139,7 +139,7 @@ def _splits(
 def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mapping[str, Tensor]]:
     """Moments by module name, as many at a time as fit into MOMENT_BYTES, at least those of one input."""
     if isinstance(moments, Mapping):
-        yield moments
+        yield moments  # pyright: ignore[reportReturnType]
         return
     group: dict[str, Tensor] = {}
     size = 0
