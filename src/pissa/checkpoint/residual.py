@@ -49,6 +49,8 @@ class SavedResidual:
     """Directory or hub id of the base that was split."""
     certificates: dict[str, Certificate]
     """Module name -> certificate of its split."""
+    config: dict[str, Any] | None = None
+    """The fields of the PissaConfig by which it was split, as far as they are known."""
 
     @property
     def gaps(self) -> dict[str, float]:
@@ -140,12 +142,15 @@ def residual_at(path: Path) -> SavedResidual | None:
         name: Certificate(**{"seconds": 0.0, **{key: value for key, value in module.items() if key in known}})
         for name, module in manifest.get("modules", {}).items()
     }
-    return SavedResidual(path, manifest.get("base"), certificates)
+    return SavedResidual(path, manifest.get("base"), certificates, manifest.get("config"))
 
 
 def find_residual(directory: Path, manifest: dict[str, Any], named: str | None) -> SavedResidual | None:
-    """The residual that an adapter is for: where its manifest says (relative to itself, so that a run can be moved as a
-    whole), else the base that its configuration names, where that is one."""
+    """The residual that an adapter is for: the directory that the initial adapter lies in; where its manifest says
+    (relative to itself, so that a run can be moved as a whole); else the base that its configuration names, where that
+    is one."""
+    if directory.name == INITIAL and (found := residual_at(directory.parent)) is not None:
+        return found
     relative = manifest.get("residual")
     if relative is not None:
         found = residual_at(Path(os.path.normpath(directory / relative)))
