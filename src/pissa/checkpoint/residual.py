@@ -29,6 +29,7 @@ from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
 from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter
 from .manifest import MANIFEST, package_versions, read_manifest
+from .seal import described, write_sealed
 from .write import check_free, output_directory, write_json
 
 RESIDUAL = "residual"
@@ -86,7 +87,7 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
             write_adapter(model, partial / INITIAL, base=final, adapter=INITIAL)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_json(partial / MANIFEST, _manifest(record))
+        write_sealed(partial / MANIFEST, {**_manifest(record), "files": described(partial)})
     record.residual = final
     for config in model.peft_config.values():
         config.base_model_name_or_path = final
