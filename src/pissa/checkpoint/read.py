@@ -42,11 +42,11 @@ from ..live.state import (
     marks,
     not_plain_lora,
 )
+from .hub import first_line, looks_like_path
 from .manifest import read_manifest
-from .residual import SavedResidual, find_residual, residual_at
+from .residual import CONFIG, PREFIX, WEIGHTS, SavedResidual, find_residual, residual_at
+from .source import check_source
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
 LOSSLESS = "lossless"
 
 
@@ -184,31 +184,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def check_model_directory(source: str | os.PathLike[str]) -> None:
-    """Refuse a local model directory that is missing, empty or lacks shards; a hub id passes unchecked.
+    """Refuse a local model directory that is missing, empty, incomplete or damaged; a hub id passes unchecked.
 
     Raises:
-        CheckpointError: with what is missing.
+        CheckpointError: as `open_source`.
     """
-    path = Path(source)
-    if not path.exists():
-        if looks_like_path(source):
-            raise CheckpointError(f"{source} does not exist; give a model's directory or a hub id such as org/name")
-        return
-    if not path.is_dir():
-        raise CheckpointError(f"{source} is a file; give the directory that holds config.json and the weights")
-    if not (path / "config.json").is_file():
-        what = "is empty" if not any(path.iterdir()) else "has no config.json"
-        raise CheckpointError(f"{source} {what}; a model directory holds config.json and its weights")
-    indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
-    weights = [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.gguf")]
-    if not weights and not indices:
-        raise CheckpointError(f"{source} has a config.json but no weights (*.safetensors); download it again")
-    for index in indices:
-        missing = sorted(file for file in _indexed_files(index) if not (path / file).is_file())
-        if missing:
-            raise CheckpointError(
-                f"{source} lacks {len(missing)} shard(s) that {index.name} names: {', '.join(missing)}"
-            )
+    if Path(source).exists() or looks_like_path(source):
+        check_source(source)
 
 
 def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
@@ -229,12 +211,6 @@ def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any])
             f"{source} does not hold the weights that its config.json asks for: {', '.join(wrong[:20])}{rest}; "
             "download it again, or correct config.json"
         )
-
-
-def looks_like_path(source: str | os.PathLike[str]) -> bool:
-    """Whether a source can only be a path: hub ids are `name` or `org/name`."""
-    text = os.fspath(source)
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
@@ -280,11 +256,6 @@ def _with_initial(
             f"{directory} and {initial_directory} differ in modules or ranks; they are not of one run"
         )
     return {name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()}
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message as one line."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _adapter_directory(path: Path) -> Path:
@@ -386,10 +357,3 @@ def _load_others(model: PeftModel, tensors: dict[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, tensors, adapter_name=TRAINABLE)
-
-
-def _indexed_files(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a shard index: {first_line(error)}; download it again") from error
