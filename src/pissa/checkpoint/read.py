@@ -44,11 +44,9 @@ from ..live.state import (
 )
 from .hub import first_line, looks_like_path
 from .manifest import read_manifest
-from .residual import SavedResidual, find_residual, residual_at
+from .residual import CONFIG, PREFIX, WEIGHTS, SavedResidual, find_residual, residual_at
 from .source import check_source
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
 LOSSLESS = "lossless"
 
 

@@ -10,7 +10,7 @@ In placement "offset" the weights stay, and one adapter holds both (`offset.py`)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,11 +22,12 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+from ..calibrate.moments import Moment
 from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate
-from ..errors import ConfigError, PissaError
+from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
-from ..split import Weight, combine, split_each
+from ..split import Split, Weight, combine, split_each
 from .layers import set_weight_matrix, weight_matrix
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
@@ -40,6 +41,8 @@ from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors, 
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
+MOMENT_BYTES = 1 << 28
+"""Streamed moments held at a time: enough for several weights to be split side by side."""
 
 
 @dataclass
@@ -70,7 +73,7 @@ def adapt(
     model: nn.Module,
     config: PissaConfig,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Tensor] | Iterable[Moment] | None = None,
     progress: Progress | None = None,
 ) -> PeftModel:
     """Turn a model into its residual with a trainable adapter that starts at the principal components.
@@ -79,7 +82,8 @@ def adapt(
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
         config: rank, method, targets, quantisation, placement.
-        moments: module name -> (in, in) second moment of its input, for a quantisation that minimises output error.
+        moments: second moments of the targets' inputs, for a quantisation that minimises output error: module name ->
+            (in, in), or `calibrate.second_moments` as it streams, so that a few of them are in memory at a time.
         progress: called with (module name, how many are done, how many there are) after each split.
 
     Returns:
@@ -88,6 +92,7 @@ def adapt(
 
     Raises:
         TargetError, ConfigError, WeightError: see `targets.resolve_targets`; the model is then unchanged.
+        DataError: a target without a moment where others have one.
         MissingExtraError: a quantisation without bitsandbytes.
 
     Source: paper, section 3.
@@ -99,16 +104,7 @@ def adapt(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
-    weights = [
-        Weight(
-            weight_matrix(target.module),
-            config.for_module(target.rank, target.alpha),
-            f"{target.name}.weight",
-            moments.get(target.name) if moments is not None else None,
-        )
-        for target in targets
-    ]
-    for done, (target, split) in enumerate(zip(targets, split_each(weights), strict=True), start=1):
+    for done, (target, split) in enumerate(_splits(targets, config, moments), start=1):
         factors[target.name] = split.A, split.B
         certificates[target.name] = split.certificate
         if split.packed is not None:
@@ -123,6 +119,52 @@ def adapt(
     record: Any = adapted.pissa
     record.config, record.certificates, record.quantization = config, certificates, config.quantization
     return adapted
+
+
+def _splits(
+    targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor] | Iterable[Moment] | None
+) -> Iterator[tuple[Target, Split]]:
+    """Every target with its split: in the model's order, or as streamed moments arrive."""
+    if moments is None:
+        yield from _split_group(targets, config, {})
+        return
+    waiting = {target.name: target for target in targets}
+    for group in _groups(moments):
+        here = [waiting.pop(name) for name in group if name in waiting]
+        yield from _split_group(here, config, group)
+    if waiting:
+        raise DataError(f"no second moment is given for {', '.join(waiting)}; give one for every target, or none")
+
+
+def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mapping[str, Tensor]]:
+    """Moments by module name, as many at a time as fit into MOMENT_BYTES, at least those of one input."""
+    if isinstance(moments, Mapping):
+        yield moments  # pyright: ignore[reportReturnType]
+        return
+    group: dict[str, Tensor] = {}
+    size = 0
+    for moment in moments:
+        group |= dict.fromkeys(moment.names, moment.matrix)
+        size += moment.matrix.nbytes
+        if size >= MOMENT_BYTES:
+            yield group
+            group, size = {}, 0
+    yield group
+
+
+def _split_group(
+    targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor]
+) -> Iterator[tuple[Target, Split]]:
+    weights = [
+        Weight(
+            weight_matrix(target.module),
+            config.for_module(target.rank, target.alpha),
+            f"{target.name}.weight",
+            moments.get(target.name),
+        )
+        for target in targets
+    ]
+    return zip(targets, split_each(weights), strict=True)
 
 
 def attach_offset(
@@ -247,7 +289,7 @@ def _attach(
     return adapted
 
 
-def _check_live_format(quantization: Quantization, moments: Mapping[str, Tensor] | None) -> None:
+def _check_live_format(quantization: Quantization, moments: object) -> None:
     """Refuse a quantisation that live layers cannot carry out.
 
     Raises:

@@ -7,18 +7,19 @@ weight is too small for, a weight that is not finite: every offender is gathered
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
+from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
 from .layers import is_linear, matrix_shape, weight_matrix
@@ -39,12 +40,13 @@ class Target:
     """None: scale 1."""
 
 
-def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
+def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = True) -> list[Target]:
     """Find the modules that the configuration asks for and check that each can be adapted.
 
     Args:
         model: a model without adapters.
         config: target_modules, exclude_modules, ranks and alphas.
+        loaded: whether the weights are there; those on the meta device are checked for their shapes alone.
 
     Returns:
         The targets in the model's order, at least one.
@@ -74,7 +76,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
     targets = [_with_rank(name, modules[name], config) for name in names]
     _check_patterns(names, config)
     _check_quantized(targets, config)
-    _check_weights(targets)
+    _check_weights(targets, loaded)
     if config.quantization is not None:
         bits = 8 if config.quantization.format == "int8" else 4
         check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
@@ -267,7 +269,7 @@ def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
     raise WeightError(f"cannot split {_listed(already)}: already quantised; {remedy}")
 
 
-def _check_weights(targets: list[Target]) -> None:
+def _check_weights(targets: list[Target], loaded: bool) -> None:
     unready, low, bad = [], [], []
     for target in targets:
         if bits_of(target.module) is not None:
@@ -277,11 +279,12 @@ def _check_weights(targets: list[Target]) -> None:
                 low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
             continue
         weight = weight_matrix(target.module)
-        if weight.dtype not in STORAGE_DTYPES or weight.is_meta or weight.numel() == 0 or weight.ndim != 2:
+        absent = weight.is_meta and loaded
+        if weight.dtype not in STORAGE_DTYPES or absent or weight.numel() == 0 or weight.ndim != 2:
             unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
         elif target.rank > min(weight.shape):
             low.append(f"{target.name} {tuple(weight.shape)}: {target.rank} > {min(weight.shape)}")
-        elif not bool(torch.isfinite(weight).all()):
+        elif loaded and not math.isfinite(magnitude(weight)):
             bad.append(target.name)
     if unready:
         raise WeightError(

@@ -24,7 +24,7 @@ from ..checkpoint.manifest import MANIFEST, hardware, package_versions
 from ..checkpoint.read import check_model_directory, load_tokenizer
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.write import explained, output_files, write_json
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, Interrupted, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
 from .card import model_card
@@ -50,10 +50,6 @@ from .recipe import Recipe
 from .rows import examples_from_rows
 from .sampler import WithBlank
 from .trainer import ResponseTrainer
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; the message says what was saved and how to continue."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""`pissa.json` as a seal: every byte of every file beside it is described, and so is every byte of itself.
+
+A file of tensors is described by its size, the sha256 of its header, and the sha256 of each tensor; together that is
+every byte, and each was known when it was written, so that nothing is read a second time. Any other file has its size
+and sha256. The manifest's own digest is that of its text with the digest left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .layout import FileLayout
+from .manifest import MANIFEST
+
+DIGEST = "sha256"
+BLANK = "0" * 64
+CHUNK = 1 << 24
+
+
+def sealed(document: Mapping[str, Any]) -> str:
+    """A manifest's text, with its own digest as the last field."""
+    digest = hashlib.sha256(_text({**document, DIGEST: BLANK}).encode()).hexdigest()
+    return _text({**document, DIGEST: digest})
+
+
+def is_intact(text: str) -> bool:
+    """Whether a manifest's text is, to the byte, what was sealed."""
+    try:
+        document = json.loads(text)
+        return isinstance(document, dict) and sealed({k: v for k, v in document.items() if k != DIGEST}) == text
+    except ValueError:
+        return False
+
+
+def tensor_file(file: FileLayout, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What the manifest says of a file of tensors.
+
+    Args:
+        digests: tensor -> sha256, for at least its tensors.
+    """
+    return {
+        "size": file.size,
+        "header": hashlib.sha256(file.header).hexdigest(),
+        "tensors": {name: digests[name] for name in file.offsets},
+    }
+
+
+def plain_file(path: Path) -> dict[str, Any]:
+    """What the manifest says of any other file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def is_unsealed_name(name: str) -> bool:
+    """Whether a file is none of the seal's business: the manifest itself, and hidden ones such as .gitattributes."""
+    return name == MANIFEST or name.startswith(".")
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n"

@@ -1,0 +1,103 @@
+"""One task of a plan: a tensor of the base is read and split, or copied, and what it becomes is written.
+
+The record of a task says everything that the manifest will: digests of what was read and written, and the certificate.
+Neither time nor thread nor machine is in it, so that equal work leaves equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightError
+from ..live.layers import as_matrix, as_stored
+from ..split import Split, split_weight
+from .layout import raw_bytes
+from .outputs import Outputs
+from .plan import Task, packed_parts
+from .residual import PREFIX
+from .source import Source
+
+Record = dict[str, Any]
+
+
+def do(task: Task, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]) -> Record:
+    """Carry a task out.
+
+    Args:
+        task: what to do.
+        source: the base.
+        outputs: where the result goes.
+        computing: held while the processor is needed, so that others can read and write meanwhile.
+
+    Returns:
+        The task's name, the sha256 of the base's tensor and of each one written, and the certificate of a split.
+
+    Raises:
+        WeightError, CheckpointError: the weight cannot be split or read.
+        OSError: it cannot be written.
+    """
+    return _copy(task, source, outputs) if task.module is None else _split(task, source, outputs, computing)
+
+
+def _split(task: Task, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]) -> Record:
+    assert task.config is not None and task.module is not None
+    stored = source.read(task.source)
+    digest = hashlib.sha256(raw_bytes(stored)).hexdigest()
+    weight = stored if task.dtype is None else stored.to(task.dtype)
+    del stored
+    with computing:
+        split = split_weight(as_matrix(task.module, weight), task.config, name=f"{task.name}.weight")
+        del weight
+        tensors = _tensors(task, split)
+    written = {name: outputs.write(name, tensor) for name, tensor in tensors.items()}
+    certificate = {key: value for key, value in asdict(split.certificate).items() if key != "seconds"}
+    return {"task": task.name, "base": digest, "tensors": written, "certificate": certificate}
+
+
+def _tensors(task: Task, split: Split) -> dict[str, Tensor]:
+    """What a split leaves on the disk, in the places that the plan has for it."""
+    assert task.module is not None and task.config is not None
+    tensors: dict[str, Tensor] = {}
+    if split.packed is not None:
+        tensors |= packed_parts(task.module, task.name, split.packed)
+    else:
+        tensors[f"{task.name}.weight"] = as_stored(task.module, split.residual)
+    if not task.config.starts_at_zero:
+        tensors[f"{PREFIX}{task.name}.lora_A.weight"] = split.A
+        tensors[f"{PREFIX}{task.name}.lora_B.weight"] = split.B
+    assert tensors.keys() == task.outputs.keys()
+    assert all(tuple(tensor.shape) == task.outputs[name].shape for name, tensor in tensors.items())
+    return tensors
+
+
+def _copy(task: Task, source: Source, outputs: Outputs) -> Record:
+    """Piece by piece, so that no embedding is ever whole in memory."""
+    ((name, _),) = task.outputs.items()
+    stored = source.entries[task.source].dtype
+    read, written = hashlib.sha256(), hashlib.sha256()
+    done = 0
+    for chunk in source.chunks(task.source):
+        read.update(chunk)
+        data: bytes | memoryview = chunk
+        if task.dtype is not None:
+            assert stored is not None
+            data = _converted(chunk, stored, task, name)
+        written.update(data)
+        outputs.put(name, done, data)
+        done += len(data)
+    return {"task": task.name, "base": read.hexdigest(), "tensors": {name: written.hexdigest()}}
+
+
+def _converted(chunk: bytes, stored: torch.dtype, task: Task, name: str) -> memoryview:
+    assert task.dtype is not None
+    values = torch.frombuffer(bytearray(chunk), dtype=stored)
+    result = values.to(task.dtype)
+    if bool((result.isinf() & values.isfinite()).any()):
+        raise WeightError(f"{name} does not fit into {task.dtype}; use a wider --dtype")
+    return raw_bytes(result)
