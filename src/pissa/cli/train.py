@@ -18,8 +18,20 @@ def command(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="pissa, lora, lora-kaiming, lora-gaussian, qlora, loftq, qpissa or full. [pissa]"),
+        typer.Option(
+            help="pissa, random-pissa, cura, robust-pissa, lora, lora-kaiming, lora-gaussian, qlora, loftq, qpissa or "
+            "full. [pissa]"
+        ),
     ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Of pissa: principal, medium, minor, or scored by the data. [principal]")
+    ] = None,
+    scored_examples: Annotated[int | None, typer.Option(help="Examples that scored looks at. [64]")] = None,
+    random_fraction: Annotated[
+        float | None, typer.Option(help="Of random-pissa: share of the components that are drawn. [1]")
+    ] = None,
+    cur_core: Annotated[str | None, typer.Option(help="Of cura: optimal or intersection. [optimal]")] = None,
+    cur_rcond: Annotated[float | None, typer.Option(help="Of cura: cut-off of its inverses. [rounding]")] = None,
     rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
     target_modules: Annotated[

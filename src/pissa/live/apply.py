@@ -10,7 +10,7 @@ In placement "offset" the weights stay, and one adapter holds both (`offset.py`)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,12 +22,13 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+from ..calibrate.gradients import weight_gradients
 from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate
 from ..errors import ConfigError, PissaError
 from ..quantize.formats import Packed
-from ..split import Weight, combine, split_each
-from .layers import set_weight_matrix, weight_matrix
+from ..split import Split, Weight, combine, split_each
+from .layers import as_matrix, set_weight_matrix, weight_matrix
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
     bitsandbytes_config,
@@ -71,6 +72,7 @@ def adapt(
     config: PissaConfig,
     *,
     moments: Mapping[str, Tensor] | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> PeftModel:
     """Turn a model into its residual with a trainable adapter that starts at the principal components.
@@ -80,6 +82,8 @@ def adapt(
             their weights replaced by residuals. `restore` undoes that.
         config: rank, method, targets, quantisation, placement.
         moments: module name -> (in, in) second moment of its input, for a quantisation that minimises output error.
+        batches: keyword arguments of the model's forward, with labels, from the data that it is to learn: what
+            component "scored" chooses by.
         progress: called with (module name, how many are done, how many there are) after each split.
 
     Returns:
@@ -95,20 +99,18 @@ def adapt(
     if config.quantization is not None:
         _check_live_format(config.quantization, moments)
     keep_unpacked(model)
+    if (batches is not None) != config.needs_gradient:
+        raise ConfigError(
+            'batches are for component "scored", which chooses by them; leave them out'
+            if batches is not None
+            else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
+        )
     targets = resolve_targets(model, config)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
-    weights = [
-        Weight(
-            weight_matrix(target.module),
-            config.for_module(target.rank, target.alpha),
-            f"{target.name}.weight",
-            moments.get(target.name) if moments is not None else None,
-        )
-        for target in targets
-    ]
-    for done, (target, split) in enumerate(zip(targets, split_each(weights), strict=True), start=1):
+    splits = _splits(targets, config, moments) if batches is None else _scored_splits(model, targets, config, batches)
+    for done, (target, split) in enumerate(splits, start=1):
         factors[target.name] = split.A, split.B
         certificates[target.name] = split.certificate
         if split.packed is not None:
@@ -123,6 +125,35 @@ def adapt(
     record: Any = adapted.pissa
     record.config, record.certificates, record.quantization = config, certificates, config.quantization
     return adapted
+
+
+def _splits(
+    targets: Sequence[Target],
+    config: PissaConfig,
+    moments: Mapping[str, Tensor] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> Iterator[tuple[Target, Split]]:
+    """Each target with its split, in order; moments are by module, gradients by parameter."""
+    weights = [
+        Weight(
+            weight_matrix(target.module),
+            config.for_module(target.rank, target.alpha),
+            f"{target.name}.weight",
+            moments.get(target.name) if moments is not None else None,
+            as_matrix(target.module, gradients[f"{target.name}.weight"]) if gradients is not None else None,
+        )
+        for target in targets
+    ]
+    yield from zip(targets, split_each(weights), strict=True)
+
+
+def _scored_splits(
+    model: nn.Module, targets: Sequence[Target], config: PissaConfig, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Target, Split]]:
+    """The same by the gradients of a loss, of which some are in memory at a time."""
+    by_name = {f"{target.name}.weight": target for target in targets}
+    for gradients in weight_gradients(model, batches, by_name):
+        yield from _splits([by_name[name] for name in gradients], config, gradients=gradients)
 
 
 def attach_offset(

@@ -11,11 +11,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..config import METHODS, PLACEMENTS, PissaConfig, Placement, Quantization, quantization_preset
+from ..config import (
+    METHODS,
+    PLACEMENTS,
+    Component,
+    CurCore,
+    Method,
+    PissaConfig,
+    Placement,
+    Quantization,
+    quantization_preset,
+)
 from ..errors import ConfigError
 from .prompts import TEMPLATES, Template
 
-TrainingMethod = Literal["pissa", "lora", "lora-kaiming", "lora-gaussian", "qlora", "loftq", "qpissa", "full"]
+TrainingMethod = Literal[Method, "lora", "qlora", "loftq", "qpissa", "full"]
 TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
 DTYPES = ("auto", "fp32", "bf16")
 ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "qpissa": "pissa"}
@@ -36,12 +46,23 @@ class Recipe:
     """
 
     method: TrainingMethod = "pissa"
-    """pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model is trained. qlora, loftq and
-    qpissa are lora and pissa with that quantize_method, in nf4 unless `quantize` says otherwise."""
+    """pissa, random-pissa, cura, robust-pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model
+    is trained. qlora, loftq and qpissa are lora and pissa with that quantize_method, in nf4 unless `quantize` says
+    otherwise."""
     rank: int = 16
     """Components per adapter."""
     alpha: float | None = None
     """LoRA's numerator; None for alpha = rank."""
+    component: Component = "principal"
+    """Of method pissa: principal, medium, minor, or scored by the data that is trained on, see `PissaConfig`."""
+    scored_examples: int = 64
+    """How many examples component scored looks at, evenly spread over the data."""
+    random_fraction: float = 1.0
+    """Of method random-pissa: share of the components that are drawn."""
+    cur_core: CurCore = "optimal"
+    """Of method cura: optimal or intersection."""
+    cur_rcond: float | None = None
+    """Of method cura: cut-off of its inverses."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Modules to adapt: all-linear, names or name endings, or one regular expression, see `module_names`."""
     exclude_modules: str | tuple[str, ...] = ()
@@ -116,6 +137,8 @@ class Recipe:
         _check_choices(self)
         _check_ranges(self)
         _check_quantization(self)
+        if self.adapts and self.component != "scored" and self.scored_examples != Recipe.scored_examples:
+            raise ConfigError('scored_examples is for component "scored"; leave it out')
         if self.adapts:
             self.pissa_config()
         else:
@@ -147,6 +170,10 @@ class Recipe:
             rank=self.rank,
             alpha=self.alpha,
             method=method,
+            component=self.component,
+            random_fraction=self.random_fraction,
+            cur_core=self.cur_core,
+            cur_rcond=self.cur_rcond,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             modules_to_save=tuple(self.modules_to_save),
@@ -266,6 +293,7 @@ def _check_unused(recipe: Recipe) -> None:
     """Refuse what full fine-tuning would ignore."""
     names = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
     names += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
+    names += ("component", "scored_examples", "random_fraction", "cur_core", "cur_rcond")
     given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) not in (f.default, {})]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
@@ -309,6 +337,7 @@ def _check_choices(recipe: Recipe) -> None:
 
 def _check_ranges(recipe: Recipe) -> None:
     counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank", "iterations")
+    counts += ("scored_examples",)
     for name in (*counts, "max_length"):
         value, least = getattr(recipe, name), 2 if name == "max_length" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
