@@ -44,12 +44,14 @@ def weights_of(directory: Path, layers: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            names = [name for name in list(file.keys()) if name.endswith(tuple(f"{kind}.weight" for kind in KINDS))]
-            blocks = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in names})
-            chosen = {blocks[i * (len(blocks) - 1) // max(1, layers - 1)] for i in range(layers)}
-            found |= {
-                n: file.get_tensor(n).float() for n in names if int(n.split(".layers.")[1].split(".")[0]) in chosen
+            names = {
+                name: int(name.split(".layers.")[1].split(".")[0])
+                for name in list(file.keys())
+                if name.endswith(tuple(f"{kind}.weight" for kind in KINDS))
             }
+            blocks = sorted(set(names.values()))
+            chosen = {blocks[i * (len(blocks) - 1) // max(1, layers - 1)] for i in range(layers)}
+            found |= {name: file.get_tensor(name).float() for name, block in names.items() if block in chosen}
     if not found:
         raise SystemExit(f"no {', '.join(KINDS)} in {directory}; give a Llama-like model's directory with safetensors")
     return found

@@ -33,8 +33,8 @@ from .certificate import Certificate
 from .scale import energy, scaled, unscaled
 from .svd import TruncatedSVD, fix_signs, truncated_svd
 
-ITERATIONS = 100
-FIRST_STEP, LAST_STEP = 2.0, 0.003
+ITERATIONS = 150
+FIRST_STEP, LAST_STEP = 2.0, 0.02
 """Of η, in units of the starting point's mean absolute error."""
 CLIP = 2.0
 """Entries are clipped at this multiple of the mean magnitude for the second starting point."""
