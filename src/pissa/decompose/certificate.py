@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -33,3 +34,12 @@ class Certificate:
     """By how many percent that is below the plain format's `‖W − Q(W)‖`; 0 for W = 0."""
     iterations: int | None = None
     """How many iterations the quantised split took; later ones were no better."""
+
+
+def worst(certificates: Sequence[Certificate]) -> Certificate:
+    """One certificate that holds for each of several matrices; the seconds are those of all."""
+    return replace(
+        max(certificates, key=lambda certificate: certificate.captured_energy_loss),
+        rounding=max(certificate.rounding for certificate in certificates),
+        seconds=sum(certificate.seconds for certificate in certificates),
+    )

@@ -10,24 +10,25 @@ In placement "offset" the weights stay, and one adapter holds both (`offset.py`)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
 
 from ..config import PissaConfig, Quantization
-from ..decompose.certificate import Certificate
+from ..decompose.certificate import Certificate, worst
 from ..errors import ConfigError, PissaError
 from ..quantize.formats import Packed
-from ..split import Weight, combine, split_each
-from .layers import set_weight_matrix, weight_matrix
+from ..split import Split, Weight, split_each
+from .conversion import settle_names
+from .layers import ATTENTION, LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
     bitsandbytes_config,
@@ -36,7 +37,8 @@ from .quantized import (
     quantized_layer,
     require_bitsandbytes,
 )
-from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors, set_marks
+from .runtime import keep_slow_path, warn_of_silence
+from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_marks
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
@@ -52,6 +54,8 @@ class AdaptationRecord:
     """Module name -> certificate of its split."""
     untied: dict[str, str] = field(default_factory=dict)
     """Target whose weight was shared -> the module that keeps the shared weight."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """The ties among weights that transformers knew of, and that were undone for that."""
     tie_word_embeddings: bool | None = None
     """The base configuration's value, where untying changed it."""
     trainable: frozenset[str] = frozenset()
@@ -96,23 +100,16 @@ def adapt(
         _check_live_format(config.quantization, moments)
     keep_unpacked(model)
     targets = resolve_targets(model, config)
+    warn_of_silence([target.name for target in targets if target.kind is ATTENTION])
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
-    weights = [
-        Weight(
-            weight_matrix(target.module),
-            config.for_module(target.rank, target.alpha),
-            f"{target.name}.weight",
-            moments.get(target.name) if moments is not None else None,
-        )
-        for target in targets
-    ]
-    for done, (target, split) in enumerate(zip(targets, split_each(weights), strict=True), start=1):
-        factors[target.name] = split.A, split.B
-        certificates[target.name] = split.certificate
-        if split.packed is not None:
-            packed[target.name] = split.packed
+    for done, (target, splits) in enumerate(_splits(targets, config, moments), start=1):
+        A, B = torch.stack([split.A for split in splits]), torch.stack([split.B for split in splits])
+        factors[target.name] = (A, B) if target.is_stack else (A[0], B[0])
+        certificates[target.name] = worst([split.certificate for split in splits])
+        if splits[0].packed is not None:
+            packed[target.name] = splits[0].packed
         if progress is not None:
             progress(target.name, done, len(targets))
 
@@ -123,6 +120,32 @@ def adapt(
     record: Any = adapted.pissa
     record.config, record.certificates, record.quantization = config, certificates, config.quantization
     return adapted
+
+
+def _splits(
+    targets: Sequence[Target], config: PissaConfig, moments: Mapping[str, Tensor] | None
+) -> Iterator[tuple[Target, list[Split]]]:
+    """Each target, in order, with the split of its weight, or of each of its experts' weights."""
+    weights = [weights_of(target, target.place.matrices(), config, moments) for target in targets]
+    splits = split_each([weight for group in weights for weight in group])
+    for target, group in zip(targets, weights, strict=True):
+        yield target, [next(splits) for _ in group]
+
+
+def weights_of(
+    target: Target, matrices: Tensor, config: PissaConfig, moments: Mapping[str, Tensor] | None = None
+) -> list[Weight]:
+    """What `split_each` takes for one target: its weight, or those of its experts, each with a name of its own.
+
+    Args:
+        matrices: (…, out, in), as `Kind.matrices` gives them.
+        moments: module name -> (in, in) second moment of the input.
+    """
+    own = config.for_module(target.rank, target.alpha)
+    moment = moments.get(target.name) if moments is not None else None
+    if matrices.ndim == 2:
+        return [Weight(matrices, own, target.weight_key, moment)]
+    return [Weight(matrix, own, f"{target.weight_key}.{i}", moment) for i, matrix in enumerate(matrices)]
 
 
 def attach_offset(
@@ -159,7 +182,7 @@ def attach(
     Args:
         model: the base; its targets' weights are replaced by residuals where `subtract` is set.
         lora_config: the configuration of adapter "default".
-        initial: module name -> (A0 (r, in), B0 (out, r)).
+        initial: name of what is adapted -> (A0 (…, r, in), B0 (…, out, r)).
         subtract: whether `s·B0·A0` is taken out of the weights and kept as `pissa_init`; else the base stays as it is.
         trained: the factors that "default" gets; None for the initial ones.
         packed: quantised residuals that take the weights' place, one for each target or none at all.
@@ -214,15 +237,19 @@ def _attach(
     ready: bool,
 ) -> PeftModel:
     shared = _shared_weights(model, list(initial)) if (subtract or packed) and not ready else {}
-    tied_before = _declare_untied(model, shared) if shared else None
+    ties, tied_before = _declare_untied(model, shared) if shared else ({}, None)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     base = getattr(model, "name_or_path", None) or None
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
-    adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
-    if subtract:
-        adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        # PEFT looks for the keys among modules alone, though it finds those of bare parameters as well
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
+        if subtract:
+            adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
+    settle_names(adapted)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")
@@ -238,11 +265,11 @@ def _attach(
         if subtract:
             set_factors(layer, INITIAL, A0, B0, trainable=False)
         if subtract and not packed and not ready:
-            module = base_layer(layer)
-            residual = combine(weight_matrix(module), A0, B0, -float(layer.scaling[TRAINABLE]))
-            set_weight_matrix(module, residual)
+            place = place_at(layer)
+            place.put(combine_each(place.matrices(), A0, B0, -float(layer.scaling[TRAINABLE])))
+    keep_slow_path(adapted)
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
-        None, {}, shared, tied_before, trainable, quantized=bool(packed), base=base
+        None, {}, shared, ties, tied_before, trainable, quantized=bool(packed), base=base
     )
     return adapted
 
@@ -279,17 +306,19 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     """PEFT's configuration for these targets. It says `init_lora_weights=True`, so that no library that copies or
     reloads the adapter decomposes the residual."""
     default_alpha = _lora_alpha(config, config.rank, config.alpha)
-    alphas = {target.name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
+    alphas = {target.peft_name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
     keys = pattern_keys([*alphas])
+    linear = [t.kind for t in targets if t.kind in (LINEAR, TRANSPOSED)]
     return LoraConfig(
         r=config.rank,
         lora_alpha=default_alpha,  # pyright: ignore[reportArgumentType] -- PEFT computes with floats as well
-        target_modules=peft_targets(model, [*alphas]),
-        rank_pattern={keys[t.name]: t.rank for t in targets if t.rank != config.rank},
+        target_modules=peft_targets(model, [t.name for t in targets if not t.kind.bare]),
+        target_parameters=[t.weight_key for t in targets if t.kind.bare] or None,
+        rank_pattern={keys[t.peft_name]: t.rank for t in targets if t.rank != config.rank},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
         lora_dropout=config.dropout,
-        fan_in_fan_out=config.quantization is None and all(isinstance(t.module, Conv1D) for t in targets),
+        fan_in_fan_out=config.quantization is None and set(linear) == {TRANSPOSED},
         modules_to_save=list(config.modules_to_save) or None,
         init_lora_weights=True,
         task_type=_task_type(model),
@@ -327,20 +356,23 @@ def _shared_weights(model: nn.Module, names: list[str]) -> dict[str, str]:
     return shared
 
 
-def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> bool | None:
-    """Tell transformers that the weights are no longer tied, so that saving keeps both; returns the old setting."""
+def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> tuple[dict[str, str], bool | None]:
+    """Tell transformers that the weights are no longer tied, so that saving keeps both; returns the old ties and
+    setting."""
     warnings.warn(
         "untied "
         + ", ".join(f"{name} from {kept}" for name, kept in shared.items())
         + ": the residual gets a weight of its own and the shared one stays as it was (restore ties them again)",
         stacklevel=5,
     )
-    ties = getattr(model, "all_tied_weights_keys", {})
-    for name in shared:
-        ties.pop(f"{name}.weight", None)
+    known: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    own = {f"{name}.weight" for name in shared}
+    undone = {key: source for key, source in known.items() if key in own or source in own}
+    for key in undone:
+        del known[key]
     model_config: Any = getattr(model, "config", None)
     if not hasattr(model_config, "tie_word_embeddings"):
-        return None
+        return undone, None
     before = model_config.tie_word_embeddings
     model_config.tie_word_embeddings = False
-    return before
+    return undone, before
