@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pissa import PissaConfig, adapt
 from pissa.errors import ConfigError, PissaError, TargetError, WeightError

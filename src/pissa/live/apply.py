@@ -28,7 +28,7 @@ from ..errors import ConfigError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, split_each
 from .conversion import settle_names
-from .layers import ATTENTION, LINEAR, TRANSPOSED, combine_each
+from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
     bitsandbytes_config,
@@ -37,7 +37,7 @@ from .quantized import (
     quantized_layer,
     require_bitsandbytes,
 )
-from .runtime import keep_slow_path, warn_of_silence
+from .runtime import keep_slow_path, warn_of_peft
 from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_marks
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
@@ -100,7 +100,7 @@ def adapt(
         _check_live_format(config.quantization, moments)
     keep_unpacked(model)
     targets = resolve_targets(model, config)
-    warn_of_silence([target.name for target in targets if target.kind is ATTENTION])
+    warn_of_peft(model, {target.name: target.kind for target in targets})
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}

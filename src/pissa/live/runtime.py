@@ -16,6 +16,7 @@ As read in, and run against, PEFT 0.21.2:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
-from .layers import CONVOLUTION, EMBEDDING, MODULES, kind_of
+from .layers import ATTENTION, CONVOLUTION, EMBEDDING, MODULES, Kind, kind_of
 
 OUT_PROJ = ".base_layer.out_proj"
 """Where PEFT puts the adapter of an attention's out_proj, below that of the attention."""
@@ -74,12 +75,12 @@ def mend(layer: LoraLayer, adapter: str) -> None:
     """Make an adapter of PEFT's layer compute what its factors say."""
     runtime: Any = layer
     module = runtime.get_base_layer()
-    if kind_of(module) is CONVOLUTION and any(d > 1 for d in holes(module)):
+    if kind_of(module) is CONVOLUTION and _is_dilated(module):
         _dilate(runtime.lora_A[adapter], module)
     if isinstance(layer, MultiheadAttention):
         _silence(layer, adapter)
         if not getattr(layer, "_pissa_keeps_weights", False):
-            layer._pissa_keeps_weights = True
+            runtime._pissa_keeps_weights = True
             layer.register_forward_pre_hook(_hold_weights)
             layer.register_forward_hook(_put_weights_back, always_call=True)
 
@@ -93,15 +94,37 @@ def keep_slow_path(model: nn.Module) -> None:
                 adapted[0].register_forward_hook(_look_on)
 
 
-def warn_of_silence(names: list[str]) -> None:
-    """Say that these attentions' out_proj is not adapted."""
-    if not names:
-        return
-    warnings.warn(
-        f"{', '.join(f'{name}.out_proj' for name in names)}: left as it is, for PEFT adds the adapter of an attention's"
-        " out_proj twice; only in_proj is adapted",
-        stacklevel=3,
-    )
+def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
+    """Say what PEFT's layers leave out, and what it would take to use an export with PEFT alone."""
+    attentions = [f"{name}.out_proj" for name, kind in kinds.items() if kind is ATTENTION]
+    if attentions:
+        warnings.warn(
+            f"{', '.join(attentions)}: left as it is, for PEFT adds the adapter of an attention's out_proj twice; only "
+            "in_proj is adapted",
+            stacklevel=3,
+        )
+    encoders = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    reached = [
+        name for name in encoders if any(f"{target}.".startswith(f"{name}." if name else "") for target in kinds)
+    ]
+    if reached:
+        warnings.warn(
+            f"{', '.join(reached)}: torch's fast path of nn.TransformerEncoderLayer leaves adapters out in evaluation. "
+            "Models from pissa take care of that; to use an export with PEFT alone, call "
+            "torch.backends.mha.set_fastpath_enabled(False), or merge it",
+            stacklevel=3,
+        )
+    dilated = [name for name, kind in kinds.items() if kind is CONVOLUTION and _is_dilated(model.get_submodule(name))]
+    if dilated:
+        warnings.warn(
+            f"{', '.join(dilated)}: PEFT alone drops the dilation of an adapter and refuses to load this one; load it "
+            "with pissa.load, or use export_merged",
+            stacklevel=3,
+        )
+
+
+def _is_dilated(module: nn.Module) -> bool:
+    return any(step > 1 for step in holes(module))
 
 
 def _dilate(convolution: Any, module: Any) -> None:

@@ -22,8 +22,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..errors import PissaError
-from .layers import ATTENTION, EMBEDDING, Kind, Place, kind_of, kind_of_parameter
-from .runtime import OUT_PROJ, mend
+from .layers import ATTENTION, CONVOLUTION, EMBEDDING, Kind, Place, kind_of, kind_of_parameter
+from .runtime import OUT_PROJ, holes, mend, with_holes
 
 TRAINABLE = "default"
 INITIAL = "pissa_init"
@@ -59,6 +59,8 @@ class Layout:
     kind: Kind
     shape: tuple[int, ...]
     """Of the weight as it is stored."""
+    dilation: tuple[int, ...] = ()
+    """Of a convolution: what the kernels in PEFT's files have holes for, see `runtime.py`."""
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -69,7 +71,10 @@ class Layout:
 
     def tensors(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """Factors A (…, r, in) and B (…, out, r) as PEFT's files hold them."""
-        entries = dict(zip(self.keys, self.kind.pack(A, B, self.shape), strict=True))
+        A_stored, B_stored = self.kind.pack(A, B, self.shape)
+        if self.dilation:
+            A_stored = with_holes(A_stored, self.dilation)
+        entries = dict(zip(self.keys, (A_stored, B_stored), strict=True))
         if self.kind is ATTENTION:
             rank, width = A.shape
             below = f"{self.path}{OUT_PROJ}.lora"
@@ -87,7 +92,8 @@ def adapter_layouts(model: PeftModel) -> dict[str, Layout]:
     layouts = {}
     for path, layer in layers_by_path(model):
         place = place_at(layer)
-        layouts[name_at(path, layer)] = Layout(path, place.kind, place.shape)
+        dilation = holes(place.module) if place.kind is CONVOLUTION else ()
+        layouts[name_at(path, layer)] = Layout(path, place.kind, place.shape, dilation)
     return layouts
 
 

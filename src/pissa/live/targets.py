@@ -26,6 +26,8 @@ from .layers import ATTENTION, LINEAR, PARAMETER, TRANSPOSED, Kind, Place, is_li
 from .quantized import bits_of, check_quantizable
 from .runtime import why_not
 
+EXPERTS_NAME = "experts"
+"""What transformers calls the module that holds a layer's experts."""
 CLASSIFICATION_HEADS = ("classifier", "score")
 
 
@@ -291,19 +293,27 @@ def _excluded(target: Target, patterns: str | Iterable[str]) -> bool:
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module], candidates: Mapping[str, Target]) -> Iterable[str]:
     """Linear layers, attentions and fused experts; not the output head, and not what chooses among experts."""
     heads = _output_heads(model, modules)
-    mixtures = {name.rpartition(".")[0] for name in modules if name.rpartition(".")[2] == "experts"}
     for name, target in candidates.items():
-        parent = modules.get(name.rpartition(".")[0])
+        parent = name.rpartition(".")[0]
         if target.kind.bare:
-            if target.place.weight.ndim == 3 and _inside(target.module_name, "experts"):
+            if target.is_stack and _inside(target.module_name, EXPERTS_NAME):
                 yield name
         elif target.kind is ATTENTION or (
             is_linear(target.module)
             and name not in heads
-            and name.rpartition(".")[0] not in mixtures
-            and not isinstance(parent, nn.MultiheadAttention)
+            and not isinstance(modules.get(parent), nn.MultiheadAttention)
+            and not _chooses(target, modules.get(f"{parent}.{EXPERTS_NAME}".removeprefix(".")))
         ):
             yield name
+
+
+def _chooses(target: Target, experts: nn.Module | None) -> bool:
+    """Whether a linear layer beside experts is their router: one output for each, or one for a shared expert."""
+    if experts is None:
+        return False
+    stacks = [p.shape[0] for p in experts._parameters.values() if p is not None and p.ndim == 3]
+    count = stacks[0] if stacks else len(experts._modules)
+    return target.place.matrix_shape[0] in (1, count)
 
 
 def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
