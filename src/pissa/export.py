@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint.factors import CONFIG, PREFIX, WEIGHTS
 from .checkpoint.manifest import MANIFEST, package_versions
 from .checkpoint.read import LOSSLESS, SavedAdapter, load, read_adapter
+from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
 from .errors import ConfigError, PissaError
 from .live.conversion import NESTING, nesting
@@ -175,6 +176,8 @@ def export_merged(
         state = _merged_state(model)
         if _ties_broken(plain, state):
             merged_config.tie_word_embeddings = False
+        if not getattr(merged_config, "tie_word_embeddings", False):
+            state = unshared(state)
         if hasattr(merged_config, "quantization_config"):
             del merged_config.quantization_config
         _save_plain(plain, merged_config, state, partial)
@@ -373,5 +376,6 @@ def _save_plain(model: Any, config: Any, state: dict[str, Tensor], directory: Pa
     left = [name for name, parameter in twin.named_parameters() if parameter.is_meta]
     if left:
         raise PissaError(f"cannot merge: no weight for {', '.join(left[:20])}")
-    twin.generation_config = model.generation_config
+    if getattr(model, "generation_config", None) is not None:
+        twin.generation_config = model.generation_config
     twin.save_pretrained(directory)

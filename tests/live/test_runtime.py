@@ -164,7 +164,7 @@ def test_all_linear_takes_attentions_and_experts_and_leaves_routers() -> None:
         return [target.name for target in resolve_targets(model, PissaConfig(2, **settings))]
 
     assert found(CASES["encoder"].model()) == ["layer.self_attn", "layer.linear1", "layer.linear2"]
-    mixture = Mixture()
+    mixture = CASES["experts"].model()
     assert found(mixture, exclude_modules=["experts"]) == ["head"] == found(mixture, target_modules=["head"])
     experts = ["0.experts.gate_up_proj", "0.experts.down_proj"]
     assert found(chain(mixture)) == [*experts, "0.head"]

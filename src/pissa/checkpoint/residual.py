@@ -161,7 +161,17 @@ def residual_state(plain: PreTrainedModel) -> dict[str, Tensor]:
     for shared, kept in ties.items():
         if shared in state and kept in state:
             del state[shared]
-    return state
+    return unshared(state)
+
+
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each in memory of its own, so that a file holds them all."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in state.items():
+        result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
 
 
 def _check_residual(model: PeftModel, record: Any) -> PreTrainedModel:

@@ -366,10 +366,8 @@ def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> tuple[dict[s
         stacklevel=5,
     )
     known: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    own = {f"{name}.weight" for name in shared}
-    undone = {key: source for key, source in known.items() if key in own or source in own}
-    for key in undone:
-        del known[key]
+    undone = dict(known)  # one setting ties all there is, and it has to go
+    known.clear()
     model_config: Any = getattr(model, "config", None)
     if not hasattr(model_config, "tie_word_embeddings"):
         return undone, None
