@@ -217,9 +217,12 @@ def measure_matrices(
         times: dict[str, list[float]] = {name: [] for name in rivals}
         losses: dict[str, list[float]] = {name: [] for name in rivals}
         for repeat in range(repeats):
-            for name, rival in rivals.items():
+            for name, rival in rotated(rivals, repeat):
                 if name in SLOW and repeat >= slow_repeats:
                     continue
+                settle()
+                if name not in SLOW:
+                    rival(matrices[0][0], rank, repeat)
                 elapsed = 0.0
                 for W, values in matrices:
                     start = clock()
@@ -245,6 +248,18 @@ def measure_matrices(
                 flush=True,
             )
     return rows
+
+
+def rotated(rivals: dict[str, Any], by: int) -> list[tuple[str, Any]]:
+    """The rivals in an order that begins with another one each time, so that none always follows the same."""
+    names = [*rivals]
+    at = by % len(names)
+    return [(name, rivals[name]) for name in names[at:] + names[:at]]
+
+
+def settle() -> None:
+    """Let the thread pool of the rival before go to sleep: for a while its threads spin, and take a core each."""
+    time.sleep(0.3)
 
 
 def measure_model(directory: Path, rank: int, repeats: int, exact_repeats: int) -> dict[str, Any]:
@@ -282,7 +297,8 @@ def measure_model(directory: Path, rank: int, repeats: int, exact_repeats: int) 
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
-        for name, run in runs.items():
+        for name, run in rotated(runs, repeat):
+            settle()
             if name != "PEFT pissa" or repeat < exact_repeats:
                 times[name].append(run())
                 print(f"model: {name:24} {times[name][-1]:.2f} s", flush=True)
@@ -381,7 +397,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, label in zip(axes.flat, labels, strict=False):
         for row in (row for row in rows if row["class"] == label):
             marker = "*" if row["rival"].startswith("pissa") else "o"
-            color = f"C{names.index(row['rival'])}"
+            color = plt.get_cmap("tab20")(2 * names.index(row["rival"]) % 19)
             loss = max(row["mean_loss"], 1e-8)
             axis.loglog(loss, row["median_seconds"], marker, color=color, ms=11 if marker == "*" else 6)
         axis.set_title(f"{label}, r {row_rank(rows, label)}", fontsize=8)
@@ -391,7 +407,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in list(axes.flat)[len(labels) :]:
         axis.axis("off")
     handles = [
-        Line2D([], [], ls="", marker="*" if name.startswith("pissa") else "o", color=f"C{i}", label=name)
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker="*" if name.startswith("pissa") else "o",
+            color=plt.get_cmap("tab20")(2 * i % 19),
+            label=name,
+        )
         for i, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=7)

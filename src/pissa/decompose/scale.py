@@ -37,7 +37,7 @@ def magnitude(W: Tensor) -> float:
     """The largest absolute value in W; NaN or Inf where W holds one. An order faster than `isfinite` entry by entry."""
     if W.numel() == 0:
         return 0.0
-    low, high = torch.aminmax(W)
+    low, high = torch.aminmax(W.detach())
     return float(torch.maximum(-low, high))
 
 

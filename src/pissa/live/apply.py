@@ -10,7 +10,7 @@ In placement "offset" the weights stay, and one adapter holds both (`offset.py`)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+from ..calibrate.moments import Moment
 from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate, worst
-from ..errors import ConfigError, PissaError
+from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, split_each
 from .conversion import settle_names
@@ -42,6 +43,8 @@ from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
+MOMENT_BYTES = 1 << 28
+"""Streamed moments held at a time: enough for several weights to be split side by side."""
 
 
 @dataclass
@@ -74,7 +77,7 @@ def adapt(
     model: nn.Module,
     config: PissaConfig,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Tensor] | Iterable[Moment] | None = None,
     progress: Progress | None = None,
 ) -> PeftModel:
     """Turn a model into its residual with a trainable adapter that starts at the principal components.
@@ -83,7 +86,8 @@ def adapt(
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
         config: rank, method, targets, quantisation, placement.
-        moments: module name -> (in, in) second moment of its input, for a quantisation that minimises output error.
+        moments: second moments of the targets' inputs, for a quantisation that minimises output error: module name ->
+            (in, in), or `calibrate.second_moments` as it streams, so that a few of them are in memory at a time.
         progress: called with (module name, how many are done, how many there are) after each split.
 
     Returns:
@@ -92,6 +96,7 @@ def adapt(
 
     Raises:
         TargetError, ConfigError, WeightError: see `targets.resolve_targets`; the model is then unchanged.
+        DataError: a target without a moment where others have one.
         MissingExtraError: a quantisation without bitsandbytes.
 
     Source: paper, section 3.
@@ -123,26 +128,53 @@ def adapt(
 
 
 def _splits(
-    targets: Sequence[Target], config: PissaConfig, moments: Mapping[str, Tensor] | None
+    targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor] | Iterable[Moment] | None
 ) -> Iterator[tuple[Target, list[Split]]]:
-    """Each target, in order, with the split of its weight, or of each of its experts' weights."""
-    weights = [weights_of(target, target.place.matrices(), config, moments) for target in targets]
+    """Every target with the split of its weight, or of each of its experts': in the model's order, or as streamed
+    moments arrive."""
+    if moments is None:
+        yield from _split_group(targets, config, {})
+        return
+    waiting = {target.name: target for target in targets}
+    for group in _groups(moments):
+        here = [waiting.pop(name) for name in group if name in waiting]
+        yield from _split_group(here, config, group)
+    if waiting:
+        raise DataError(f"no second moment is given for {', '.join(waiting)}; give one for every target, or none")
+
+
+def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mapping[str, Tensor]]:
+    """Moments by module name, as many at a time as fit into MOMENT_BYTES, at least those of one input."""
+    if isinstance(moments, Mapping):
+        yield moments  # pyright: ignore[reportReturnType]
+        return
+    group: dict[str, Tensor] = {}
+    size = 0
+    for moment in moments:
+        group |= dict.fromkeys(moment.names, moment.matrix)
+        size += moment.matrix.nbytes
+        if size >= MOMENT_BYTES:
+            yield group
+            group, size = {}, 0
+    yield group
+
+
+def _split_group(
+    targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor]
+) -> Iterator[tuple[Target, list[Split]]]:
+    weights = [weights_of(target, target.place.matrices(), config, moments.get(target.name)) for target in targets]
     splits = split_each([weight for group in weights for weight in group])
-    for target, group in zip(targets, weights, strict=True):
-        yield target, [next(splits) for _ in group]
+    return ((target, [next(splits) for _ in group]) for target, group in zip(targets, weights, strict=True))
 
 
-def weights_of(
-    target: Target, matrices: Tensor, config: PissaConfig, moments: Mapping[str, Tensor] | None = None
-) -> list[Weight]:
+def weights_of(target: Target, matrices: Tensor, config: PissaConfig, moment: Tensor | None = None) -> list[Weight]:
     """What `split_each` takes for one target: its weight, or those of its experts, each with a name of its own.
 
     Args:
         matrices: (…, out, in), as `Kind.matrices` gives them.
-        moments: module name -> (in, in) second moment of the input.
+        moment: (in, in) second moment of the input.
     """
     own = config.for_module(target.rank, target.alpha)
-    moment = moments.get(target.name) if moments is not None else None
     if matrices.ndim == 2:
         return [Weight(matrices, own, target.weight_key, moment)]
     return [Weight(matrix, own, f"{target.weight_key}.{i}", moment) for i, matrix in enumerate(matrices)]
@@ -274,7 +306,7 @@ def _attach(
     return adapted
 
 
-def _check_live_format(quantization: Quantization, moments: Mapping[str, Tensor] | None) -> None:
+def _check_live_format(quantization: Quantization, moments: object) -> None:
     """Refuse a quantisation that live layers cannot carry out.
 
     Raises:
