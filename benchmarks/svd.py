@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pissa import truncated_svd
+from pissa import PissaConfig, adapt, truncated_svd
 from pissa.decompose.cost import block_width
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +153,7 @@ def scipy_svds(solver: str) -> Rival:
 FAST: dict[str, Rival] = {
     "pissa 1e-3": ours(),
     "pissa 1e-2": ours(tolerance=1e-2),
+    "pissa 2e-4": ours(tolerance=2e-4),
     "pissa 1e-6": ours(tolerance=1e-6),
     "svd_lowrank niter 1": torch_lowrank(1),
     "svd_lowrank niter 4": torch_lowrank(4),
@@ -216,9 +217,12 @@ def measure_matrices(
         times: dict[str, list[float]] = {name: [] for name in rivals}
         losses: dict[str, list[float]] = {name: [] for name in rivals}
         for repeat in range(repeats):
-            for name, rival in rivals.items():
+            for name, rival in rotated(rivals, repeat):
                 if name in SLOW and repeat >= slow_repeats:
                     continue
+                settle()
+                if name not in SLOW:
+                    rival(matrices[0][0], rank, repeat)
                 elapsed = 0.0
                 for W, values in matrices:
                     start = clock()
@@ -246,8 +250,20 @@ def measure_matrices(
     return rows
 
 
+def rotated(rivals: dict[str, Any], by: int) -> list[tuple[str, Any]]:
+    """The rivals in an order that begins with another one each time, so that none always follows the same."""
+    names = [*rivals]
+    at = by % len(names)
+    return [(name, rivals[name]) for name in names[at:] + names[:at]]
+
+
+def settle() -> None:
+    """Let the thread pool of the rival before go to sleep: for a while its threads spin, and take a core each."""
+    time.sleep(0.3)
+
+
 def measure_model(directory: Path, rank: int, repeats: int, exact_repeats: int) -> dict[str, Any]:
-    """All linears of SmolLM2: factors and residual by pissa, against PEFT's `get_peft_model`."""
+    """All linears of SmolLM2: whole initialisations, `adapt` against PEFT's `get_peft_model`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -267,20 +283,13 @@ def measure_model(directory: Path, rank: int, repeats: int, exact_repeats: int) 
         return time.perf_counter() - start
 
     def with_pissa() -> float:
-        weights = [
-            module.weight.data
-            for name, module in fresh().named_modules()
-            if name.endswith(SMOLLM_LINEARS) and isinstance(module, torch.nn.Linear)
-        ]
+        model = fresh()
         start = time.perf_counter()
-        for W in weights:
-            U, S, Vh, _ = truncated_svd(W, rank)
-            root = S.sqrt()
-            W.addmm_(U * root, root[:, None] * Vh, alpha=-1)
+        adapt(model, PissaConfig(rank=rank, target_modules=list(SMOLLM_LINEARS)))
         return time.perf_counter() - start
 
     runs: dict[str, Callable[[], float]] = {
-        "pissa (this package)": with_pissa,
+        "pissa.adapt": with_pissa,
         "PEFT, no decomposition": lambda: with_peft(True),  # pyright: ignore
         "PEFT pissa_niter_4": lambda: with_peft("pissa_niter_4"),
         "PEFT pissa_niter_16": lambda: with_peft("pissa_niter_16"),
@@ -288,12 +297,13 @@ def measure_model(directory: Path, rank: int, repeats: int, exact_repeats: int) 
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
-        for name, run in runs.items():
+        for name, run in rotated(runs, repeat):
+            settle()
             if name != "PEFT pissa" or repeat < exact_repeats:
                 times[name].append(run())
                 print(f"model: {name:24} {times[name][-1]:.2f} s", flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians["pissa (this package)"]
+    base = medians["pissa.adapt"]
     return {
         "rank": rank,
         "median_seconds": medians,
@@ -387,7 +397,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, label in zip(axes.flat, labels, strict=False):
         for row in (row for row in rows if row["class"] == label):
             marker = "*" if row["rival"].startswith("pissa") else "o"
-            color = f"C{names.index(row['rival'])}"
+            color = plt.get_cmap("tab20")(2 * names.index(row["rival"]) % 19)
             loss = max(row["mean_loss"], 1e-8)
             axis.loglog(loss, row["median_seconds"], marker, color=color, ms=11 if marker == "*" else 6)
         axis.set_title(f"{label}, r {row_rank(rows, label)}", fontsize=8)
@@ -397,7 +407,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in list(axes.flat)[len(labels) :]:
         axis.axis("off")
     handles = [
-        Line2D([], [], ls="", marker="*" if name.startswith("pissa") else "o", color=f"C{i}", label=name)
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker="*" if name.startswith("pissa") else "o",
+            color=plt.get_cmap("tab20")(2 * i % 19),
+            label=name,
+        )
         for i, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=7)
@@ -432,7 +449,7 @@ def environment(threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark of pissa's truncated SVD against its rivals.")
     parser.add_argument("--quick", action="store_true", help="small matrices, two repetitions: a check that it runs")
-    parser.add_argument("--smollm", type=Path, default=ROOT / ".cache" / "smollm2-135m")
+    parser.add_argument("--smollm", type=Path, default=ROOT / ".cache" / "SmolLM2-135M-Instruct")
     parser.add_argument("--minilm", type=Path, default=ROOT / ".cache" / "all-minilm-l6-v2")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--sections", default="accuracy,matrices,model,rate")

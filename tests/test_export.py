@@ -373,7 +373,6 @@ FOREIGN: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "AdaLoRA": (lambda: by_peft(AdaLoraConfig(target_modules=["q_proj"], total_step=10)), "ADALORA"),
     "IA3": (lambda: by_peft(IA3Config(target_modules=["q_proj"], feedforward_modules=[])), "IA3"),
     "lora_bias": (lambda: by_peft(LoraConfig(target_modules=["q_proj"], lora_bias=True)), "lora_bias"),
-    "embedding": (lambda: by_peft(LoraConfig(target_modules=["embed_tokens"])), r"model\.embed_tokens \(Embedding\)"),
     "PEFT's pissa": (
         lambda: by_peft(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")),
         "initialised by PEFT as 'pissa'",

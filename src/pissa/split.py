@@ -25,6 +25,7 @@ from .config import PissaConfig, Quantization
 from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS
 from .decompose.precision import full_precision
+from .decompose.scale import magnitude
 from .errors import ConfigError, WeightError
 from .quantize.alternate import Alternation, alternate
 from .quantize.error import matrix_norm, plain_error
@@ -100,7 +101,7 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
         )
     if config.rank > min(W.shape):
         raise ConfigError(f"rank {config.rank} exceeds {min(W.shape)}, the smaller side of {label} {tuple(W.shape)}")
-    if not bool(torch.isfinite(W).all()):
+    if not math.isfinite(magnitude(W)):
         raise WeightError(f"{label} holds NaN or Inf; repair or reload the checkpoint before adapting it")
     unused = {"gradient": gradient is not None and not config.needs_gradient}
     unused["second moment"] = moment is not None and config.quantization is None

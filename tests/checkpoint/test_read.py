@@ -300,7 +300,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda d: edit_weights(d, dict.clear), "no complete lora_A/lora_B pair"),
     "embedding": (
         lambda d: edit_weights(d, lambda t: t.update({"base_model.model.embed.lora_embedding_A": torch.ones(2, 2)})),
-        r"embed\.lora_embedding_A",
+        r"no complete lora_A/lora_B pair for embed",
     ),
     "empty directory": (lambda d: (shutil.rmtree(d), d.mkdir()), "has no adapter_config.json"),
     "missing directory": (shutil.rmtree, "is not a directory"),

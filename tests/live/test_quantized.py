@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from pissa import PissaConfig, Quantization, adapt, quantization_preset, reference, restore, split_weight
-from pissa.errors import ConfigError, MissingExtraError, TargetError
+from pissa.calibrate.moments import second_moments
+from pissa.errors import ConfigError, DataError, MissingExtraError, TargetError
 from pissa.live.layers import weight_matrix
 from pissa.live.quantized import bits_of, dequantized, quantized_layer, quantized_layers, skip_patterns
 from pissa.live.state import adapter_layers, base_layer
+from pissa.live.targets import resolve_targets
 from pissa.quantize.nf4 import quantize_nf4
 from tiny import (
     largest_difference,
@@ -179,3 +181,19 @@ def test_a_deep_copy_holds_the_same_codes(tmp_path: Path) -> None:
 
     model = adapt(tiny_llama(hidden=64), config("nf4"))
     assert torch.equal(logits_of(deepcopy(model)), logits_of(model))
+
+
+def test_streamed_moments_give_the_same_model_as_all_of_them_at_once() -> None:
+    settings = config("nf4", quantization=Quantization(iterations=2, rounding="gptq"))
+    names = [target.name for target in resolve_targets(tiny_llama(hidden=64), settings)]
+    batches = [{"input_ids": token_batch()}]
+    moments = list(second_moments(tiny_llama(hidden=64), batches, names))
+    at_once = adapt(tiny_llama(hidden=64), settings, moments={name: m.matrix for m in moments for name in m.names})
+    model = tiny_llama(hidden=64)
+    streamed = adapt(model, settings, moments=second_moments(model, batches, names))
+    assert same_tensors(snapshot(streamed), snapshot(at_once))
+    model = tiny_llama(hidden=64)
+    before = snapshot(model)
+    with pytest.raises(DataError, match=r"no second moment is given for .*down_proj"):
+        adapt(model, settings, moments=[m for m in moments if "down_proj" not in m.names[0]])
+    assert same_tensors(snapshot(model), before)

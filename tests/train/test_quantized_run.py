@@ -12,6 +12,7 @@ from small_runs import command, listing, log_of, recipe, result_tensors, run, wr
 from transformers import AutoModelForCausalLM
 
 import pissa
+from pissa.calibrate.text import calibration_batches
 from pissa.checkpoint.read import load_base
 from pissa.cli import main
 from pissa.errors import CheckpointError, ConfigError, WeightError
@@ -183,9 +184,32 @@ def test_the_command_line_trains_and_exports_a_quantised_run(
     assert "quantisation error" in pissa_command("export", str(tmp_path / "run"), str(tmp_path / "lora"))
 
 
+def test_calibration_text_lowers_the_error_of_what_the_layers_put_out(
+    finished: tuple[Path, Any], wide_base: Path, tmp_path: Path
+) -> None:
+    """At step 0 the run with the text is closer to the base on such text than the run without it."""
+    rows = write_rows(tmp_path / "rows.jsonl", count=64)
+    text = {"calibration": str(rows), "calibration_windows": 16, "calibration_length": 32}
+    run(wide_base, tmp_path / "fitted", recipe(**QUANTIZED, **text, max_steps=1))
+    batches = calibration_batches(rows, tiny_tokenizer(), 32, 16)
+    base = load_base(wide_base).eval()
+
+    def error(residual: Path) -> float:
+        model = pissa.load(residual).eval()
+        with torch.no_grad():
+            return sum(float((model(**batch).logits - base(**batch).logits).square().sum()) for batch in batches)
+
+    assert error(tmp_path / "fitted" / "residual") < 0.9 * error(finished[0] / "residual")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"calibration": "text.txt"}, "quantised residual"),
+        ({"method": "qlora", "calibration": "text.txt", "rounding": "nearest"}, "fits nothing"),
+        ({"quantize": "nf4", "rounding": "gptq"}, "--calibration"),
+        ({"quantize": "int8", "calibration": "text.txt", "rounding": "gptq"}, "int8"),
+        ({"quantize": "nf4", "calibration": "text.txt", "calibration_windows": 0}, "at least 1"),
         ({"iterations": 3}, "quantize"),
         ({"quantize": "nf4", "quantize_method": "qlora"}, "qlora"),
         ({"method": "qpissa", "quantize_method": "loftq"}, "already"),

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
-from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter
+from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, without_wrappers
 from .manifest import MANIFEST, package_versions, read_manifest
 from .write import check_free, output_directory, write_json
 
@@ -156,12 +156,22 @@ def residual_state(plain: PreTrainedModel) -> dict[str, Tensor]:
     for key, tensor in plain.state_dict().items():
         if ".lora_" in key or ".modules_to_save." in key or not isinstance(tensor, Tensor):
             continue
-        state[key.replace(".original_module.", ".").replace(".base_layer.", ".")] = tensor.detach().contiguous()
+        state[without_wrappers(key.replace(".original_module.", "."))] = tensor.detach().contiguous()
     ties: dict[str, str] = getattr(plain, "all_tied_weights_keys", {})
     for shared, kept in ties.items():
         if shared in state and kept in state:
             del state[shared]
-    return state
+    return unshared(state)
+
+
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each in memory of its own, so that a file holds them all."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in state.items():
+        result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
 
 
 def _check_residual(model: PeftModel, record: Any) -> PreTrainedModel:

@@ -50,6 +50,15 @@ def command(
         str | None, typer.Option(help="qlora, loftq, qpissa, or a preset such as qpissa-5. [qpissa; lora: qlora]")
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Of qpissa and loftq. [10; loftq: 5]")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help=".txt or .jsonl, each also as .gz: text that the quantised residual is fitted to."),
+    ] = None,
+    calibration_windows: Annotated[int | None, typer.Option(help="Windows of calibration text. [80]")] = None,
+    calibration_length: Annotated[int | None, typer.Option(help="Tokens per window. [256]")] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [with it and nf4: gptq]")
+    ] = None,
     placement: Annotated[
         str | None,
         typer.Option(help="residual, or offset: leave the base as it is, for one in 4 or 8 bits. [residual]"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -38,3 +39,12 @@ class Certificate:
     """`‖W − scale·B·A‖ / ‖W‖`, Frobenius, where the factors may make the residual larger than W; else None."""
     mean_absolute_error: float | None = None
     """Mean of `|W − scale·B·A|` where that is what the factors minimise; else None."""
+
+
+def worst(certificates: Sequence[Certificate]) -> Certificate:
+    """One certificate that holds for each of several matrices; the seconds are those of all."""
+    return replace(
+        max(certificates, key=lambda certificate: certificate.captured_energy_loss),
+        rounding=max(certificate.rounding for certificate in certificates),
+        seconds=sum(certificate.seconds for certificate in certificates),
+    )

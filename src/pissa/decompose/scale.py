@@ -22,9 +22,8 @@ def scaled(W: Tensor) -> tuple[Tensor, int]:
     Raises:
         WeightError: W holds NaN or Inf.
     """
-    low, high = torch.aminmax(W) if W.numel() else (W.new_zeros(()), W.new_zeros(()))
-    largest = max(-float(low), float(high))
-    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+    largest = magnitude(W)
+    if not math.isfinite(largest):
         raise WeightError("the matrix holds NaN or Inf; repair or reload the weight")
     exponent = 0
     if largest > 0 and not SAFE_MAGNITUDE[0] <= largest <= SAFE_MAGNITUDE[1]:
@@ -32,6 +31,14 @@ def scaled(W: Tensor) -> tuple[Tensor, int]:
         W = unscaled(W.double(), -exponent)
     W = W.float()
     return (W if 1 in W.stride()[-2:] else W.contiguous()), exponent
+
+
+def magnitude(W: Tensor) -> float:
+    """The largest absolute value in W; NaN or Inf where W holds one. An order faster than `isfinite` entry by entry."""
+    if W.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(W.detach())
+    return float(torch.maximum(-low, high))
 
 
 def unscaled(values: Tensor, exponent: int) -> Tensor:

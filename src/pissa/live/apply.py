@@ -10,25 +10,27 @@ In placement "offset" the weights stay, and one adapter holds both (`offset.py`)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.gradients import weight_gradients
+from ..calibrate.moments import Moment
 from ..config import PissaConfig, Quantization
-from ..decompose.certificate import Certificate
-from ..errors import ConfigError, PissaError
+from ..decompose.certificate import Certificate, worst
+from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
-from ..split import Split, Weight, combine, split_each
-from .layers import as_matrix, set_weight_matrix, weight_matrix
+from ..split import Split, Weight, split_each
+from .conversion import settle_names
+from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
     bitsandbytes_config,
@@ -37,10 +39,13 @@ from .quantized import (
     quantized_layer,
     require_bitsandbytes,
 )
-from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors, set_marks
+from .runtime import keep_slow_path, warn_of_peft
+from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_marks
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
+MOMENT_BYTES = 1 << 28
+"""Streamed moments held at a time: enough for several weights to be split side by side."""
 
 
 @dataclass
@@ -53,6 +58,8 @@ class AdaptationRecord:
     """Module name -> certificate of its split."""
     untied: dict[str, str] = field(default_factory=dict)
     """Target whose weight was shared -> the module that keeps the shared weight."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """The ties among weights that transformers knew of, and that were undone for that."""
     tie_word_embeddings: bool | None = None
     """The base configuration's value, where untying changed it."""
     trainable: frozenset[str] = frozenset()
@@ -71,7 +78,7 @@ def adapt(
     model: nn.Module,
     config: PissaConfig,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Tensor] | Iterable[Moment] | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> PeftModel:
@@ -81,7 +88,8 @@ def adapt(
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
         config: rank, method, targets, quantisation, placement.
-        moments: module name -> (in, in) second moment of its input, for a quantisation that minimises output error.
+        moments: second moments of the targets' inputs, for a quantisation that minimises output error: module name ->
+            (in, in), or `calibrate.second_moments` as it streams, so that a few of them are in memory at a time.
         batches: keyword arguments of the model's forward, with labels, from the data that it is to learn: what
             component "scored" chooses by.
         progress: called with (module name, how many are done, how many there are) after each split.
@@ -92,6 +100,7 @@ def adapt(
 
     Raises:
         TargetError, ConfigError, WeightError: see `targets.resolve_targets`; the model is then unchanged.
+        DataError: a target without a moment where others have one.
         MissingExtraError: a quantisation without bitsandbytes.
 
     Source: paper, section 3.
@@ -106,15 +115,17 @@ def adapt(
             else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
         )
     targets = resolve_targets(model, config)
+    warn_of_peft(model, {target.name: target.kind for target in targets})
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
-    splits = _splits(targets, config, moments) if batches is None else _scored_splits(model, targets, config, batches)
-    for done, (target, split) in enumerate(splits, start=1):
-        factors[target.name] = split.A, split.B
-        certificates[target.name] = split.certificate
-        if split.packed is not None:
-            packed[target.name] = split.packed
+    found = _splits(targets, config, moments) if batches is None else _scored_splits(model, targets, config, batches)
+    for done, (target, splits) in enumerate(found, start=1):
+        A, B = torch.stack([split.A for split in splits]), torch.stack([split.B for split in splits])
+        factors[target.name] = (A, B) if target.is_stack else (A[0], B[0])
+        certificates[target.name] = worst([split.certificate for split in splits])
+        if splits[0].packed is not None:
+            packed[target.name] = splits[0].packed
         if progress is not None:
             progress(target.name, done, len(targets))
 
@@ -128,32 +139,88 @@ def adapt(
 
 
 def _splits(
-    targets: Sequence[Target],
-    config: PissaConfig,
-    moments: Mapping[str, Tensor] | None = None,
-    gradients: Mapping[str, Tensor] | None = None,
-) -> Iterator[tuple[Target, Split]]:
-    """Each target with its split, in order; moments are by module, gradients by parameter."""
-    weights = [
-        Weight(
-            weight_matrix(target.module),
-            config.for_module(target.rank, target.alpha),
-            f"{target.name}.weight",
-            moments.get(target.name) if moments is not None else None,
-            as_matrix(target.module, gradients[f"{target.name}.weight"]) if gradients is not None else None,
-        )
-        for target in targets
-    ]
-    yield from zip(targets, split_each(weights), strict=True)
+    targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor] | Iterable[Moment] | None
+) -> Iterator[tuple[Target, list[Split]]]:
+    """Every target with the split of its weight, or of each of its experts': in the model's order, or as streamed
+    moments arrive."""
+    if moments is None:
+        yield from _split_group(targets, config, {})
+        return
+    waiting = {target.name: target for target in targets}
+    for group in _groups(moments):
+        here = [waiting.pop(name) for name in group if name in waiting]
+        yield from _split_group(here, config, group)
+    if waiting:
+        raise DataError(f"no second moment is given for {', '.join(waiting)}; give one for every target, or none")
 
 
 def _scored_splits(
-    model: nn.Module, targets: Sequence[Target], config: PissaConfig, batches: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[Target, Split]]:
+    model: nn.Module, targets: list[Target], config: PissaConfig, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Target, list[Split]]]:
     """The same by the gradients of a loss, of which some are in memory at a time."""
-    by_name = {f"{target.name}.weight": target for target in targets}
-    for gradients in weight_gradients(model, batches, by_name):
-        yield from _splits([by_name[name] for name in gradients], config, gradients=gradients)
+    by_key = {target.weight_key: target for target in targets}
+    for gradients in weight_gradients(model, batches, by_key):
+        yield from _split_group([by_key[key] for key in gradients], config, {}, gradients)
+
+
+def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mapping[str, Tensor]]:
+    """Moments by module name, as many at a time as fit into MOMENT_BYTES, at least those of one input."""
+    if isinstance(moments, Mapping):
+        yield moments  # pyright: ignore[reportReturnType]
+        return
+    group: dict[str, Tensor] = {}
+    size = 0
+    for moment in moments:
+        group |= dict.fromkeys(moment.names, moment.matrix)
+        size += moment.matrix.nbytes
+        if size >= MOMENT_BYTES:
+            yield group
+            group, size = {}, 0
+    yield group
+
+
+def _split_group(
+    targets: list[Target],
+    config: PissaConfig,
+    moments: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor] | None = None,
+) -> Iterator[tuple[Target, list[Split]]]:
+    weights = [
+        weights_of(
+            target,
+            target.place.matrices(),
+            config,
+            moments.get(target.name),
+            target.kind.matrices(gradients[target.weight_key]) if gradients is not None else None,
+        )
+        for target in targets
+    ]
+    splits = split_each([weight for group in weights for weight in group])
+    return ((target, [next(splits) for _ in group]) for target, group in zip(targets, weights, strict=True))
+
+
+def weights_of(
+    target: Target,
+    matrices: Tensor,
+    config: PissaConfig,
+    moment: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> list[Weight]:
+    """What `split_each` takes for one target: its weight, or those of its experts, each with a name of its own.
+
+    Args:
+        matrices: (…, out, in), as `Kind.matrices` gives them.
+        moment: (in, in) second moment of the input.
+        gradient: of the loss, in the shape of the matrices.
+    """
+    own = config.for_module(target.rank, target.alpha)
+    if matrices.ndim == 2:
+        return [Weight(matrices, own, target.weight_key, moment, gradient)]
+    each = gradient if gradient is not None else [None] * len(matrices)
+    return [
+        Weight(matrix, own, f"{target.weight_key}.{i}", moment, of)
+        for i, (matrix, of) in enumerate(zip(matrices, each, strict=True))
+    ]
 
 
 def attach_offset(
@@ -190,7 +257,7 @@ def attach(
     Args:
         model: the base; its targets' weights are replaced by residuals where `subtract` is set.
         lora_config: the configuration of adapter "default".
-        initial: module name -> (A0 (r, in), B0 (out, r)).
+        initial: name of what is adapted -> (A0 (…, r, in), B0 (…, out, r)).
         subtract: whether `s·B0·A0` is taken out of the weights and kept as `pissa_init`; else the base stays as it is.
         trained: the factors that "default" gets; None for the initial ones.
         packed: quantised residuals that take the weights' place, one for each target or none at all.
@@ -245,15 +312,19 @@ def _attach(
     ready: bool,
 ) -> PeftModel:
     shared = _shared_weights(model, list(initial)) if (subtract or packed) and not ready else {}
-    tied_before = _declare_untied(model, shared) if shared else None
+    ties, tied_before = _declare_untied(model, shared) if shared else ({}, None)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     base = getattr(model, "name_or_path", None) or None
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
-    adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
-    if subtract:
-        adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        # PEFT looks for the keys among modules alone, though it finds those of bare parameters as well
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
+        if subtract:
+            adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
+    settle_names(adapted)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")
@@ -269,16 +340,16 @@ def _attach(
         if subtract:
             set_factors(layer, INITIAL, A0, B0, trainable=False)
         if subtract and not packed and not ready:
-            module = base_layer(layer)
-            residual = combine(weight_matrix(module), A0, B0, -float(layer.scaling[TRAINABLE]))
-            set_weight_matrix(module, residual)
+            place = place_at(layer)
+            place.put(combine_each(place.matrices(), A0, B0, -float(layer.scaling[TRAINABLE])))
+    keep_slow_path(adapted)
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
-        None, {}, shared, tied_before, trainable, quantized=bool(packed), base=base
+        None, {}, shared, ties, tied_before, trainable, quantized=bool(packed), base=base
     )
     return adapted
 
 
-def _check_live_format(quantization: Quantization, moments: Mapping[str, Tensor] | None) -> None:
+def _check_live_format(quantization: Quantization, moments: object) -> None:
     """Refuse a quantisation that live layers cannot carry out.
 
     Raises:
@@ -310,17 +381,19 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     """PEFT's configuration for these targets. It says `init_lora_weights=True`, so that no library that copies or
     reloads the adapter decomposes the residual."""
     default_alpha = _lora_alpha(config, config.rank, config.alpha)
-    alphas = {target.name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
+    alphas = {target.peft_name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
     keys = pattern_keys([*alphas])
+    linear = [t.kind for t in targets if t.kind in (LINEAR, TRANSPOSED)]
     return LoraConfig(
         r=config.rank,
         lora_alpha=default_alpha,  # pyright: ignore[reportArgumentType] -- PEFT computes with floats as well
-        target_modules=peft_targets(model, [*alphas]),
-        rank_pattern={keys[t.name]: t.rank for t in targets if t.rank != config.rank},
+        target_modules=peft_targets(model, [t.name for t in targets if not t.kind.bare]),
+        target_parameters=[t.weight_key for t in targets if t.kind.bare] or None,
+        rank_pattern={keys[t.peft_name]: t.rank for t in targets if t.rank != config.rank},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
         lora_dropout=config.dropout,
-        fan_in_fan_out=config.quantization is None and all(isinstance(t.module, Conv1D) for t in targets),
+        fan_in_fan_out=config.quantization is None and set(linear) == {TRANSPOSED},
         modules_to_save=list(config.modules_to_save) or None,
         init_lora_weights=True,
         task_type=_task_type(model),
@@ -358,20 +431,21 @@ def _shared_weights(model: nn.Module, names: list[str]) -> dict[str, str]:
     return shared
 
 
-def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> bool | None:
-    """Tell transformers that the weights are no longer tied, so that saving keeps both; returns the old setting."""
+def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> tuple[dict[str, str], bool | None]:
+    """Tell transformers that the weights are no longer tied, so that saving keeps both; returns the old ties and
+    setting."""
     warnings.warn(
         "untied "
         + ", ".join(f"{name} from {kept}" for name, kept in shared.items())
         + ": the residual gets a weight of its own and the shared one stays as it was (restore ties them again)",
         stacklevel=5,
     )
-    ties = getattr(model, "all_tied_weights_keys", {})
-    for name in shared:
-        ties.pop(f"{name}.weight", None)
+    known: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    undone = dict(known)  # one setting ties all there is, and it has to go
+    known.clear()
     model_config: Any = getattr(model, "config", None)
     if not hasattr(model_config, "tie_word_embeddings"):
-        return None
+        return undone, None
     before = model_config.tie_word_embeddings
     model_config.tie_word_embeddings = False
-    return before
+    return undone, before

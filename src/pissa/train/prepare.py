@@ -7,6 +7,7 @@ no second split could come out different.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from ..calibrate.moments import Moment, second_moments
+from ..calibrate.text import calibration_batches
 from ..checkpoint.manifest import fingerprint
-from ..checkpoint.read import load, load_base
+from ..checkpoint.read import load, load_base, load_tokenizer
 from ..checkpoint.residual import residual_at, residual_state
 from ..export import gap_figures
 from ..live.apply import adapt
+from ..live.targets import resolve_targets
 from .directory import RunDirectory, read_record
 from .engine import storage_dtype
 from .recipe import Recipe
@@ -70,7 +74,7 @@ def prepare(
     if recipe.quantization is not None and device.type != "cpu":
         base.to(device)
     start = time.perf_counter()
-    adapted = _adapted(base, recipe, progress, label, batches)
+    adapted = _adapted(base, source, recipe, progress, label, batches)
     seconds = time.perf_counter() - start
     if recipe.quantization is not None:
         mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
@@ -89,7 +93,12 @@ def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) ->
 
 
 def _adapted(
-    base: Any, recipe: Recipe, progress: Progress | None, label: str, batches: list[dict[str, Any]] | None
+    base: Any,
+    source: str,
+    recipe: Recipe,
+    progress: Progress | None,
+    label: str,
+    batches: list[dict[str, Any]] | None,
 ) -> Any:
     task = progress.add_task(f"{label}, split", total=None, note="") if progress is not None else None
 
@@ -98,10 +107,21 @@ def _adapted(
             progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
 
     try:
-        return adapt(base, recipe.pissa_config(), batches=batches, progress=show)
+        moments = _moments(base, source, recipe)
+        return adapt(base, recipe.pissa_config(), moments=moments, batches=batches, progress=show)
     finally:
         if progress is not None and task is not None:
             progress.remove_task(task)
+
+
+def _moments(base: Any, source: str, recipe: Recipe) -> Iterator[Moment] | None:
+    """Second moments of the targets' inputs on the calibration text, as they are taken."""
+    if recipe.calibration is None:
+        return None
+    batches = calibration_batches(
+        recipe.calibration, load_tokenizer(source), recipe.calibration_length, recipe.calibration_windows
+    )
+    return second_moments(base, batches, [target.name for target in resolve_targets(base, recipe.pissa_config())])
 
 
 def _checkpoint_activations(base: Any, recipe: Recipe) -> None:

@@ -82,6 +82,15 @@ class Recipe:
     qpissa-5, the published one with 5 iterations. None: qpissa for pissa, qlora for lora."""
     iterations: int | None = None
     """Of the alternation between residual and adapter; None for 10 with qpissa, 5 with loftq."""
+    calibration: str | None = None
+    """Text, .txt or .jsonl, each also as .gz: the quantised residual is fitted to what the layers see on it."""
+    calibration_windows: int = 80
+    """Windows of the calibration text."""
+    calibration_length: int = 256
+    """Tokens per window."""
+    rounding: Literal["nearest", "gptq"] | None = None
+    """gptq carries each rounding error on to the columns not yet rounded, and needs calibration text. None: gptq where
+    there is such text and the format is nf4, else nearest."""
     placement: Placement = "residual"
     """offset leaves the base as it is, also one that is in 4 or 8 bits already, see `PissaConfig`."""
     dropout: float = 0.0
@@ -160,7 +169,10 @@ class Recipe:
         if kind in ITERATIONS:
             name = {"loftq": "loftq", "qpissa": "ours"}[kind]
             kind = f"{name}-{self.iterations or ITERATIONS[kind]}"
-        return quantization_preset(kind, format=form)
+        fits = self.calibration is not None and form == "nf4"
+        return quantization_preset(
+            kind, format=form, calibration=self.calibration, rounding=self.rounding or ("gptq" if fits else "nearest")
+        )
 
     def pissa_config(self) -> PissaConfig:
         """The adapter's configuration."""
@@ -310,6 +322,7 @@ def _check_quantization(recipe: Recipe) -> None:
             f"method {short} says how to quantise already; leave out quantize_method, or use method pissa"
         )
     kind = recipe.quantize_method or short or ("qpissa" if recipe.method == "pissa" else "qlora")
+    _check_calibration(recipe)
     if recipe.iterations is not None and kind not in ITERATIONS:
         raise ConfigError(f"quantize_method {kind} takes no iterations; leave them out")
     if recipe.export_rank is not None and (recipe.quantize is not None or short is not None):
@@ -319,11 +332,24 @@ def _check_quantization(recipe: Recipe) -> None:
         )
 
 
+def _check_calibration(recipe: Recipe) -> None:
+    quantization = recipe.quantization
+    if recipe.calibration is None:
+        if recipe.rounding == "gptq":
+            raise ConfigError('rounding "gptq" needs text to see what the layers see; add calibration (--calibration)')
+        return
+    if quantization is None:
+        raise ConfigError("calibration is for a quantised residual; add quantize (--quantize nf4), or leave it out")
+    if quantization.method == "qlora" and quantization.rounding == "nearest":
+        raise ConfigError("rounding to the nearest value fits nothing to calibration text; leave calibration out")
+
+
 def _check_choices(recipe: Recipe) -> None:
     choices = {
         "method": TRAINING_METHODS,
         "dtype": DTYPES,
         "quantize": (None, "nf4", "int8"),
+        "rounding": (None, "nearest", "gptq"),
         "placement": PLACEMENTS,
         "schedule": ("cosine", "linear", "constant"),
         "template": TEMPLATES,
@@ -337,7 +363,7 @@ def _check_choices(recipe: Recipe) -> None:
 
 def _check_ranges(recipe: Recipe) -> None:
     counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank", "iterations")
-    counts += ("scored_examples",)
+    counts += ("calibration_windows", "calibration_length", "scored_examples")
     for name in (*counts, "max_length"):
         value, least = getattr(recipe, name), 2 if name == "max_length" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
