@@ -152,6 +152,13 @@ class PissaConfig:
     """Module name ending or regular expression -> alpha, where it differs from `alpha`."""
     use_rslora: bool = False
     """Scale by `alpha / sqrt(rank)` instead of `alpha / rank`; `alpha=None` then means `sqrt(rank)`, scale 1 again."""
+    use_dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA); it starts at the weight's own."""
+    use_adalora: bool = False
+    """Train singular values as a vector of their own, between nearly orthonormal factors (AdaLoRA, without its pruning
+    of ranks)."""
+    orthogonality: float = 0.5
+    """Weight of AdaLoRA's penalty on factors that are not orthonormal."""
     dropout: float = 0.0
     """Dropout on the adapter's input. PiSSA needs 0: see `allow_dropout`."""
     allow_dropout: bool = False
@@ -197,6 +204,7 @@ class PissaConfig:
                 "allow_dropout (--allow-dropout) to accept that"
             )
         self._check_quantization()
+        self._check_variants()
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement is {self.placement!r}; allowed: {', '.join(PLACEMENTS)}")
         if not self.target_modules:
@@ -242,6 +250,28 @@ class PissaConfig:
             raise ConfigError(
                 f"method {self.method!r} does not go with quantization method {self.quantization.method!r}: adapters "
                 'that start at zero (lora-kaiming, lora-gaussian) take "qlora", "pissa" takes "qpissa" or "loftq"'
+            )
+
+    def _check_variants(self) -> None:
+        if not is_number(self.orthogonality) or not 0 <= self.orthogonality < math.inf:
+            raise ConfigError(f"orthogonality is {self.orthogonality!r}; give 0 or a positive number")
+        if not self.use_adalora and self.orthogonality != PissaConfig.orthogonality:
+            raise ConfigError("orthogonality is AdaLoRA's; leave it out, or set use_adalora")
+        refused = {
+            "use_dora (PEFT has no layer that is both)": self.use_dora,
+            "quantization (its export to the base could not be checked)": self.quantization is not None,
+            'placement "offset"': self.placement == "offset",
+            "rank_pattern and alpha_pattern (PEFT gives all AdaLoRA layers one rank)": self.rank_pattern
+            or self.alpha_pattern,
+            "use_rslora": self.use_rslora,
+        }
+        wrong = [what for what, given in refused.items() if given]
+        if self.use_adalora and wrong:
+            raise ConfigError(f"use_adalora does not go with {', '.join(wrong)}; leave either out")
+        if self.use_dora and self.quantization is not None:
+            raise ConfigError(
+                "use_dora scales rows by the norms of the weight, which its quantised residual does not have: leave "
+                "quantization out, or use_dora"
             )
 
     def _check_names(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,7 +28,9 @@ from .checkpoint.manifest import MANIFEST, package_versions
 from .checkpoint.read import LOSSLESS, SavedAdapter, load, read_adapter
 from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
+from .decompose.dora import rescaled
 from .errors import ConfigError, PissaError
+from .live.adalora import lora_config
 from .live.conversion import NESTING, nesting
 from .live.layers import TRANSPOSED, Place, combine_each, place_of
 from .live.quantized import quantized_layers
@@ -52,7 +54,7 @@ from .live.state import (
     without_wrappers,
 )
 from .live.targets import pattern_keys
-from .split import STORAGE_DTYPES
+from .split import STORAGE_DTYPES, combine
 
 FSDP_WRAPPER = "_fsdp_wrapped_module."
 
@@ -78,6 +80,8 @@ class _LowRank:
     A: Tensor
     B: Tensor
     error: float = 0.0
+    magnitude: Tensor | None = None
+    E: Tensor | None = None
 
 
 def export_lora(
@@ -117,12 +121,31 @@ def export_lora(
         check_free(out)
     live = isinstance(model_or_dir, PeftModel)
     saved = _from_live(model_or_dir, state) if live else read_adapter(model_or_dir)
+    saved = without_values(saved)
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
     if out is not None:
         with output_directory(out) as partial:
             write_lora(export, partial)
     return export
+
+
+def export_state(model: PeftModel, *, state: Mapping[str, Tensor] | None = None) -> LoraExport:
+    """What continues a run: the lossless export, for AdaLoRA as one of rank 2r with its values apart.
+
+    Args:
+        model: an adapted model.
+        state: see `export_lora`.
+    """
+    return _lossless(_from_live(model, state))
+
+
+def without_values(saved: SavedAdapter) -> SavedAdapter:
+    """An AdaLoRA adapter as a LoRA: the values are multiplied into B."""
+    if not isinstance(saved.config, AdaLoraConfig):
+        return saved
+    factors = {name: f.folded() for name, f in saved.factors.items()}
+    return replace(saved, factors=factors, config=lora_config(saved.config))
 
 
 def write_lora(export: LoraExport, directory: Path) -> None:
@@ -206,10 +229,18 @@ def _concatenated(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
     return torch.cat([factors.A, factors.A0], dim=-2), torch.cat([factors.B, -factors.B0], dim=-1)
 
 
+def _joined(E: Tensor | None, E0: Tensor | None) -> Tensor | None:
+    """[E ; E0] (2r,), or E alone."""
+    return torch.cat([E, E0]) if E is not None and E0 is not None else E
+
+
 def _lossless(saved: SavedAdapter) -> LoraExport:
     doubled = any(factors.A0 is not None for factors in saved.factors.values())
     config = config_with_ranks(saved.config, 2.0) if doubled else deepcopy(saved.config)
-    parts = {name: _LowRank(*_concatenated(factors)) for name, factors in saved.factors.items()}
+    parts = {
+        name: _LowRank(*_concatenated(f), magnitude=f.magnitude, E=_joined(f.E, f.E0))
+        for name, f in saved.factors.items()
+    }
     return _as_export(saved, parts, config, LOSSLESS if doubled else None)
 
 
@@ -235,7 +266,8 @@ def _truncate(factors: AdapterFactors, rank: int | None, tolerance: float) -> _L
     root = S[..., :kept].sqrt()
     total, lost = torch.linalg.vector_norm(tails[..., 0]), torch.linalg.vector_norm(tails[..., kept])
     error = float(lost / total) if total > 0 else 0.0
-    return _LowRank((root[..., None] * Vh[..., :kept, :]).float(), (U[..., :kept] * root[..., None, :]).float(), error)
+    A, B = (root[..., None] * Vh[..., :kept, :]).float(), (U[..., :kept] * root[..., None, :]).float()
+    return _LowRank(A, B, error, factors.magnitude)
 
 
 def _pattern_name(config: LoraConfig, name: str) -> str:
@@ -249,8 +281,11 @@ def _as_export(
 ) -> LoraExport:
     export = LoraExport()
     for name, part in parts.items():
-        for key, tensor in saved.layouts[name].tensors(part.A, part.B).items():
+        layout_of = saved.layouts[name]
+        for key, tensor in layout_of.tensors(part.A, part.B, part.E).items():
             export[f"{PREFIX}{key}"] = tensor
+        if part.magnitude is not None:
+            export[f"{PREFIX}{layout_of.magnitude_key}"] = part.magnitude.clone()
     export.update(saved.others)
     parameters = nesting(config)
     config = without_marks(config)
@@ -301,7 +336,10 @@ def _whole_factors(layout: Layout, shards: AdapterFactors, adapter: str, state: 
         return layout.kind.unpack(A, B, shards.A.shape[-2])
 
     initial = whole(INITIAL) if shards.A0 is not None else (None, None)
-    return AdapterFactors(*whole(adapter), shards.scale, *initial)
+    magnitude = None
+    if shards.magnitude is not None:
+        magnitude = state[f"{PREFIX}{layout.magnitude_key}.{adapter}.weight"].detach().cpu().float()
+    return AdapterFactors(*whole(adapter), shards.scale, *initial, magnitude)
 
 
 def _exportable(model: PeftModel) -> str:
@@ -345,8 +383,14 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
                 raise PissaError(
                     f"cannot merge into {name}, which is stored as {tensor.dtype}: load the base unquantised"
                 )
+            f = f.folded()
             A, B = _concatenated(f) if is_offset(model, adapter) else (f.A, f.B)
-            tensor = _stored(place, combine_each(place.matrices(), A, B, f.scale))
+            matrices = place.matrices()
+            if f.magnitude is None:
+                merged = combine_each(matrices, A, B, f.scale)
+            else:
+                merged = rescaled(combine(matrices.float(), A, B, f.scale), f.magnitude).to(matrices.dtype)
+            tensor = _stored(place, merged)
         elif kind == "weight" and name in quantized:
             place = place_of(quantized[name])
             tensor = _stored(place, place.matrices())

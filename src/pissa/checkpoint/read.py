@@ -2,8 +2,9 @@
 
 An adapter directory comes in four layouts, and each says by itself which one it is:
 
-    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0]; `pissa.json` says so, or,
-               in placement "offset", the adapter's configuration
+    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0], a DoRA with magnitudes,
+               a run's checkpoint of AdaLoRA with [E ; E0]; `pissa.json` says so, or, in placement "offset", the
+               adapter's configuration
     on disk    the rank-r adapter for a residual that `save_residual` wrote; its configuration and `pissa.json` name it
     residual   a plain `save_pretrained` of an adapted model: the rank-r adapter, and `pissa_init/` beside it
     LoRA       any other PEFT LoRA
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -94,13 +95,21 @@ def load(
     has_initial = any(factors.A0 is not None for factors in fitted.values())
     in_few_bits = any(name in fitted for name in quantized_layers(model))
     offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
-    trained = {name: (f.A, f.B) for name, f in fitted.items()}
+    trained = {name: _tensors(f.A, f.B, f.E) for name, f in fitted.items()}
     initial = {
-        name: (f.A0, f.B0) if f.A0 is not None and f.B0 is not None else (f.A, f.B) for name, f in fitted.items()
+        name: _tensors(f.A0, f.B0, f.E0) if f.A0 is not None and f.B0 is not None else trained[name]
+        for name, f in fitted.items()
     }
+    magnitudes = {name: f.magnitude for name, f in fitted.items() if f.magnitude is not None}
     attach_placed = attach_offset if offset else attach
     adapted = attach_placed(
-        model, saved.config, initial, subtract=has_initial, trained=trained, ready=residual is not None
+        model,
+        saved.config,
+        initial,
+        subtract=has_initial,
+        trained=trained,
+        magnitudes=magnitudes or None,
+        ready=residual is not None,
     )
     if residual is not None:
         record: Any = adapted.pissa
@@ -111,6 +120,10 @@ def load(
     if not is_trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def _tensors(*factors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(factor for factor in factors if factor is not None)
 
 
 def _base_or_residual(
@@ -280,7 +293,9 @@ def _with_initial(
         raise CheckpointError(
             f"{directory} and {initial_directory} differ in modules or ranks; they are not of one run"
         )
-    return {name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()}
+    return {
+        name: replace(f, A0=initial[name].A, B0=initial[name].B, E0=initial[name].E) for name, f in factors.items()
+    }
 
 
 def _adapter_directory(path: Path) -> Path:
@@ -302,9 +317,9 @@ def _read_config(directory: Path) -> LoraConfig:
     try:
         document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         kind = document.get("peft_type")
-        if kind != "LORA":
-            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA adapters")
-        config = LoraConfig.from_pretrained(str(directory))
+        if kind not in ("LORA", "ADALORA"):
+            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA and AdaLoRA adapters")
+        config = (LoraConfig if kind == "LORA" else AdaLoraConfig).from_pretrained(str(directory))
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -19,8 +19,8 @@ def command(
     method: Annotated[
         str | None,
         typer.Option(
-            help="pissa, random-pissa, cura, robust-pissa, lora, lora-kaiming, lora-gaussian, qlora, loftq, qpissa or "
-            "full. [pissa]"
+            help="pissa, random-pissa, cura, robust-pissa, lora, lora-kaiming, lora-gaussian, dora, adalora, "
+            "pissa+dora, pissa+adalora, qlora, loftq, qpissa or full. [pissa]"
         ),
     ] = None,
     component: Annotated[
@@ -63,6 +63,9 @@ def command(
         str | None,
         typer.Option(help="residual, or offset: leave the base as it is, for one in 4 or 8 bits. [residual]"),
     ] = None,
+    orthogonality: Annotated[
+        float | None, typer.Option(help="Of adalora: weight of its penalty on factors not orthonormal. [0.5]")
+    ] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout on the adapter's input. [0]")] = None,
     allow_dropout: Annotated[
         bool | None, typer.Option("--allow-dropout", help="Accept that dropout changes the function under PiSSA.")
@@ -72,6 +75,9 @@ def command(
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate. [2e-5]")
+    ] = None,
+    loraplus_ratio: Annotated[
+        float | None, typer.Option(help="LoRA+: B's learning rate is this many times A's. [1]")
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant. [cosine]")] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="Share of steps for warm-up. [0.03]")] = None,

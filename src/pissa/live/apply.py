@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -25,10 +25,13 @@ from transformers.models.auto import modeling_auto
 from ..calibrate.gradients import weight_gradients
 from ..calibrate.moments import Moment
 from ..config import PissaConfig, Quantization
+from ..decompose.adalora import orthonormal_factors, random_factors
 from ..decompose.certificate import Certificate, worst
+from ..decompose.dora import magnitudes as row_norms
 from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
-from ..split import Split, Weight, split_each
+from ..split import Split, Weight, derive_seed, split_each
+from .adalora import adalora_config, layer_scale
 from .conversion import settle_names
 from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
@@ -40,7 +43,16 @@ from .quantized import (
     require_bitsandbytes,
 )
 from .runtime import keep_slow_path, warn_of_peft
-from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_marks
+from .state import (
+    INITIAL,
+    TRAINABLE,
+    adapter_layers,
+    base_layer,
+    place_at,
+    set_factors,
+    set_magnitude,
+    set_marks,
+)
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
@@ -116,7 +128,7 @@ def adapt(
         )
     targets = resolve_targets(model, config)
     warn_of_peft(model, {target.name: target.kind for target in targets})
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, tuple[Tensor, ...]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
     found = _splits(targets, config, moments) if batches is None else _scored_splits(model, targets, config, batches)
@@ -129,6 +141,13 @@ def adapt(
         if progress is not None:
             progress(target.name, done, len(targets))
 
+    if config.use_adalora:
+        factors = {
+            name: random_factors(A, B, derive_seed(config.seed, name))
+            if config.starts_at_zero
+            else orthonormal_factors(A, B)
+            for name, (A, B) in factors.items()
+        }
     attach_placed = attach_offset if config.placement == "offset" and not config.starts_at_zero else attach
     adapted = attach_placed(
         model, peft_config(model, targets, config), factors, subtract=not config.starts_at_zero, packed=packed
@@ -226,9 +245,10 @@ def weights_of(
 def attach_offset(
     model: nn.Module,
     lora_config: LoraConfig,
-    initial: Mapping[str, tuple[Tensor, Tensor]],
+    initial: Mapping[str, tuple[Tensor, ...]],
     *,
-    trained: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    trained: Mapping[str, tuple[Tensor, ...]] | None = None,
+    magnitudes: Mapping[str, Tensor] | None = None,
     **_: Any,
 ) -> PeftModel:
     """`attach` for placement "offset": the base is left alone and the initial factors are the adapter's second half.
@@ -237,7 +257,7 @@ def attach_offset(
         lora_config: of rank r; the adapter gets twice the rank at the same scale.
     """
     factors = concatenated(trained or initial, initial)
-    adapted = attach(model, offset_config(lora_config), factors, subtract=False)
+    adapted = attach(model, offset_config(lora_config), factors, subtract=False, magnitudes=magnitudes)
     freeze_second_halves(adapted)
     return adapted
 
@@ -245,10 +265,11 @@ def attach_offset(
 def attach(
     model: nn.Module,
     lora_config: LoraConfig,
-    initial: Mapping[str, tuple[Tensor, Tensor]],
+    initial: Mapping[str, tuple[Tensor, ...]],
     *,
     subtract: bool,
-    trained: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    trained: Mapping[str, tuple[Tensor, ...]] | None = None,
+    magnitudes: Mapping[str, Tensor] | None = None,
     packed: Mapping[str, Packed] | None = None,
     ready: bool = False,
 ) -> PeftModel:
@@ -257,16 +278,17 @@ def attach(
     Args:
         model: the base; its targets' weights are replaced by residuals where `subtract` is set.
         lora_config: the configuration of adapter "default".
-        initial: name of what is adapted -> (A0 (…, r, in), B0 (…, out, r)).
+        initial: name of what is adapted -> (A0 (…, r, in), B0 (…, out, r)), for AdaLoRA with E0 (r,) as the third.
         subtract: whether `s·B0·A0` is taken out of the weights and kept as `pissa_init`; else the base stays as it is.
         trained: the factors that "default" gets; None for the initial ones.
+        magnitudes: those that it gets where it is a DoRA adapter; None for the norms of the weights' rows.
         packed: quantised residuals that take the weights' place, one for each target or none at all.
         ready: whether the weights are residuals already, as loaded.
 
     Whatever fails, the model is given back as it was.
     """
     with _undone_on_failure(model):
-        return _attach(model, lora_config, initial, subtract=subtract, trained=trained, packed=packed, ready=ready)
+        return _attach(model, lora_config, initial, subtract, trained, magnitudes, packed, ready)
 
 
 @contextmanager
@@ -304,10 +326,10 @@ def _undone_on_failure(model: nn.Module) -> Iterator[None]:
 def _attach(
     model: nn.Module,
     lora_config: LoraConfig,
-    initial: Mapping[str, tuple[Tensor, Tensor]],
-    *,
+    initial: Mapping[str, tuple[Tensor, ...]],
     subtract: bool,
-    trained: Mapping[str, tuple[Tensor, Tensor]] | None,
+    trained: Mapping[str, tuple[Tensor, ...]] | None,
+    magnitudes: Mapping[str, Tensor] | None,
     packed: Mapping[str, Packed] | None,
     ready: bool,
 ) -> PeftModel:
@@ -323,7 +345,7 @@ def _attach(
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
         if subtract:
-            adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
+            adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
     settle_names(adapted)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
@@ -333,20 +355,32 @@ def _attach(
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.train(module.original_module.training)
-    for name, (A0, B0) in initial.items():
+    for name, factors in initial.items():
         layer: Any = layers[name]
         layer.train(base_layer(layer).training)
+        place = place_at(layer)
         set_factors(layer, TRAINABLE, *(trained or initial)[name], trainable=True)
+        if lora_config.use_dora:
+            m = magnitudes[name] if magnitudes is not None else row_norms(place.matrices())
+            set_magnitude(layer, TRAINABLE, m, trainable=True)
         if subtract:
-            set_factors(layer, INITIAL, A0, B0, trainable=False)
+            set_factors(layer, INITIAL, *factors, trainable=False)
         if subtract and not packed and not ready:
-            place = place_at(layer)
-            place.put(combine_each(place.matrices(), A0, B0, -float(layer.scaling[TRAINABLE])))
+            A0, B0 = factors[0], factors[1] * factors[2] if len(factors) > 2 else factors[1]
+            place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
     keep_slow_path(adapted)
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
         None, {}, shared, ties, tied_before, trainable, quantized=bool(packed), base=base
     )
     return adapted
+
+
+def _initial_config(lora_config: LoraConfig) -> LoraConfig:
+    """The configuration of `pissa_init`: without dropout, and without DoRA, for it is the base's weight as it is."""
+    changes: dict[str, Any] = {"lora_dropout": 0.0, "use_dora": False}
+    if isinstance(lora_config, AdaLoraConfig):
+        changes["inference_mode"] = True  # PEFT allows one trainable AdaLoRA adapter
+    return replace(lora_config, **changes)
 
 
 def _check_live_format(quantization: Quantization, moments: object) -> None:
@@ -384,7 +418,7 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     alphas = {target.peft_name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
     keys = pattern_keys([*alphas])
     linear = [t.kind for t in targets if t.kind in (LINEAR, TRANSPOSED)]
-    return LoraConfig(
+    result = LoraConfig(
         r=config.rank,
         lora_alpha=default_alpha,  # pyright: ignore[reportArgumentType] -- PEFT computes with floats as well
         target_modules=peft_targets(model, [t.name for t in targets if not t.kind.bare]),
@@ -392,12 +426,14 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
         rank_pattern={keys[t.peft_name]: t.rank for t in targets if t.rank != config.rank},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         lora_dropout=config.dropout,
         fan_in_fan_out=config.quantization is None and set(linear) == {TRANSPOSED},
         modules_to_save=list(config.modules_to_save) or None,
         init_lora_weights=True,
         task_type=_task_type(model),
     )
+    return adalora_config(result, config.orthogonality) if config.use_adalora else result
 
 
 def _lora_alpha(config: PissaConfig, rank: int, alpha: float | None) -> float:

@@ -37,8 +37,8 @@ def offset_config(lora_config: LoraConfig) -> LoraConfig:
 
 
 def concatenated(
-    trained: Mapping[str, tuple[Tensor, Tensor]], initial: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
+    trained: Mapping[str, tuple[Tensor, ...]], initial: Mapping[str, tuple[Tensor, ...]]
+) -> dict[str, tuple[Tensor, ...]]:
     """Name -> ([A ; A0] (…, 2r, in), [B | −B0] (…, out, 2r))."""
     return {
         name: (torch.cat([A, initial[name][0]], dim=-2), torch.cat([B, -initial[name][1]], dim=-1))

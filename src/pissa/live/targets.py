@@ -114,6 +114,8 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, check_values: bool
     _check_shapes(targets)
     if check_values:
         _check_finite(targets)
+    if check_values and config.use_dora:
+        _check_rows(targets)
     if config.quantization is not None:
         bits = 8 if config.quantization.format == "int8" else 4
         check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
@@ -143,6 +145,8 @@ def _check_carried(
     wrong = []
     for target in targets:
         reason = why_not(target.module)
+        if reason is None and (config.use_dora or config.use_adalora) and target.kind not in (LINEAR, TRANSPOSED):
+            reason = f"{'DoRA' if config.use_dora else 'AdaLoRA'} is for linear layers"
         if reason is None and target.kind.bare:
             if target.module is model:
                 reason = "PEFT wraps no parameter of the model itself"
@@ -426,6 +430,16 @@ def _check_finite(targets: list[Target]) -> None:
     bad = [target.name for target in plain if not math.isfinite(magnitude(target.place.weight))]
     if bad:
         raise WeightError(f"NaN or Inf in the weight of {_listed(bad)}: repair or reload the checkpoint")
+
+
+def _check_rows(targets: list[Target]) -> None:
+    """Refuse rows of zeros, which DoRA would divide by."""
+    empty = [t.name for t in targets if not bool(t.place.matrices().any(dim=-1).all())]
+    if empty:
+        raise WeightError(
+            f"DoRA divides each output's weights by their norm, and some are zero in {_listed(empty)}: name these in "
+            "exclude_modules, or train without use_dora"
+        )
 
 
 def _listed(items: Sequence[str], most: int = 300) -> str:

@@ -193,6 +193,7 @@ def _run(
         data_collator=Collator(tokenizer.pad_token_id),
         lengths=encoded.lengths,
         batch_size=recipe.batch_size,
+        loraplus_ratio=recipe.loraplus_ratio,
         callbacks=[log, stop],
     )
     log.trainer = trainer
