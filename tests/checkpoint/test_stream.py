@@ -217,7 +217,7 @@ def test_a_run_killed_at_any_change_continues_to_the_same_bytes(tmp_path: Path) 
     base, out, expected = begin(tmp_path)
     total = at_change(0, lambda: init_checkpoint(base, out, CONFIG), lambda: None)
     shutil.rmtree(out)
-    moments = sorted(random.Random(0).sample(range(1, total + 1), 12)) + [*range(total - 9, total + 1)]
+    moments = [*sorted(random.Random(0).sample(range(1, total + 1), 12)), *range(total - 9, total + 1)]
     for moment in dict.fromkeys(moments):
         assert killed_at(moment, lambda: init_checkpoint(base, out, CONFIG)) == -signal.SIGKILL, moment
         published = (out / "config.json").exists()
