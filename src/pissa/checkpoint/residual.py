@@ -29,6 +29,7 @@ from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
 from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter
 from .manifest import MANIFEST, package_versions, read_manifest
+from .seal import described, write_sealed
 from .write import check_free, output_directory, write_json
 
 RESIDUAL = "residual"
@@ -49,6 +50,8 @@ class SavedResidual:
     """Directory or hub id of the base that was split."""
     certificates: dict[str, Certificate]
     """Module name -> certificate of its split."""
+    config: dict[str, Any] | None = None
+    """The fields of the PissaConfig by which it was split, as far as they are known."""
 
     @property
     def gaps(self) -> dict[str, float]:
@@ -84,7 +87,7 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
             write_adapter(model, partial / INITIAL, base=final, adapter=INITIAL)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_json(partial / MANIFEST, _manifest(record))
+        write_sealed(partial / MANIFEST, {**_manifest(record), "files": described(partial)})
     record.residual = final
     for config in model.peft_config.values():
         config.base_model_name_or_path = final
@@ -140,12 +143,15 @@ def residual_at(path: Path) -> SavedResidual | None:
         name: Certificate(**{"seconds": 0.0, **{key: value for key, value in module.items() if key in known}})
         for name, module in manifest.get("modules", {}).items()
     }
-    return SavedResidual(path, manifest.get("base"), certificates)
+    return SavedResidual(path, manifest.get("base"), certificates, manifest.get("config"))
 
 
 def find_residual(directory: Path, manifest: dict[str, Any], named: str | None) -> SavedResidual | None:
-    """The residual that an adapter is for: where its manifest says (relative to itself, so that a run can be moved as a
-    whole), else the base that its configuration names, where that is one."""
+    """The residual that an adapter is for: the directory that the initial adapter lies in; where its manifest says
+    (relative to itself, so that a run can be moved as a whole); else the base that its configuration names, where that
+    is one."""
+    if directory.name == INITIAL and (found := residual_at(directory.parent)) is not None:
+        return found
     relative = manifest.get("residual")
     if relative is not None:
         found = residual_at(Path(os.path.normpath(directory / relative)))

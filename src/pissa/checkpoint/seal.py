@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .header import read_header
 from .layout import FileLayout
 from .manifest import MANIFEST
+from .write import TEMPORARY_PREFIX, flush
 
 DIGEST = "sha256"
 BLANK = "0" * 64
@@ -57,6 +60,35 @@ def plain_file(path: Path) -> dict[str, Any]:
             digest.update(chunk)
             size += len(chunk)
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def described(directory: Path) -> dict[str, Any]:
+    """What the manifest says of every file below a directory."""
+    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {n: _read_tensors(p) if p.suffix == ".safetensors" else plain_file(p) for n, p in files.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        size = path.stat().st_size
+        entries = read_header(stream.fileno(), path, size)
+        header = stream.read(min((entry.offset for entry in entries.values()), default=size))
+        digests = {}
+        for name, entry in entries.items():
+            digest = hashlib.sha256()
+            for start in range(0, entry.nbytes, CHUNK):
+                digest.update(os.pread(stream.fileno(), min(CHUNK, entry.nbytes - start), entry.offset + start))
+            digests[name] = digest.hexdigest()
+    return {"size": size, "header": hashlib.sha256(header).hexdigest(), "tensors": digests}
+
+
+def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a manifest under a temporary name first: where this file is, it is whole."""
+    partial = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    partial.write_text(sealed(document), encoding="utf-8")
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
 
 
 def is_unsealed_name(name: str) -> bool:

@@ -163,20 +163,21 @@ class _Reader:
             done += count
         return memory.view(entry.dtype).view(entry.shape)
 
-    def residual(self, module: str, dtype: torch.dtype) -> Tensor:
-        """A module's weight as it is stored; of a quantised one, what it dequantises to, (out, in)."""
+    def residual(self, module: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """A module's weight as it is stored, and False; or, of a quantised one, what it dequantises to, (out, in), and
+        True."""
         key = f"{module}.weight"
         if f"{module}.SCB" in self.entries:
-            return PackedInt8(self.tensor(key), self.tensor(f"{module}.SCB"), dtype).dequantize()
+            return PackedInt8(self.tensor(key), self.tensor(f"{module}.SCB"), dtype).dequantize(), True
         if f"{key}{QUANT_STATE}" not in self.entries:
-            return self.tensor(key)
+            return self.tensor(key), False
         state = json.loads(bytes(self.tensor(f"{key}{QUANT_STATE}").numpy()))
         absmax: Any = self.tensor(f"{key}.absmax")
         if "nested_offset" in state:
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
             absmax = NestedScales(absmax, self.tensor(f"{key}.nested_absmax"), offset)
         out, columns = state["shape"]
-        return PackedNF4(self.tensor(key), absmax, (out, columns), dtype, state["blocksize"]).dequantize()
+        return PackedNF4(self.tensor(key), absmax, (out, columns), dtype, state["blocksize"]).dequantize(), True
 
     def _show(self, what: str, size: int) -> None:
         self._read += size
@@ -232,16 +233,16 @@ def _split_error(module: str, described: Mapping[str, Any], reader: _Reader, bas
     """`‖W − (residual + s·B·A)‖ / ‖W‖`."""
     weight = base.read(described["tensor"])
     dtype = getattr(torch, described["dtype"])
-    residual = reader.residual(module, dtype)
+    residual, is_packed = reader.residual(module, dtype)
     weight = weight.to(dtype)
     sides = [f"{PREFIX}{module}.{side}.weight" for side in ("lora_A", "lora_B")]
     if sides[0] in reader.entries:
         A, B = (reader.tensor(side) for side in sides)
     else:
-        A, B = torch.zeros(1, residual.shape[1]), torch.zeros(residual.shape[0], 1)
-    if weight.shape != (B.shape[0], A.shape[1]):  # stored (in, out), as Conv1D is
+        A, B = (torch.zeros(shape) for shape in ((1, residual.shape[1]), (residual.shape[0], 1)))
+    if described["transposed"]:
         weight = weight.T
-        residual = residual.T if residual.shape != weight.shape else residual
+        residual = residual if is_packed else residual.T
     return split_error(weight, residual, A, B, described["scale"])
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.pytorch_utils import Conv1D
+
 from ..errors import OutputError
 from .identity import check_base_unchanged, differences, modification_times
 from .journal import NAME, forget, read_journals
@@ -23,7 +25,7 @@ from .layout import INDEX, FileLayout
 from .manifest import MANIFEST, read_manifest
 from .plan import Plan
 from .residual import RESIDUAL
-from .seal import plain_file, sealed, tensor_file
+from .seal import plain_file, tensor_file, write_sealed
 from .source import Source
 from .write import TEMPORARY_PREFIX, explained, flush, flush_tree, write_json
 
@@ -140,7 +142,7 @@ class Workspace:
             (self.path / name).write_bytes(data)
             files[name] = plain_file(self.path / name)
         flush_tree(self.path)
-        _write_whole(self.path / MANIFEST, sealed(self._manifest(plan, source, done, files)))
+        write_sealed(self.path / MANIFEST, self._manifest(plan, source, done, files))
 
     def publish(self) -> None:
         """Move everything up, what makes it loadable last, and take the work directory away."""
@@ -170,6 +172,7 @@ class Workspace:
                 scale = task.config.scale(task.config.rank, task.config.alpha)
                 dtype = str(task.dtype).removeprefix("torch.")
                 modules[task.name] = {"tensor": task.source, "dtype": dtype, "rank": task.config.rank, "scale": scale}
+                modules[task.name]["transposed"] = isinstance(task.module, Conv1D)
                 modules[task.name] |= record["certificate"]
         return {
             "layout": RESIDUAL,
@@ -208,15 +211,6 @@ class Workspace:
 
 def _is_private(name: str) -> bool:
     return name == RUN or name.startswith(NAME.partition("{")[0]) or name.startswith(TEMPORARY_PREFIX)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Under a temporary name first: where this file is, it is whole."""
-    partial = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
-    flush(path.parent)
 
 
 def _is_intact(path: Path, file: FileLayout) -> bool:
