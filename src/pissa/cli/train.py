@@ -57,7 +57,7 @@ def command(
     calibration_windows: Annotated[int | None, typer.Option(help="Windows of calibration text. [80]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens per window. [256]")] = None,
     rounding: Annotated[
-        str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [with it and nf4: gptq]")
+        str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [nearest]")
     ] = None,
     placement: Annotated[
         str | None,
