@@ -7,6 +7,7 @@ that lie in the directory itself or, in a hub cache, where `snapshots/REVISION/`
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from .header import LARGEST_JSON, parse_json
 
 CONFIG = "config.json"
 Form = Literal["safetensors", "pickle", "gguf"]
+SERIES = re.compile(r"(.*-)\d+(-of-\d+\.\w+)")
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".spm")
 COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md", "LICENSE.md", "LICENSE.txt", "COPYING")
 NOT_COPIED = (CONFIG, "pissa.json", "adapter_config.json", "trainer_state.json")
@@ -136,11 +138,28 @@ def _sharded(form: Form, index: Path) -> WeightFiles:
             f"{index.parent} lacks {len(missing)} shard(s) that {index.name} names: {', '.join(missing[:20])}{more}; "
             "download it again"
         )
+    _check_none_left_out(index, files)
     metadata = document.get("metadata", {})
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and not (type(total) in (int, float) and 0 <= total < 1 << 63):
         raise CheckpointError(f"{index}: total_size is {str(total)[:50]!r} and no number of bytes; download it again")
     return WeightFiles(form, tuple(index.parent / name for name in files), weight_map, index, total)
+
+
+def _check_none_left_out(index: Path, files: list[str]) -> None:
+    """Refuse an index that names some shards of a series (model-00001-of-00003 …) and not others that are there."""
+
+    def series(name: str) -> tuple[str, ...] | None:
+        found = SERIES.fullmatch(name)
+        return found.groups() if found else None
+
+    present = {file.name for file in index.parent.iterdir()}
+    named = {series(name) for name in files} - {None}
+    left_out = sorted(name for name in present - set(files) if series(name) in named)
+    if left_out:
+        raise CheckpointError(
+            f"{index} does not name {', '.join(left_out[:20])}, which lies beside it; download both again"
+        )
 
 
 def _check_place(file: Path) -> None:

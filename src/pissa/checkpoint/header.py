@@ -134,10 +134,6 @@ def parse_json(text: bytes, file: Path, *, integers_only: bool = False) -> dict[
 def _entry(name: str, info: Any, file: Path, start: int) -> Entry:
     """One tensor's entry, checked as far as it can be alone."""
     what = f"{file}: tensor {name[:200]!r}"
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(f"{what} has a name that is no Unicode text; {DAMAGED}") from error
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{what} is not described by dtype, shape and data_offsets; {DAMAGED}")
     kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
@@ -195,6 +191,8 @@ def _refuse(token: str) -> NoReturn:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        text.encode()  # half of a surrogate pair is a ValueError here, and would be a crash wherever it is written
     document = dict(pairs)
     if len(document) != len(pairs):
         seen: set[str] = set()

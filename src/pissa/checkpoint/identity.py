@@ -91,7 +91,7 @@ def differences(before: Any, now: Any, where: str = "") -> Iterable[str]:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return text if len(text) <= 60 else f"{text[:20]}…{text[-37:]}"
 
 
 def _digest(document: Any) -> str:

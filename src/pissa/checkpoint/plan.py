@@ -108,12 +108,12 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     sources = _sources(model, names, targets, source)
     splits = [_split_task(target, sources[target.name], source, config, chosen, model) for target in targets]
     split_keys = {f"{target.name}.weight" for target in targets}
-    copies = _copy_tasks(model, names, split_keys, source, chosen if dtype is not None else None)
+    copies = copy_tasks(model, names, split_keys, source, chosen if dtype is not None else None)
     if dtype is None:
         _warn_of_rounding(source, splits, chosen)
     adapter = {k: kind for task in splits for k, kind in task.outputs.items() if k.startswith(PREFIX)}
     weights = {k: kind for task in copies + splits for k, kind in task.outputs.items() if k not in adapter}
-    shards, index = sharded(_in_order(weights, model))
+    shards, index = sharded(in_order(weights, model))
     documents = {} if index is None else {INDEX: json.dumps(index, indent=2)}
     documents |= _configurations(model, targets, config, chosen, _broken_ties(model, split_keys), out)
     files = shards
@@ -199,8 +199,7 @@ def _split_task(
     entry = source.entries[name]
     if entry.dtype not in READABLE:
         raise CheckpointError(f"{source.path}: {name} is {entry.kind}; only F32, F16, BF16 and F64 can be split")
-    kept = _kept_in_fp32(model, target.name, dtype)
-    dtype = torch.float32 if kept else dtype
+    dtype = task_dtype(model, target.name, dtype)
     out, columns = matrix_shape(target.module)
     key = f"{target.name}.weight"
     if config.quantization is None:
@@ -217,7 +216,7 @@ def _split_task(
     return Task(target.name, name, outputs, dtype, target.module, own, SPLIT_COST * size * dtype.itemsize, memory)
 
 
-def _copy_tasks(
+def copy_tasks(
     model: PreTrainedModel,
     names: Names,
     split_keys: set[str],
@@ -231,7 +230,7 @@ def _copy_tasks(
             continue
         kept = model.all_tied_weights_keys.get(key, key)
         if _tied(model, key) & split_keys:
-            wanted[key] = _tensor_of(model, names, key) or ""
+            wanted[key] = tensor_of(model, names, key) or ""
         elif key in names.plain:
             # a shared weight goes by the name that the model keeps
             wanted[key if kept in names.plain else kept] = names.plain[key]
@@ -253,7 +252,7 @@ def _tied(model: PreTrainedModel, key: str) -> set[str]:
     return {kept, *others} if others else set()
 
 
-def _tensor_of(model: PreTrainedModel, names: Names, key: str) -> str | None:
+def tensor_of(model: PreTrainedModel, names: Names, key: str) -> str | None:
     """The checkpoint's tensor for a parameter, under whichever of its names; None where it has no plain one."""
     return next((names.plain[k] for k in (key, *sorted(_tied(model, key))) if k in names.plain), None)
 
@@ -261,15 +260,20 @@ def _tensor_of(model: PreTrainedModel, names: Names, key: str) -> str | None:
 def _conversion(model: PreTrainedModel, key: str, entry: Entry, dtype: torch.dtype | None) -> torch.dtype | None:
     if dtype is None or entry.dtype not in READABLE:
         return None
-    wanted = torch.float32 if _kept_in_fp32(model, key.removesuffix(".weight"), dtype) else dtype
+    wanted = task_dtype(model, key.removesuffix(".weight"), dtype)
     return None if entry.dtype == wanted else wanted
 
 
-def _kept_in_fp32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers loads this module in full precision whatever it is asked for."""
+def is_tied(model: PreTrainedModel, key: str) -> bool:
+    """Whether a parameter has several names."""
+    return bool(_tied(model, key))
+
+
+def task_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What transformers loads a module in when it is asked for `dtype`: some are always kept in full precision."""
     kept = {*(model._keep_in_fp32_modules_strict or ())} if dtype != torch.float32 else set()
     kept |= {*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()
-    return any(f".{key}." in f".{name}." for key in kept)
+    return torch.float32 if any(f".{key}." in f".{name}." for key in kept) else dtype
 
 
 def _sources(model: PreTrainedModel, names: Names, targets: list[Target], source: Source) -> dict[str, str]:
@@ -278,7 +282,7 @@ def _sources(model: PreTrainedModel, names: Names, targets: list[Target], source
     Raises:
         CheckpointError: naming every target that has none of its own.
     """
-    found = {target.name: _tensor_of(model, names, f"{target.name}.weight") for target in targets}
+    found = {target.name: tensor_of(model, names, f"{target.name}.weight") for target in targets}
     missing = [name for name, tensor in found.items() if tensor is None]
     if missing:
         raise CheckpointError(
@@ -314,7 +318,7 @@ def _bits(dtype: torch.dtype | None) -> int:
     return dtype.itemsize if dtype is not None else 0
 
 
-def _in_order(weights: dict[str, Kind], model: PreTrainedModel) -> dict[str, Kind]:
+def in_order(weights: dict[str, Kind], model: PreTrainedModel) -> dict[str, Kind]:
     """The tensors in the order of the model's modules, as a saved model has them."""
     order = {key: number for number, key in enumerate(model.state_dict())}
 

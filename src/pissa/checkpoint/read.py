@@ -89,7 +89,7 @@ def load(
     """
     saved = read_adapter(path)
     model, residual = _base_or_residual(path, saved, base)
-    _check_fit(path, saved.factors, model)
+    check_fit(path, saved.factors, model)
     has_initial = any(factors.A0 is not None for factors in saved.factors.values())
     in_few_bits = any(name in saved.factors for name in quantized_layers(model))
     offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
@@ -116,20 +116,37 @@ def _base_or_residual(
     path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | nn.Module | None
 ) -> tuple[Any, SavedResidual | None]:
     """The model to attach an adapter to, and where it is the residual already, what its directory says."""
+    given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
+    place, residual = base_place(path, saved, given)
+    model: Any = load_base(place) if base is None or isinstance(base, str | os.PathLike) else base
+    keep_unpacked(model)
+    return model, residual
+
+
+def base_place(
+    path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | None
+) -> tuple[str | os.PathLike[str], SavedResidual | None]:
+    """Where the weights are that a saved adapter goes on, and what their directory says where they are the residual.
+
+    Args:
+        path: of the adapter, for messages.
+        saved: the adapter.
+        base: a directory or hub id; None for the recorded one, "" where it has none.
+
+    Raises:
+        CheckpointError: no base is recorded, or the adapter fits only a residual, which this is not.
+    """
     if base is None:
         base = saved.residual.path if saved.residual is not None else saved.base
     if base is None:
         raise CheckpointError(f"{path} does not record its base; pass it: load(path, base=…)")
-    place = base if isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None)
-    residual = residual_at(Path(place)) if place and not is_marked_offset(saved.config) else None
+    residual = residual_at(Path(base)) if base and not is_marked_offset(saved.config) else None
     if marks(saved.config).get("residual") and residual is None:
         raise CheckpointError(
-            f"{path} holds an adapter for a quantised residual, and {place or 'the model given'} is not that residual; "
+            f"{path} holds an adapter for a quantised residual, and {base or 'the model given'} is not that residual; "
             "save it with pissa.save_residual(model, …) and pass it: load(path, base=…)"
         )
-    model: Any = load_base(base) if isinstance(base, str | os.PathLike) else base
-    keep_unpacked(model)
-    return model, residual
+    return base, residual
 
 
 def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -340,7 +357,12 @@ def _scale(config: LoraConfig, name: str) -> float:
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _check_fit(path: str | os.PathLike[str], factors: Mapping[str, AdapterFactors], model: nn.Module) -> None:
+def check_fit(path: str | os.PathLike[str], factors: Mapping[str, AdapterFactors], model: nn.Module) -> None:
+    """Refuse a model that lacks a module of the adapter, or has it in another shape.
+
+    Raises:
+        CheckpointError: naming them.
+    """
     modules = dict(model.named_modules())
     wrong = [
         name

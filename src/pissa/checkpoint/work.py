@@ -87,14 +87,15 @@ def _copy(task: Task, source: Source, outputs: Outputs) -> Record:
         data: bytes | memoryview = chunk
         if task.dtype is not None:
             assert stored is not None
-            data = _converted(chunk, stored, task, name)
+            data = converted(chunk, stored, task, name)
         written.update(data)
         outputs.put(name, done, data)
         done += len(data)
     return {"task": task.name, "base": read.hexdigest(), "tensors": {name: written.hexdigest()}}
 
 
-def _converted(chunk: bytes, stored: torch.dtype, task: Task, name: str) -> memoryview:
+def converted(chunk: bytes | memoryview, stored: torch.dtype, task: Task, name: str) -> memoryview:
+    """A piece of a tensor in the task's dtype."""
     assert task.dtype is not None
     values = torch.frombuffer(bytearray(chunk), dtype=stored)
     result = values.to(task.dtype)
