@@ -86,7 +86,7 @@ class _Merge:
             for file in files:
                 file.allocate(partial)
             with Outputs(partial, files) as outputs:
-                for key in changed:
+                for key in sorted(changed, key=self._place):
                     tensor = self._merged(merged[key]) if key in merged else self._in_full(key)
                     outputs.write(key, tensor)
                 for task in copies:
@@ -94,6 +94,11 @@ class _Merge:
             if index is not None:
                 write_json(partial / INDEX, index)
             self._write_small(partial, untied=any(is_tied(self.model, key) for key in changed))
+
+    def _place(self, key: str) -> tuple[Path, int]:
+        """File and offset: a disk is read fastest from front to back."""
+        entry = self.source.entries[self._tensor(key)]
+        return entry.file, entry.offset
 
     def _merged(self, name: str) -> Tensor:
         """A module's weight with its adapter, as its layer stores it."""
