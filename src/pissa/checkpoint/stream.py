@@ -255,8 +255,6 @@ class _Run:
 
     def _what_is_saved(self) -> str:
         saved = len(self.workspace.finished_tasks(self.plan))
-        if self.team.rank and not saved:
-            return "the same command continues"
         return (
             f"{saved} of {len(self.plan.tasks)} tensors are saved in {self.workspace.out}: the same command continues "
             "from there"
