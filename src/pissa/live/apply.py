@@ -28,6 +28,7 @@ from ..decompose.certificate import Certificate
 from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, combine, split_each
+from .guards import guard
 from .layers import set_weight_matrix, weight_matrix
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
@@ -286,6 +287,7 @@ def _attach(
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
         None, {}, shared, tied_before, trainable, quantized=bool(packed), base=base
     )
+    guard(adapted)
     return adapted
 
 

@@ -46,11 +46,11 @@ def concatenated(
     }
 
 
-def freeze_second_halves(model: PeftModel) -> None:
-    """Keep the second half of every factor of adapter "default" as it is, whatever is trained."""
+def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:
+    """Keep the second half of every factor of an adapter as it is, whatever is trained."""
     for name, layer in adapter_layers(model).items():
         for dimension, holders in enumerate((layer.lora_A, layer.lora_B)):
-            holder: Any = holders[TRAINABLE]
+            holder: Any = holders[adapter]
             if holder.weight.shape[dimension] % 2:
                 raise PissaError(
                     f"{name}: an offset adapter has an even rank, this one {holder.weight.shape[dimension]}"
@@ -65,7 +65,8 @@ def _freeze(parameter: nn.Parameter, dimension: int) -> None:
         if accumulated.grad is not None:
             second_half(accumulated.grad, dimension).zero_()
 
-    parameter.register_post_accumulate_grad_hook(drop_gradient)
+    if not hasattr(parameter, FROZEN):
+        parameter.register_post_accumulate_grad_hook(drop_gradient)
     setattr(parameter, FROZEN, (dimension, second_half(parameter.detach(), dimension).clone()))
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_put_back))
