@@ -90,6 +90,11 @@ def add_adapter(
             f"adapter {adapter_name!r} would be added to residuals, so that with it the model is not the base's; "
             f'{WAY_OUT}, or adapt with placement="offset", which leaves the base as it is'
         )
+    if adapter_name == TRL_REFERENCE and list(self.active_adapters) != [TRAINABLE]:
+        raise PissaError(
+            f'a trainer copies adapter "default" as its reference, but {list(self.active_adapters)} would be trained; '
+            'activate the other with set_adapter("default"), or delete it'
+        )
     config = deepcopy(peft_config)
     if adapter_name == TRL_REFERENCE:
         config.lora_dropout = 0.0
