@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from .checkpoint.gguf_lora import check_gguf_target, write_gguf_lora
 from .checkpoint.manifest import MANIFEST, package_versions
 from .checkpoint.read import (
     CONFIG,
@@ -29,11 +30,12 @@ from .checkpoint.read import (
     PREFIX,
     WEIGHTS,
     SavedAdapter,
+    first_line,
     load,
     read_adapter,
 )
 from .checkpoint.write import check_free, output_directory, write_json
-from .errors import ConfigError, PissaError
+from .errors import CheckpointError, ConfigError, PissaError
 from .live.layers import as_stored, weight_matrix
 from .live.quantized import quantized_layers
 from .live.state import (
@@ -55,6 +57,8 @@ from .live.targets import pattern_keys
 from .split import STORAGE_DTYPES, combine
 
 FSDP_WRAPPER = "_fsdp_wrapped_module."
+Format = Literal["peft", "gguf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 class LoraExport(dict[str, Tensor]):
@@ -86,23 +90,30 @@ def export_lora(
     *,
     rank: int | None = None,
     tolerance: float | None = None,
+    format: Format = "peft",
+    base: str | os.PathLike[str] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> LoraExport:
     """Export an adapter as a LoRA that loads on the original base anywhere.
 
     Args:
         model_or_dir: an adapted model, or a saved run or adapter directory; the base is not needed.
-        out: directory to write (new or empty); None to get the tensors only.
+        out: directory to write (new or empty), or, in format "gguf", a file *.gguf; None to get the tensors only.
         rank: None for the lossless export (rank 2r; r for the LoRA baselines); else the optimal LoRA of at most this
             rank per module.
         tolerance: in place of `rank`: per module, the smallest rank whose relative error is at most this.
+        format: "peft", a directory that PEFT and vLLM load, or "gguf", one file that llama.cpp loads beside a GGUF of
+            the base.
+        base: with format "gguf", whose names need the base's config.json: its directory or hub id, where a saved run
+            does not record it.
         state: of a live model whose parameters are shards: its whole state dict, from which the tensors are taken.
 
     Returns:
         The tensors, with configuration and per-module errors.
 
     Raises:
-        ConfigError: rank below 1, tolerance outside [0, 1), or both given.
+        ConfigError: rank below 1, tolerance outside [0, 1), or both given; a format that does not exist.
+        PissaError: the adapter is no plain LoRA, or, in format "gguf", llama.cpp has no place for it.
         CheckpointError, OutputError: the directory cannot be read, or `out` not written.
 
     Source: paper, appendix C; the truncation is the Eckart-Young optimum.
@@ -113,16 +124,42 @@ def export_lora(
         raise ConfigError(f"rank is {rank}; give at least 1, or leave it out for the lossless export")
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance is {tolerance}; allowed: 0 up to, not including, 1")
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+    if format == "gguf":
+        check_gguf_target(out)
     if out is not None:
         check_free(out)
     live = isinstance(model_or_dir, PeftModel)
     saved = _from_live(model_or_dir, state) if live else read_adapter(model_or_dir)
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
-    if out is not None:
+    if format == "gguf" and out is not None:
+        write_gguf_lora(export, export.config, _base_config(model_or_dir, base or export.base), out)
+    elif out is not None:
         with output_directory(out) as partial:
             write_lora(export, partial)
     return export
+
+
+def _base_config(model_or_dir: Any, base: Any) -> Any:
+    """transformers' configuration of the base, without its weights."""
+    if isinstance(model_or_dir, PeftModel):
+        plain: Any = model_or_dir.get_base_model()
+        if isinstance(plain, PreTrainedModel):
+            return plain.config
+        raise PissaError(f"{type(plain).__name__} is no transformers model, so llama.cpp has no model to add it to")
+    if base is None:
+        raise CheckpointError(
+            f"{model_or_dir} does not record its base, whose config.json is needed; pass it with base"
+        )
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the config.json of the base {base} is needed and cannot be read ({first_line(error)}); pass its place "
+            "with base"
+        ) from error
 
 
 def write_lora(export: LoraExport, directory: Path) -> None:
