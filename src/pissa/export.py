@@ -46,6 +46,7 @@ from .live.state import (
     adapter_layers,
     base_layer,
     config_with_ranks,
+    halves,
     has_initial_adapter,
     is_marked_offset,
     is_offset,
@@ -294,10 +295,12 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     adapter = _exportable(model)
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    factors = adapter_factors(model, adapter)
+    factors = adapter_factors(model, adapter, split=whole is None)
     if whole is not None:
         factors = {name.replace(FSDP_WRAPPER, ""): f for name, f in factors.items()}
         factors = {name: _whole_factors(name, f, adapter, whole) for name, f in factors.items()}
+        if is_marked_offset(config):
+            factors = {name: halves(f) for name, f in factors.items()}
     given = dict(whole) if whole is not None else None
     state = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
     others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}

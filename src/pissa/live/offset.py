@@ -9,6 +9,8 @@ server saves, copies or merges is the trained function, with no further code.
 Two guards keep the second half. Its gradient is set to zero as soon as it is accumulated, so that clipping, gradient
 norms and the optimizer's moments never see it. That does not stop decoupled weight decay, which shrinks a parameter
 whatever its gradient is; so after each step of any torch optimizer the half is put back.
+
+FSDP2's `fully_shard` puts new parameters in the place of the old ones: call `freeze_second_halves(model)` after it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..errors import PissaError
@@ -73,8 +77,13 @@ def _freeze(parameter: nn.Parameter, dimension: int) -> None:
 
 
 def second_half(factor: Tensor, dimension: int) -> Tensor:
-    """A view of the second half along a dimension."""
+    """A view of the second half along a dimension; of a sharded factor, of what this process holds of that half."""
     half = factor.shape[dimension] // 2
+    if isinstance(factor, DTensor):
+        _, offsets = compute_local_shape_and_global_offset(factor.shape, factor.device_mesh, factor.placements)
+        factor = factor.to_local()
+        before = min(max(half - offsets[dimension], 0), factor.shape[dimension])
+        return factor.narrow(dimension, before, factor.shape[dimension] - before)
     return factor.narrow(dimension, half, half)
 
 

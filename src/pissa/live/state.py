@@ -121,12 +121,14 @@ def active_adapter_name(model: PeftModel) -> str:
     return chosen[0]
 
 
-def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, AdapterFactors]:
+def adapter_factors(model: PeftModel, adapter: str | None = None, *, split: bool = True) -> dict[str, AdapterFactors]:
     """Detached views of a live model's adapter, by module name.
 
     Args:
         model: an adapted model.
         adapter: the adapter's name; None for the active one.
+        split: whether the two halves of an offset adapter are told apart, which in a sharded model every process has
+            to do together.
 
     Raises:
         PissaError: it adapts something else than linear layers.
@@ -140,7 +142,7 @@ def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, A
         if adapter not in layer.lora_A:
             continue
         A, B = _pair(layer, adapter)
-        if is_offset(model, adapter):
+        if split and is_offset(model, adapter):
             factors[name] = halves(AdapterFactors(A, B, float(layer.scaling[adapter])))
             continue
         A0, B0 = _pair(layer, INITIAL) if INITIAL in layer.lora_A else (None, None)
