@@ -14,23 +14,25 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint.factors import CONFIG, PREFIX, WEIGHTS
+from .checkpoint.gguf_lora import check_gguf_target, write_gguf_lora
+from .checkpoint.hub import first_line
 from .checkpoint.manifest import MANIFEST, package_versions
 from .checkpoint.merge import merge_saved
 from .checkpoint.read import LOSSLESS, SavedAdapter, read_adapter
 from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
 from .decompose.dora import rescaled
-from .errors import ConfigError, PissaError
+from .errors import CheckpointError, ConfigError, PissaError
 from .live.adalora import lora_config
 from .live.conversion import NESTING, nesting
 from .live.layers import TRANSPOSED, Place, combine_each, place_of
@@ -44,6 +46,7 @@ from .live.state import (
     adapter_layers,
     adapter_layouts,
     config_with_ranks,
+    halves,
     has_initial_adapter,
     is_marked_offset,
     is_offset,
@@ -58,6 +61,8 @@ from .live.targets import pattern_keys
 from .split import STORAGE_DTYPES, combine
 
 FSDP_WRAPPER = "_fsdp_wrapped_module."
+Format = Literal["peft", "gguf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 class LoraExport(dict[str, Tensor]):
@@ -91,23 +96,30 @@ def export_lora(
     *,
     rank: int | None = None,
     tolerance: float | None = None,
+    format: Format = "peft",
+    base: str | os.PathLike[str] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> LoraExport:
     """Export an adapter as a LoRA that loads on the original base anywhere.
 
     Args:
         model_or_dir: an adapted model, or a saved run or adapter directory; the base is not needed.
-        out: directory to write (new or empty); None to get the tensors only.
+        out: directory to write (new or empty), or, in format "gguf", a file *.gguf; None to get the tensors only.
         rank: None for the lossless export (rank 2r; r for the LoRA baselines); else the optimal LoRA of at most this
             rank per module.
         tolerance: in place of `rank`: per module, the smallest rank whose relative error is at most this.
+        format: "peft", a directory that PEFT and vLLM load, or "gguf", one file that llama.cpp loads beside a GGUF of
+            the base.
+        base: with format "gguf", whose names need the base's config.json: its directory or hub id, where a saved run
+            does not record it.
         state: of a live model whose parameters are shards: its whole state dict, from which the tensors are taken.
 
     Returns:
         The tensors, with configuration and per-module errors.
 
     Raises:
-        ConfigError: rank below 1, tolerance outside [0, 1), or both given.
+        ConfigError: rank below 1, tolerance outside [0, 1), or both given; a format that does not exist.
+        PissaError: the adapter is no plain LoRA, or, in format "gguf", llama.cpp has no place for it.
         CheckpointError, OutputError: the directory cannot be read, or `out` not written.
 
     Source: paper, appendix C; the truncation is the Eckart-Young optimum.
@@ -118,6 +130,10 @@ def export_lora(
         raise ConfigError(f"rank is {rank}; give at least 1, or leave it out for the lossless export")
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance is {tolerance}; allowed: 0 up to, not including, 1")
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+    if format == "gguf":
+        check_gguf_target(out)
     if out is not None:
         check_free(out)
     live = isinstance(model_or_dir, PeftModel)
@@ -125,7 +141,9 @@ def export_lora(
     saved = without_values(saved)
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
-    if out is not None:
+    if format == "gguf" and out is not None:
+        write_gguf_lora(export, export.config, _base_config(model_or_dir, base or export.base), out)
+    elif out is not None:
         with output_directory(out) as partial:
             write_lora(export, partial)
     return export
@@ -147,6 +165,26 @@ def without_values(saved: SavedAdapter) -> SavedAdapter:
         return saved
     factors = {name: f.folded() for name, f in saved.factors.items()}
     return replace(saved, factors=factors, config=lora_config(saved.config))
+
+
+def _base_config(model_or_dir: Any, base: Any) -> Any:
+    """transformers' configuration of the base, without its weights."""
+    if isinstance(model_or_dir, PeftModel):
+        plain: Any = model_or_dir.get_base_model()
+        if isinstance(plain, PreTrainedModel):
+            return plain.config
+        raise PissaError(f"{type(plain).__name__} is no transformers model, so llama.cpp has no model to add it to")
+    if base is None:
+        raise CheckpointError(
+            f"{model_or_dir} does not record its base, whose config.json is needed; pass it with base"
+        )
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the config.json of the base {base} is needed and cannot be read ({first_line(error)}); pass its place "
+            "with base"
+        ) from error
 
 
 def write_lora(export: LoraExport, directory: Path) -> None:
@@ -310,11 +348,13 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     adapter = _exportable(model)
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    factors, layouts = adapter_factors(model, adapter), adapter_layouts(model)
+    factors, layouts = adapter_factors(model, adapter, split=whole is None), adapter_layouts(model)
     if whole is not None:
         factors = {name.replace(FSDP_WRAPPER, ""): f for name, f in factors.items()}
         layouts = {name.replace(FSDP_WRAPPER, ""): _unwrapped(layout) for name, layout in layouts.items()}
         factors = {name: _whole_factors(layouts[name], f, adapter, whole) for name, f in factors.items()}
+        if is_marked_offset(config):
+            factors = {name: halves(f) for name, f in factors.items()}
     given = dict(whole) if whole is not None else None
     state = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
     others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}

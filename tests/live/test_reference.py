@@ -135,7 +135,8 @@ def merged() -> PeftModel:
 
 def decomposed_again() -> PeftModel:
     model = adapt(tiny_llama(), PissaConfig(4))
-    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    type(model).add_adapter(model, "second", config)  # the model's own add_adapter refuses it
     return model
 
 

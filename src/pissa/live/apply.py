@@ -33,6 +33,7 @@ from ..quantize.formats import Packed
 from ..split import Split, Weight, derive_seed, split_each
 from .adalora import adalora_config, layer_scale
 from .conversion import settle_names
+from .guards import guard
 from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
@@ -372,6 +373,7 @@ def _attach(
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
         None, {}, shared, ties, tied_before, trainable, quantized=bool(packed), base=base
     )
+    guard(adapted)
     return adapted
 
 

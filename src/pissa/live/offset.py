@@ -9,6 +9,8 @@ server saves, copies or merges is the trained function, with no further code.
 Two guards keep the second half. Its gradient is set to zero as soon as it is accumulated, so that clipping, gradient
 norms and the optimizer's moments never see it. That does not stop decoupled weight decay, which shrinks a parameter
 whatever its gradient is; so after each step of any torch optimizer the half is put back.
+
+FSDP2's `fully_shard` puts new parameters in the place of the old ones: call `freeze_second_halves(model)` after it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..errors import PissaError
@@ -46,11 +50,11 @@ def concatenated(
     }
 
 
-def freeze_second_halves(model: PeftModel) -> None:
-    """Keep the second half of every factor of adapter "default" as it is, whatever is trained."""
+def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:
+    """Keep the second half of every factor of an adapter as it is, whatever is trained."""
     for name, layer in adapter_layers(model).items():
-        A, B = parameters_of(layer, TRAINABLE)
-        rank = layer.r[TRAINABLE]
+        A, B = parameters_of(layer, adapter)
+        rank = layer.r[adapter]
         if rank % 2:
             raise PissaError(f"{name}: an offset adapter has an even rank, this one {rank}")
         _freeze(A, 0, place_at(layer).kind.stacks(A, rank))
@@ -64,14 +68,24 @@ def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:
         if accumulated.grad is not None:
             second_half(accumulated.grad, dimension, stacks).zero_()
 
-    parameter.register_post_accumulate_grad_hook(drop_gradient)
+    if not hasattr(parameter, FROZEN):
+        parameter.register_post_accumulate_grad_hook(drop_gradient)
     setattr(parameter, FROZEN, (dimension, stacks, second_half(parameter.detach(), dimension, stacks).clone()))
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_put_back))
 
 
 def second_half(factor: Tensor, dimension: int, stacks: int = 1) -> Tensor:
-    """A view of the second half along a dimension; of that of each stack where several follow each other along it."""
+    """A view of the second half along a dimension, of that of each stack where several follow each other along it; of a
+    sharded factor, of what this process holds of that half."""
+    if isinstance(factor, DTensor):
+        if stacks > 1:
+            raise PissaError("experts with an offset adapter cannot be sharded; leave their modules whole")
+        half = factor.shape[dimension] // 2
+        _, offsets = compute_local_shape_and_global_offset(factor.shape, factor.device_mesh, factor.placements)
+        factor = factor.to_local()
+        before = min(max(half - offsets[dimension], 0), factor.shape[dimension])
+        return factor.narrow(dimension, before, factor.shape[dimension] - before)
     split = factor.unflatten(dimension, (stacks, -1))
     half = split.shape[dimension + 1] // 2
     return split.narrow(dimension + 1, half, half)
