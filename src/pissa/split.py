@@ -156,7 +156,7 @@ def unquantized(
         )
     A, B = A.contiguous(), B.contiguous()
     residual = W.clone() if config.starts_at_zero else combine(W, A, B, -scale)
-    rounding = split_error(W, residual, A, B, scale)
+    rounding = residual_error(W, residual, A, B, scale)
     if not math.isfinite(rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
@@ -273,7 +273,7 @@ def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return out
 
 
-def split_error(W: Tensor, residual: Tensor, A: Tensor, B: Tensor, scale: float) -> float:
+def residual_error(W: Tensor, residual: Tensor, A: Tensor, B: Tensor, scale: float) -> float:
     """`‖W − (residual + scale·B·A)‖ / ‖W‖` in the Frobenius norm, the sum in fp32; 0 for W = 0.
 
     Args:

@@ -353,6 +353,30 @@ def test_a_directory_in_use_is_left_alone(tmp_path: Path) -> None:
     assert contents(taken) == {"mine": b"mine"}
 
 
+def test_a_residual_is_not_split_again(tmp_path: Path) -> None:
+    base, out = llama_on_disk(tmp_path / "base"), tmp_path / "out"
+    init_checkpoint(base, out, CONFIG)
+    with pytest.raises(CheckpointError, match=f"is a residual already, of {base}"):
+        init_checkpoint(out, tmp_path / "again", CONFIG)
+
+
+def test_a_finished_directory_that_was_damaged_is_not_called_finished(tmp_path: Path) -> None:
+    base, out = llama_on_disk(tmp_path / "base"), tmp_path / "out"
+    init_checkpoint(base, out, CONFIG)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(OutputError, match=r"finished and damaged since: model\.safetensors missing"):
+        init_checkpoint(base, out, CONFIG)
+
+
+def test_what_lies_in_the_work_directory_by_chance_is_not_published(tmp_path: Path) -> None:
+    base, out, expected = begin(tmp_path)
+    with pytest.raises(Interrupted):
+        at_change(25, lambda: init_checkpoint(base, out, CONFIG), lambda: os.kill(os.getpid(), signal.SIGINT))
+    (out / WORK / "model-00001-of-00001.safetensors").write_text("not ours", encoding="utf-8")
+    init_checkpoint(base, out, CONFIG)
+    assert contents(out) == expected
+
+
 def test_wrong_input_leaves_nothing_behind(tmp_path: Path) -> None:
     base, out = llama_on_disk(tmp_path / "base"), tmp_path / "out"
     wrong: list[tuple[PissaConfig, type[Exception], str]] = [

@@ -162,6 +162,14 @@ def test_what_cannot_be_verified_is_said(made: tuple[Path, Path], tmp_path: Path
     (tmp_path / "pissa.json").write_text('{"layout": "lossless"}')
     with pytest.raises(CheckpointError, match="describes no files"):
         verify(tmp_path)
+    for text in ("[" * 10**6, '{"sha256": ' * 10**5, "\xff", '{"sha256": 3}', ""):
+        (tmp_path / "pissa.json").write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="was changed"):
+            verify(tmp_path)
+    for files in ({"../secret": {"size": 1, "sha256": ""}}, {"/etc/passwd": {"size": 1, "sha256": ""}}):
+        (tmp_path / "pissa.json").write_text(sealed({"files": files}))
+        with pytest.raises(CheckpointError, match="names files outside its directory"):
+            verify(tmp_path)
 
 
 def test_a_residual_saved_from_memory_is_sealed_as_well(tmp_path: Path) -> None:

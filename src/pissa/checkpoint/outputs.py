@@ -63,8 +63,9 @@ class Outputs:
 
     def flush(self, files: Iterable[str]) -> None:
         """Have these files' data on the disk."""
+        flush = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
         for file in files:
-            os.fdatasync(self._descriptors[file])
+            flush(self._descriptors[file])
 
 
 class Commits:

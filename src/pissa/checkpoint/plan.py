@@ -34,7 +34,8 @@ from ..split import STORAGE_DTYPES
 from .factors import CONFIG, PREFIX, WEIGHTS
 from .header import KIND_OF, Entry
 from .layout import INDEX, FileLayout, Kind, file_layout, kind_of, sharded
-from .residual import stored, warn_of_uneven
+from .manifest import read_manifest
+from .residual import RESIDUAL, stored, warn_of_uneven
 from .skeleton import Names, build, checkpoint_names
 from .source import CHUNK, Source
 
@@ -162,11 +163,15 @@ def check_config(config: PissaConfig) -> None:
 
 
 def check_base(source: Source) -> None:
-    """Refuse a base in few bits.
+    """Refuse a base that was split or quantised before.
 
     Raises:
-        CheckpointError: it is quantised, or there is no weight in it.
+        CheckpointError: it is quantised, or a residual already.
     """
+    if (manifest := read_manifest(source.path)) is not None and manifest.get("layout") == RESIDUAL:
+        raise CheckpointError(
+            f"{source.path} is a residual already, of {manifest.get('base')}: pissa train takes it, or split that base"
+        )
     if source.config.get("quantization_config"):
         method = source.config["quantization_config"]
         method = method.get("quant_method", "some method") if isinstance(method, dict) else method
@@ -174,8 +179,6 @@ def check_base(source: Source) -> None:
             f"{source.path} is quantised already ({str(method)[:50]}): give the base in 16 or 32 bits, or train an "
             "adapter beside it with pissa train --placement offset"
         )
-    if not source.entries:
-        raise CheckpointError(f"{source.path} holds no weights; download it again")
 
 
 def loading_dtype(source: Source) -> torch.dtype:

@@ -35,7 +35,7 @@ def is_intact(text: str) -> bool:
     try:
         document = json.loads(text)
         return isinstance(document, dict) and sealed({k: v for k, v in document.items() if k != DIGEST}) == text
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

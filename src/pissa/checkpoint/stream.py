@@ -138,7 +138,7 @@ class _Run:
         self.memory, self.progress = memory, progress
         self.threads = max(1, torch.get_num_threads())
         self.done: dict[str, Record] = {}
-        self.continued = 0
+        self.continued = self.size = self.whole = 0
         self.stopping = threading.Event()
 
     def complete(self) -> None:
@@ -199,6 +199,8 @@ class _Run:
         """Take tasks until there are none, and note what is done."""
         self.done = self.workspace.finished_tasks(self.plan)
         self.continued = len(self.done)
+        self.whole = sum(map(self._size, self.plan.tasks))
+        self.size = sum(self._size(task) for task in self.plan.tasks if task.name in self.done)
         before = torch.get_num_threads()
         pool = ThreadPoolExecutor(self.threads + 1, initializer=torch.set_num_threads, initargs=(1,))
         running: dict[Future[Record], Task] = {}
@@ -231,6 +233,7 @@ class _Run:
                 record = future.result()
                 task = running.pop(future)
                 self.done[task.name] = record
+                self.size += self._size(task)
                 commits.add(record, _written(task))
                 self._show(task, record)
             self.team.check()
@@ -249,9 +252,11 @@ class _Run:
     def _show(self, task: Task, record: Record) -> None:
         if self.progress is None:
             return
-        sizes = {t.name: self.source.entries[t.source].nbytes for t in self.plan.tasks}
-        size = sum(sizes[name] for name in self.done)
-        self.progress(Step(task.name, record.get("certificate"), len(self.done), len(sizes), size, sum(sizes.values())))
+        certificate, count = record.get("certificate"), len(self.plan.tasks)
+        self.progress(Step(task.name, certificate, len(self.done), count, self.size, self.whole))
+
+    def _size(self, task: Task) -> int:
+        return self.source.entries[task.source].nbytes
 
     def _what_is_saved(self) -> str:
         saved = len(self.workspace.finished_tasks(self.plan))

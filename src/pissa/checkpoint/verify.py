@@ -23,13 +23,13 @@ from ..live.runtime import taps
 from ..quantize.int8 import PackedInt8
 from ..quantize.nested import NestedScales
 from ..quantize.nf4 import PackedNF4
-from ..split import split_error
+from ..split import residual_error
 from .factors import PREFIX
 from .header import Entry, read_header
 from .layout import raw_bytes
 from .manifest import MANIFEST
 from .residual import QUANT_STATE
-from .seal import is_intact, is_unsealed_name, plain_file
+from .seal import DIGEST, is_intact, is_unsealed_name, plain_file
 from .source import Source, open_source
 
 CHUNK = 1 << 24
@@ -96,18 +96,19 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} was changed: it is no text any more; make {path} again") from error
     except OSError as error:
         raise CheckpointError(f"{path} has no {MANIFEST} that could be read; give what pissa init wrote") from error
-    try:
-        document = json.loads(text)
-    except ValueError:
-        document = None
-    if isinstance(document, dict) and "files" not in document and "sha256" not in document:
-        raise CheckpointError(f"{path / MANIFEST} describes no files; pissa init and save_residual write one that does")
     if not is_intact(text):
+        if DIGEST not in text and text.lstrip().startswith("{"):
+            raise CheckpointError(
+                f"{path / MANIFEST} describes no files; only what pissa init and save_residual write can be verified"
+            )
         raise CheckpointError(
             f"{path / MANIFEST} was changed: its digest does not fit it, so that nothing can be held against it; "
             f"make {path} again"
         )
-    assert isinstance(document, dict)
+    document: dict[str, Any] = json.loads(text)
+    foreign = [name for name in document.get("files", [".."]) if Path(name).is_absolute() or ".." in Path(name).parts]
+    if foreign:
+        raise CheckpointError(f"{path / MANIFEST} names files outside its directory, or none; it is not one of ours")
     return document
 
 
@@ -246,9 +247,9 @@ def _split_error(module: str, described: Mapping[str, Any], reader: _Reader, bas
     else:
         A, B = weight.new_zeros(1, weight.shape[-1]), weight.new_zeros(weight.shape[-2], 1)
     if weight.ndim == 2:
-        return split_error(weight, residual, A, B, described["scale"])
+        return residual_error(weight, residual, A, B, described["scale"])
     each = zip(weight, residual, A, B, strict=True)
-    return max(split_error(*expert, described["scale"]) for expert in each)
+    return max(residual_error(*expert, described["scale"]) for expert in each)
 
 
 def _extra_files(path: Path, described: Mapping[str, Any]) -> list[str]:

@@ -18,14 +18,14 @@ from typing import Any
 
 from ..errors import OutputError
 from .identity import check_base_unchanged, differences, modification_times
-from .journal import NAME, forget, read_journals
+from .journal import forget, read_journals
 from .layout import INDEX, FileLayout
 from .manifest import MANIFEST, read_manifest
 from .plan import Plan, Task
 from .residual import RESIDUAL
 from .seal import plain_file, tensor_file, write_sealed
 from .source import Source
-from .write import TEMPORARY_PREFIX, explained, flush, flush_tree, write_json
+from .write import explained, flush, flush_tree, write_json
 
 WORK = ".pissa-init"
 RUN = "run.json"
@@ -64,9 +64,10 @@ class Workspace:
             if self.out.exists() and not self.out.is_dir():
                 raise OutputError(f"{self.out} is a file; name a directory")
             there = sorted(child.name for child in self.out.iterdir()) if self.out.exists() else []
-            if MANIFEST in there:  # it is moved last
-                manifest = read_manifest(self.out) or {}
-                self._check_same(manifest.get("run") or {})
+            manifest = read_manifest(self.out) if MANIFEST in there else None
+            if manifest is not None and "run" in manifest:  # it is moved last
+                self._check_same(manifest["run"])
+                self._check_sizes(manifest)
                 shutil.rmtree(self.path, ignore_errors=True)
                 return manifest
             if (self.path / RUN).is_file():
@@ -144,10 +145,9 @@ class Workspace:
 
     def publish(self) -> None:
         """Move everything up, what makes it loadable last, and take the work directory away."""
-        names = [path.relative_to(self.path).as_posix() for path in sorted(self.path.rglob("*")) if path.is_file()]
-        public = [name for name in names if not _is_private(name)]
-        ordered = [name for name in public if name not in LAST] + [name for name in LAST if name in public]
-        for name in ordered:
+        names = [*(read_manifest(self.path) or {})["files"], MANIFEST]
+        left = [name for name in names if (self.path / name).is_file()]
+        for name in sorted(left, key=lambda name: LAST.index(name) if name in LAST else -1):
             if name in LAST:
                 flush(self.out)
             target = self.out / name
@@ -195,6 +195,18 @@ class Workspace:
                 "to continue it, or another directory"
             )
 
+    def _check_sizes(self, manifest: dict[str, Any]) -> None:
+        """Refuse to call finished what was damaged since, as far as that is seen without reading it."""
+        sizes = {name: file["size"] for name, file in manifest["files"].items()}
+        wrong = [
+            n for n, size in sizes.items() if not (self.out / n).is_file() or (self.out / n).stat().st_size != size
+        ]
+        if wrong:
+            raise OutputError(
+                f"{self.out} was finished and damaged since: {', '.join(wrong[:5])} missing or of another size; remove "
+                "it, and run the same command again"
+            )
+
     def _check_room(self, plan: Plan) -> None:
         """Refuse a disk that cannot hold the result, before the work and not after it."""
         allocated = sum(_allocated(self.path / file.name) for file in plan.files)
@@ -216,10 +228,6 @@ def _place(task: Task) -> dict[str, Any]:
         if task.layout.dilation:
             described["dilation"] = list(task.layout.dilation)
     return described
-
-
-def _is_private(name: str) -> bool:
-    return name == RUN or name.startswith(NAME.partition("{")[0]) or name.startswith(TEMPORARY_PREFIX)
 
 
 def _is_intact(path: Path, file: FileLayout) -> bool:

@@ -81,13 +81,12 @@ def _note(step: object) -> str:
     from ..checkpoint.stream import Step
 
     assert isinstance(step, Step)
-    note = f"{step.tensors}/{step.all_tensors} tensors  {step.module}"
-    certificate = step.certificate
+    done, certificate = f"{step.tensors}/{step.all_tensors}", step.certificate
     if certificate is None:
-        return note
+        return f"{done} {step.module}"
     if certificate["quantization_error"] is not None:
-        return f"{note}  error {certificate['rounding']:.1e}, {certificate['quantization_reduction']:.0f} % below plain"
-    return f"{note}  loss {certificate['captured_energy_loss']:.0e} ({certificate['bound']})"
+        return f"{done} error {certificate['rounding']:.0e} {step.module}"
+    return f"{done} loss {certificate['captured_energy_loss']:.0e} {step.module}"
 
 
 def _summary(model: str, out: Path, result: object) -> tuple[dict[str, object], str]:
