@@ -53,7 +53,7 @@ def main(engine: str, placement: Any, out: Path) -> None:
         trained = wrapped(input_ids=tokens).logits
         with reference(model):
             base = wrapped(input_ids=tokens).logits
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     export = export_lora(model, out / "lora" if rank == 0 else None, state=whole) if rank == 0 else None
     if export is not None:
         torch.save({"trained": trained, "reference": base, "state": whole}, out / "seen.pt")
