@@ -292,12 +292,7 @@ def _unwrapped(layout: Layout) -> Layout:
 
 def _whole_factors(layout: Layout, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
     def whole(of: str) -> tuple[Tensor, Tensor]:
-        keys = (key.removesuffix(".weight") for key in layout.keys)
-        endings = (key[len(key.removesuffix(".weight")) :] for key in layout.keys)
-        A, B = (
-            state[f"{PREFIX}{key}.{of}{ending}"].detach().cpu().float()
-            for key, ending in zip(keys, endings, strict=True)
-        )
+        A, B = (state[f"{PREFIX}{key}"].detach().cpu().float() for key in layout.keys(of))
         return layout.kind.unpack(A, B, shards.A.shape[-2])
 
     initial = whole(INITIAL) if shards.A0 is not None else (None, None)

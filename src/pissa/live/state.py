@@ -62,11 +62,11 @@ class Layout:
     dilation: tuple[int, ...] = ()
     """Of a convolution: what the kernels in PEFT's files have holes for, see `runtime.py`."""
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """The names of A and B in PEFT's files, without their common beginning."""
+    def keys(self, adapter: str | None = None) -> tuple[str, str]:
+        """The names of A and B in PEFT's files, without their common beginning; with an adapter's name, in a model."""
         ending = "" if self.kind is EMBEDDING else ".weight"  # PEFT holds these two as bare parameters
-        A, B = (f"{self.path}.{side}{ending}" for side in self.kind.sides)
+        inserted = f".{adapter}" if adapter else ""
+        A, B = (f"{self.path}.{side}{inserted}{ending}" for side in self.kind.sides)
         return A, B
 
     def tensors(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Layout:
         A_stored, B_stored = self.kind.pack(A, B, self.shape)
         if self.dilation:
             A_stored = with_holes(A_stored, self.dilation)
-        entries = dict(zip(self.keys, (A_stored, B_stored), strict=True))
+        entries = dict(zip(self.keys(), (A_stored, B_stored), strict=True))
         if self.kind is ATTENTION:
             rank, width = A.shape
             below = f"{self.path}{OUT_PROJ}.lora"
