@@ -44,6 +44,7 @@ from .live.state import (
     has_initial_adapter,
     is_marked_offset,
     is_offset,
+    marks,
     not_plain_lora,
     place_at,
     set_marks,
@@ -68,6 +69,8 @@ class LoraExport(dict[str, Tensor]):
     """"lossless" where the initial adapter can be read back out of it."""
     errors: dict[str, float]
     """Module name -> `‖ΔW − exported ΔW‖ / ‖ΔW‖` (Frobenius); all 0 for a lossless export."""
+    sample: str | None
+    """A few values of the base's weights, by which `load` tells another base of the same shapes."""
     gaps: dict[str, float]
     """Module name -> `‖W − Q − s·B0·A0‖ / ‖W‖`, where the residual Q is quantised: the model was trained as
     `Q + s·B·A`, and on the base W this export is off from that by just this. Empty where it is not quantised."""
@@ -131,6 +134,7 @@ def write_lora(export: LoraExport, directory: Path) -> None:
     manifest = {
         "layout": export.layout,
         "base": export.base,
+        "base_sample": export.sample,
         "largest_error": max(export.errors.values(), default=0.0),
         **gap_figures(export.gaps),
         "versions": package_versions(),
@@ -261,7 +265,7 @@ def _as_export(
     config.base_model_name_or_path = saved.base
     config.lora_dropout = 0.0
     export.gaps = {name: gap for name, gap in saved.gaps.items() if name in parts}
-    export.config, export.base, export.layout = config, saved.base, layout
+    export.config, export.base, export.layout, export.sample = config, saved.base, layout, saved.sample
     export.errors = {name: part.error for name, part in parts.items()}
     return export
 
@@ -283,7 +287,7 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     record: Any = getattr(model, "pissa", None)
     base = record.base if record is not None and record.residual else config.base_model_name_or_path
     gaps = {n: c.rounding for n, c in record.certificates.items()} if record is not None and record.quantized else {}
-    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps)
+    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps, sample=marks(config).get("base"))
 
 
 def _unwrapped(layout: Layout) -> Layout:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, MissingExtraError
 from ..live.apply import attach, attach_offset
+from ..live.identity import is_other_base
 from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.quantized import keep_unpacked, quantized_layers, remember_dtype
 from ..live.runtime import holes, taps, with_holes
@@ -67,6 +68,8 @@ class SavedAdapter:
     """The residual on disk that the adapter is for; None where it is computed from the base."""
     gaps: dict[str, float] = field(default_factory=dict)
     """Module name -> relative distance of the base from residual + initial adapter, where the residual is quantised."""
+    sample: str | None = None
+    """A few values of the base's weights, see `live.identity`."""
 
 
 def load(
@@ -91,6 +94,11 @@ def load(
     saved = read_adapter(path)
     model, residual = _base_or_residual(path, saved, base)
     fitted = _fitted(path, saved, model)
+    if residual is None and is_other_base(saved.sample, model, fitted):
+        raise CheckpointError(
+            f"{path} was trained on another base than the one given: shapes agree, values do not; load it on "
+            f"{saved.base or 'the model that it was adapted from'}"
+        )
     has_initial = any(factors.A0 is not None for factors in fitted.values())
     in_few_bits = any(name in fitted for name in quantized_layers(model))
     offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
@@ -266,7 +274,9 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     reason = not_plain_lora(config, initial_known=any(f.A0 is not None for f in factors.values()))
     if reason:
         raise CheckpointError(f"the adapter in {directory} {reason}")
-    return SavedAdapter(factors, layouts, config, base, others, residual, residual.gaps if residual is not None else {})
+    gaps = residual.gaps if residual is not None else {}
+    sample = manifest.get("base_sample") or marks(config).get("base")
+    return SavedAdapter(factors, layouts, config, base, others, residual, gaps, sample)
 
 
 def _with_initial(

@@ -29,6 +29,7 @@ from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, split_each
 from .conversion import settle_names
+from .identity import base_sample
 from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
@@ -118,6 +119,7 @@ def adapt(
         if progress is not None:
             progress(target.name, done, len(targets))
 
+    _warn_of_dead(factors)
     attach_placed = attach_offset if config.placement == "offset" and not config.starts_at_zero else attach
     adapted = attach_placed(
         model, peft_config(model, targets, config), factors, subtract=not config.starts_at_zero, packed=packed
@@ -125,6 +127,17 @@ def adapt(
     record: Any = adapted.pissa
     record.config, record.certificates, record.quantization = config, certificates, config.quantization
     return adapted
+
+
+def _warn_of_dead(factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Say where both factors are zero: then so are both gradients, for ever."""
+    dead = [name for name, (A, B) in factors.items() if not bool((A.any(-1).any(-1) | B.any(-1).any(-1)).all())]
+    if dead:
+        warnings.warn(
+            f"{', '.join(dead)}: the weight is zero, so its adapter starts at zero and cannot learn; give it a "
+            "method that starts at random factors, such as lora-kaiming, or leave it out by exclude_modules",
+            stacklevel=3,
+        )
 
 
 def _splits(
@@ -272,6 +285,8 @@ def _attach(
     ties, tied_before = _declare_untied(model, shared) if shared else ({}, None)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     base = getattr(model, "name_or_path", None) or None
+    if not ready and (sample := base_sample(model, initial)) is not None:
+        set_marks(lora_config, base=sample)
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
