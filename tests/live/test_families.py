@@ -13,7 +13,9 @@ from torch import Tensor
 import pissa
 from families import FAMILIES, logits
 from pissa import PissaConfig, adapt, export_lora, export_merged, reference, restore
-from pissa.live.state import adapter_layers
+from pissa.live.apply import peft_config
+from pissa.live.state import adapter_layers, adapter_layouts, marks, weight_key
+from pissa.live.targets import layouts_of, resolve_targets
 from tiny import same_tensors
 
 
@@ -56,3 +58,21 @@ def test_a_family_is_adapted_trained_exported_and_loaded_by_peft_alone(
     merged = family.model.from_pretrained(tmp_path / "merged").eval()
     assert distance(logits(merged, batch), trained) < 2e-5
     assert same_tensors(dict(base.named_parameters()), dict(restore(model, base).named_parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_targets_are_the_same_without_values_and_say_how_peft_will_store_them(name: str) -> None:
+    family = FAMILIES[name]
+    config = PissaConfig(2, target_modules=family.targets)
+    with torch.device("meta"):
+        empty = family.model(family.config(**family.sizes))
+    planned = resolve_targets(empty, config, check_values=False)
+    model = adapt(family.make(), config)
+    assert layouts_of(planned) == adapter_layouts(model)
+    assert {t.name: t.weight_key for t in planned} == {n: weight_key(n, x) for n, x in adapter_layers(model).items()}
+    assert {t.weight_key for t in planned} <= set(family.make().state_dict())
+    ours, theirs = peft_config(empty, planned, config), model.peft_config["default"]
+    for key in ("target_parameters", "rank_pattern", "fan_in_fan_out", "task_type"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert marks(ours).get("parameters") == marks(theirs).get("parameters")

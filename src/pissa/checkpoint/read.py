@@ -31,7 +31,7 @@ from ..live.apply import attach, attach_offset
 from ..live.identity import is_other_base
 from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.quantized import keep_unpacked, quantized_layers, remember_dtype
-from ..live.runtime import holes, taps, with_holes
+from ..live.runtime import UNDILATED, holes, is_dilated, taps, with_holes
 from ..live.state import (
     INITIAL,
     TRAINABLE,
@@ -338,7 +338,10 @@ def _fitted(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module)
         place = place_named(model, name)
         if place is None:
             continue
-        factors = _without_holes(factors, saved.layouts[name], place)
+        if place.kind is CONVOLUTION and is_dilated(place.module):
+            if saved.layouts[name].shape == place.shape:
+                raise CheckpointError(f"{path}: {name} {UNDILATED}")
+            factors = _without_holes(factors, saved.layouts[name], place)
         stack = place.matrix_shape[:-2] == (1,) and factors.A.ndim == 2  # a single expert
         factors = _each(factors, lambda tensor: tensor[None]) if stack else factors
         if place.matrix_shape == (*factors.A.shape[:-2], factors.B.shape[-2], factors.A.shape[-1]):
@@ -357,10 +360,7 @@ def _each(factors: AdapterFactors, change: Callable[[Tensor], Tensor], sides: st
 
 def _without_holes(factors: AdapterFactors, layout: Layout, place: Place) -> AdapterFactors:
     """The factors of a dilated convolution, whose kernels are saved with holes, with their taps alone."""
-    if place.kind is not CONVOLUTION or layout.shape == place.shape:
-        return factors
-    dilation = holes(place.module)
-    kernel = layout.shape[1:]
+    kernel, dilation = layout.shape[1:], holes(place.module)
     if with_holes(place.weight.new_zeros(1, *place.shape[1:]), dilation).shape[1:] != kernel:
         return factors
     return _each(factors, lambda A: A.reshape(-1, *kernel)[taps(dilation)].flatten(1), "A")

@@ -28,7 +28,7 @@ from ..decompose.certificate import Certificate, worst
 from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, split_each
-from .conversion import settle_names
+from .conversion import NESTING, settle_names
 from .identity import base_sample
 from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
@@ -106,7 +106,7 @@ def adapt(
         _check_live_format(config.quantization, moments)
     keep_unpacked(model)
     targets = resolve_targets(model, config)
-    warn_of_peft(model, {target.name: target.kind for target in targets})
+    warn_of_peft(model, {target.name: target.kind for target in targets}, config.dropout)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
@@ -356,11 +356,12 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     alphas = {target.peft_name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
     keys = pattern_keys([*alphas])
     linear = [t.kind for t in targets if t.kind in (LINEAR, TRANSPOSED)]
-    return LoraConfig(
+    parameters = [t.weight_key for t in targets if t.kind.bare]
+    result = LoraConfig(
         r=config.rank,
         lora_alpha=default_alpha,  # pyright: ignore[reportArgumentType] -- PEFT computes with floats as well
         target_modules=peft_targets(model, [t.name for t in targets if not t.kind.bare]),
-        target_parameters=[t.weight_key for t in targets if t.kind.bare] or None,
+        target_parameters=parameters or None,
         rank_pattern={keys[t.peft_name]: t.rank for t in targets if t.rank != config.rank},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
@@ -370,6 +371,9 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
         init_lora_weights=True,
         task_type=_task_type(model),
     )
+    if parameters:
+        set_marks(result, **{NESTING: parameters})
+    return result
 
 
 def _lora_alpha(config: PissaConfig, rank: int, alpha: float | None) -> float:

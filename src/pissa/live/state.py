@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import PissaError
 from .layers import ATTENTION, CONVOLUTION, EMBEDDING, Kind, Place, kind_of, kind_of_parameter
-from .runtime import OUT_PROJ, holes, mend, with_holes
+from .runtime import OUT_PROJ, foreign, holes, mend, with_holes
 
 TRAINABLE = "default"
 INITIAL = "pissa_init"
@@ -234,12 +234,18 @@ def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, A
     Args:
         model: an adapted model.
         adapter: the adapter's name; None for the active one.
+
+    Raises:
+        PissaError: PEFT's layer computes something else from these factors than their product.
     """
     adapter = adapter or active_adapter_name(model)
-    factors = {}
+    factors, others = {}, []
     for name, layer in adapter_layers(model).items():
         held = holders(layer)[0]
         if adapter not in held:
+            continue
+        if reason := foreign(layer, adapter):
+            others.append(f"{name} {reason}")
             continue
         A, B = _pair(layer, adapter)
         if is_offset(model, adapter):
@@ -247,6 +253,8 @@ def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, A
             continue
         A0, B0 = _pair(layer, INITIAL) if INITIAL in held else (None, None)
         factors[name] = AdapterFactors(A, B, float(layer.scaling[adapter]), A0, B0)
+    if others:
+        raise PissaError(f"adapter {adapter!r}: {'; '.join(others)}")
     return factors
 
 
