@@ -26,7 +26,7 @@ LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
-    "moe_intermediate_size": 12,
+    "moe_intermediate_size": 16,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -39,8 +39,8 @@ LATENT: dict[str, Any] = {
 QWEN_EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "shared_expert_intermediate_size": 20,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
 }
 
 

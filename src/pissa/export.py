@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint.factors import CONFIG, PREFIX, WEIGHTS
 from .checkpoint.manifest import MANIFEST, package_versions
+from .checkpoint.merge import merge_saved
 from .checkpoint.read import LOSSLESS, SavedAdapter, load, read_adapter
-from .checkpoint.residual import unshared
+from .checkpoint.residual import CONFIG, PREFIX, WEIGHTS, unshared
 from .checkpoint.write import check_free, output_directory, write_json
 from .errors import ConfigError, PissaError
 from .live.conversion import NESTING, nesting
@@ -162,7 +162,8 @@ def export_merged(
     """Write the fine-tuned model as a plain transformers checkpoint, adapter merged, in the base's dtype.
 
     Args:
-        model_or_dir: an adapted model (left as it is), or a saved run or adapter directory.
+        model_or_dir: an adapted model (left as it is), or a saved run or adapter directory, whose base is read and
+            merged weight by weight and never held; one with adapted experts is loaded whole.
         out: directory to write, new or empty.
         base: the base's directory or hub id, for a saved adapter that does not record it.
 
@@ -171,6 +172,8 @@ def export_merged(
         CheckpointError, OutputError: what is read is incomplete, or `out` cannot be written.
     """
     check_free(out)
+    if not isinstance(model_or_dir, PeftModel) and merge_saved(model_or_dir, out, base):
+        return
     model = model_or_dir if isinstance(model_or_dir, PeftModel) else load(model_or_dir, base)
     plain: Any = model.get_base_model()
     if not isinstance(plain, PreTrainedModel):

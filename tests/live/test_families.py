@@ -67,7 +67,7 @@ def test_targets_are_the_same_without_values_and_say_how_peft_will_store_them(na
     config = PissaConfig(2, target_modules=family.targets)
     with torch.device("meta"):
         empty = family.model(family.config(**family.sizes))
-    planned = resolve_targets(empty, config, check_values=False)
+    planned = resolve_targets(empty, config, loaded=False)
     model = adapt(family.make(), config)
     assert layouts_of(planned) == adapter_layouts(model)
     assert {t.name: t.weight_key for t in planned} == {n: weight_key(n, x) for n, x in adapter_layers(model).items()}

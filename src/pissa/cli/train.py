@@ -116,10 +116,11 @@ def command(
 def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:
     if not recipe.adapts:
         return "the fine-tuned model"
-    if recipe.quantization is not None:
-        gap = results["mean_quantization_gap"]
+    if results["quantization"] is not None:
+        gap, model = results["mean_quantization_gap"], results["settings"]["model"]
+        place = "in it, residual/" if results["base"] == model else f"in {model}"
         return (
-            "an adapter for the quantised residual in it, residual/; `pissa export` makes a LoRA for "
+            f"an adapter for the quantised residual {place}; `pissa export` makes a LoRA for "
             f"{results['base']} (off by {100 * gap:.1f} % of its weights on average) or a merged model"
         )
     return f"a LoRA for {results['base']}; plain PEFT loads it"

@@ -147,6 +147,24 @@ MODULES: dict[type[nn.Module], Kind] = {
 }
 
 
+KINDS = {
+    "linear": LINEAR,
+    "transposed": TRANSPOSED,
+    "embedding": EMBEDDING,
+    "convolution": CONVOLUTION,
+    "attention": ATTENTION,
+    "parameter": PARAMETER,
+    "experts": EXPERTS,
+    "experts-input": EXPERTS_INPUT,
+}
+"""The kinds by the names that manifests have for them."""
+
+
+def name_of(kind: Kind) -> str:
+    """The name of a kind in manifests."""
+    return next(name for name, known in KINDS.items() if known is kind)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module that PEFT adapts as a module; None for any other."""
     return next((kind for cls, kind in MODULES.items() if isinstance(module, cls)), None)

@@ -175,16 +175,18 @@ def marks(config: Any) -> dict[str, Any]:
     """What pissa notes in an adapter's own configuration, so that it is not lost when PEFT or Trainer saves it.
 
     "placement": "offset", where the adapter's second half is frozen; "residual": the format, where the adapter fits
-    only a quantised residual; "parameters": see `conversion.py`. `auto_mapping` is the one field of a PeftConfig that
-    holds any dict.
+    only a quantised residual; "parameters": see `conversion.py`; "base": see `identity.py`. `auto_mapping` is the one
+    field of a PeftConfig that holds any dict.
     """
     mapping = getattr(config, "auto_mapping", None) or {}
     return mapping.get(MARKS, {}) if isinstance(mapping, dict) else {}
 
 
 def set_marks(config: Any, **values: Any) -> None:
-    """Note something in an adapter's configuration, see `marks`."""
-    config.auto_mapping = {**(config.auto_mapping or {}), MARKS: {**marks(config), **values}}
+    """Note something in an adapter's configuration, see `marks`; None takes a note away."""
+    noted = {key: value for key, value in {**marks(config), **values}.items() if value is not None}
+    rest = {key: value for key, value in (config.auto_mapping or {}).items() if key != MARKS}
+    config.auto_mapping = {**rest, MARKS: noted} if noted else rest or None
 
 
 def without_marks(config: LoraConfig) -> LoraConfig:

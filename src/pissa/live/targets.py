@@ -90,14 +90,13 @@ class Target:
         return self.kind.bare and self.parameter != "weight"
 
 
-def resolve_targets(model: nn.Module, config: PissaConfig, *, check_values: bool = True) -> list[Target]:
+def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = True) -> list[Target]:
     """Find the weights that the configuration asks for and check that each can be adapted.
 
     Args:
         model: a model without adapters.
         config: target_modules, exclude_modules, ranks and alphas.
-        check_values: whether the weights are at hand, so that what they hold is looked at; a model on the meta device
-            has none.
+        loaded: whether the weights are there; those on the meta device are checked for their shapes alone.
 
     Returns:
         The targets in the model's order, at least one.
@@ -122,10 +121,10 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, check_values: bool
     targets = [_with_rank(target, config) for target in found]
     _check_patterns([target.name for target in targets], config)
     _check_quantized(targets, config)
-    if check_values:
+    if loaded:
         _check_loaded(targets)
     _check_shapes(targets)
-    if check_values:
+    if loaded:
         _check_finite(targets)
     if config.quantization is not None:
         bits = 8 if config.quantization.format == "int8" else 4
