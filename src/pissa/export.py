@@ -14,21 +14,26 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint.factors import CONFIG, PREFIX, WEIGHTS
+from .checkpoint.gguf_lora import check_gguf_target, write_gguf_lora
+from .checkpoint.hub import first_line
 from .checkpoint.manifest import MANIFEST, package_versions
 from .checkpoint.merge import merge_saved
 from .checkpoint.read import LOSSLESS, SavedAdapter, load, read_adapter
-from .checkpoint.residual import CONFIG, PREFIX, WEIGHTS, unshared
+from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
-from .errors import ConfigError, PissaError
+from .decompose.dora import rescaled
+from .errors import CheckpointError, ConfigError, PissaError
+from .live.adalora import lora_config
 from .live.conversion import NESTING, nesting
 from .live.layers import TRANSPOSED, Place, combine_each, place_of
 from .live.quantized import quantized_layers
@@ -41,6 +46,7 @@ from .live.state import (
     adapter_layers,
     adapter_layouts,
     config_with_ranks,
+    halves,
     has_initial_adapter,
     is_marked_offset,
     is_offset,
@@ -48,14 +54,15 @@ from .live.state import (
     not_plain_lora,
     place_at,
     set_marks,
-    weight_key,
     without_marks,
     without_wrappers,
 )
 from .live.targets import pattern_keys
-from .split import STORAGE_DTYPES
+from .split import STORAGE_DTYPES, combine
 
 FSDP_WRAPPER = "_fsdp_wrapped_module."
+Format = Literal["peft", "gguf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 class LoraExport(dict[str, Tensor]):
@@ -81,6 +88,8 @@ class _LowRank:
     A: Tensor
     B: Tensor
     error: float = 0.0
+    magnitude: Tensor | None = None
+    E: Tensor | None = None
 
 
 def export_lora(
@@ -89,23 +98,30 @@ def export_lora(
     *,
     rank: int | None = None,
     tolerance: float | None = None,
+    format: Format = "peft",
+    base: str | os.PathLike[str] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> LoraExport:
     """Export an adapter as a LoRA that loads on the original base anywhere.
 
     Args:
         model_or_dir: an adapted model, or a saved run or adapter directory; the base is not needed.
-        out: directory to write (new or empty); None to get the tensors only.
+        out: directory to write (new or empty), or, in format "gguf", a file *.gguf; None to get the tensors only.
         rank: None for the lossless export (rank 2r; r for the LoRA baselines); else the optimal LoRA of at most this
             rank per module.
         tolerance: in place of `rank`: per module, the smallest rank whose relative error is at most this.
+        format: "peft", a directory that PEFT and vLLM load, or "gguf", one file that llama.cpp loads beside a GGUF of
+            the base.
+        base: with format "gguf", whose names need the base's config.json: its directory or hub id, where a saved run
+            does not record it.
         state: of a live model whose parameters are shards: its whole state dict, from which the tensors are taken.
 
     Returns:
         The tensors, with configuration and per-module errors.
 
     Raises:
-        ConfigError: rank below 1, tolerance outside [0, 1), or both given.
+        ConfigError: rank below 1, tolerance outside [0, 1), or both given; a format that does not exist.
+        PissaError: the adapter is no plain LoRA, or, in format "gguf", llama.cpp has no place for it.
         CheckpointError, OutputError: the directory cannot be read, or `out` not written.
 
     Source: paper, appendix C; the truncation is the Eckart-Young optimum.
@@ -116,16 +132,61 @@ def export_lora(
         raise ConfigError(f"rank is {rank}; give at least 1, or leave it out for the lossless export")
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance is {tolerance}; allowed: 0 up to, not including, 1")
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+    if format == "gguf":
+        check_gguf_target(out)
     if out is not None:
         check_free(out)
     live = isinstance(model_or_dir, PeftModel)
     saved = _from_live(model_or_dir, state) if live else read_adapter(model_or_dir)
+    saved = without_values(saved)
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
-    if out is not None:
+    if format == "gguf" and out is not None:
+        write_gguf_lora(export, export.config, _base_config(model_or_dir, base or export.base), out)
+    elif out is not None:
         with output_directory(out) as partial:
             write_lora(export, partial)
     return export
+
+
+def export_state(model: PeftModel, *, state: Mapping[str, Tensor] | None = None) -> LoraExport:
+    """What continues a run: the lossless export, for AdaLoRA as one of rank 2r with its values apart.
+
+    Args:
+        model: an adapted model.
+        state: see `export_lora`.
+    """
+    return _lossless(_from_live(model, state))
+
+
+def without_values(saved: SavedAdapter) -> SavedAdapter:
+    """An AdaLoRA adapter as a LoRA: the values are multiplied into B."""
+    if not isinstance(saved.config, AdaLoraConfig):
+        return saved
+    factors = {name: f.folded() for name, f in saved.factors.items()}
+    return replace(saved, factors=factors, config=lora_config(saved.config))
+
+
+def _base_config(model_or_dir: Any, base: Any) -> Any:
+    """transformers' configuration of the base, without its weights."""
+    if isinstance(model_or_dir, PeftModel):
+        plain: Any = model_or_dir.get_base_model()
+        if isinstance(plain, PreTrainedModel):
+            return plain.config
+        raise PissaError(f"{type(plain).__name__} is no transformers model, so llama.cpp has no model to add it to")
+    if base is None:
+        raise CheckpointError(
+            f"{model_or_dir} does not record its base, whose config.json is needed; pass it with base"
+        )
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the config.json of the base {base} is needed and cannot be read ({first_line(error)}); pass its place "
+            "with base"
+        ) from error
 
 
 def write_lora(export: LoraExport, directory: Path) -> None:
@@ -213,10 +274,18 @@ def _concatenated(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
     return torch.cat([factors.A, factors.A0], dim=-2), torch.cat([factors.B, -factors.B0], dim=-1)
 
 
+def _joined(E: Tensor | None, E0: Tensor | None) -> Tensor | None:
+    """[E ; E0] (2r,), or E alone."""
+    return torch.cat([E, E0]) if E is not None and E0 is not None else E
+
+
 def _lossless(saved: SavedAdapter) -> LoraExport:
     doubled = any(factors.A0 is not None for factors in saved.factors.values())
     config = config_with_ranks(saved.config, 2.0) if doubled else deepcopy(saved.config)
-    parts = {name: _LowRank(*_concatenated(factors)) for name, factors in saved.factors.items()}
+    parts = {
+        name: _LowRank(*_concatenated(f), magnitude=f.magnitude, E=_joined(f.E, f.E0))
+        for name, f in saved.factors.items()
+    }
     return _as_export(saved, parts, config, LOSSLESS if doubled else None)
 
 
@@ -242,7 +311,8 @@ def _truncate(factors: AdapterFactors, rank: int | None, tolerance: float) -> _L
     root = S[..., :kept].sqrt()
     total, lost = torch.linalg.vector_norm(tails[..., 0]), torch.linalg.vector_norm(tails[..., kept])
     error = float(lost / total) if total > 0 else 0.0
-    return _LowRank((root[..., None] * Vh[..., :kept, :]).float(), (U[..., :kept] * root[..., None, :]).float(), error)
+    A, B = (root[..., None] * Vh[..., :kept, :]).float(), (U[..., :kept] * root[..., None, :]).float()
+    return _LowRank(A, B, error, factors.magnitude)
 
 
 def _pattern_name(config: LoraConfig, name: str) -> str:
@@ -256,8 +326,11 @@ def _as_export(
 ) -> LoraExport:
     export = LoraExport()
     for name, part in parts.items():
-        for key, tensor in saved.layouts[name].tensors(part.A, part.B).items():
+        layout_of = saved.layouts[name]
+        for key, tensor in layout_of.tensors(part.A, part.B, part.E).items():
             export[f"{PREFIX}{key}"] = tensor
+        if part.magnitude is not None:
+            export[f"{PREFIX}{layout_of.magnitude_key}"] = part.magnitude.clone()
     export.update(saved.others)
     parameters = nesting(config)
     config = without_marks(config)
@@ -277,11 +350,13 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     adapter = _exportable(model)
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    factors, layouts = adapter_factors(model, adapter), adapter_layouts(model)
+    factors, layouts = adapter_factors(model, adapter, split=whole is None), adapter_layouts(model)
     if whole is not None:
         factors = {name.replace(FSDP_WRAPPER, ""): f for name, f in factors.items()}
         layouts = {name.replace(FSDP_WRAPPER, ""): _unwrapped(layout) for name, layout in layouts.items()}
         factors = {name: _whole_factors(layouts[name], f, adapter, whole) for name, f in factors.items()}
+        if is_marked_offset(config):
+            factors = {name: halves(f) for name, f in factors.items()}
     given = dict(whole) if whole is not None else None
     state = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
     others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}
@@ -303,7 +378,10 @@ def _whole_factors(layout: Layout, shards: AdapterFactors, adapter: str, state: 
         return layout.kind.unpack(A, B, shards.A.shape[-2])
 
     initial = whole(INITIAL) if shards.A0 is not None else (None, None)
-    return AdapterFactors(*whole(adapter), shards.scale, *initial)
+    magnitude = None
+    if shards.magnitude is not None:
+        magnitude = state[f"{PREFIX}{layout.magnitude_key}.{adapter}.weight"].detach().cpu().float()
+    return AdapterFactors(*whole(adapter), shards.scale, *initial, magnitude)
 
 
 def _exportable(model: PeftModel) -> str:
@@ -325,7 +403,7 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     """The base model's state dict with every adapter added to its weight and PEFT's own names taken out."""
     adapter = _exportable(model)
     factors, layers = adapter_factors(model, adapter), adapter_layers(model)
-    adapted = {weight_key(name, layers[name]): name for name in factors}
+    adapted = {place_at(layers[name]).key(name): name for name in factors}
     state: dict[str, Tensor] = {}
     plain = model.get_base_model()
     quantized = {without_wrappers(n): m for n, m in quantized_layers(plain).items()}
@@ -347,8 +425,14 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
                 raise PissaError(
                     f"cannot merge into {name}, which is stored as {tensor.dtype}: load the base unquantised"
                 )
+            f = f.folded()
             A, B = _concatenated(f) if is_offset(model, adapter) else (f.A, f.B)
-            tensor = _stored(place, combine_each(place.matrices(), A, B, f.scale))
+            matrices = place.matrices()
+            if f.magnitude is None:
+                merged = combine_each(matrices, A, B, f.scale)
+            else:
+                merged = rescaled(combine(matrices.float(), A, B, f.scale), f.magnitude).to(matrices.dtype)
+            tensor = _stored(place, merged)
         elif kind == "weight" and name in quantized:
             place = place_of(quantized[name])
             tensor = _stored(place, place.matrices())

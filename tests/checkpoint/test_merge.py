@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -198,6 +199,30 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(run: Path, tmp_path: Pa
     with pytest.raises(OutputError, match="already holds something"):
         export_merged(run / "adapter", tmp_path / "gpt2")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"]
+)
+def test_a_full_disk_or_an_interrupt_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    count = 0
+
+    def fail(descriptor: int, data: bytes, offset: int) -> int:
+        nonlocal count
+        count += 1
+        if count > 9:
+            raise error
+        return write(descriptor, data, offset)
+
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+        export_merged(run / "adapter", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [] and count == 10
+    if isinstance(error, OSError):
+        assert str(caught.value).endswith("out is full; make room and run the same command again")
 
 
 def set_state(tensors: dict[str, torch.Tensor], **values: Any) -> None:

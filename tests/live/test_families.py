@@ -14,7 +14,7 @@ import pissa
 from families import FAMILIES, logits
 from pissa import PissaConfig, adapt, export_lora, export_merged, reference, restore
 from pissa.live.apply import peft_config
-from pissa.live.state import adapter_layers, adapter_layouts, marks, weight_key
+from pissa.live.state import adapter_layers, adapter_layouts, marks, place_at
 from pissa.live.targets import layouts_of, resolve_targets
 from tiny import same_tensors
 
@@ -70,7 +70,7 @@ def test_targets_are_the_same_without_values_and_say_how_peft_will_store_them(na
     planned = resolve_targets(empty, config, loaded=False)
     model = adapt(family.make(), config)
     assert layouts_of(planned) == adapter_layouts(model)
-    assert {t.name: t.weight_key for t in planned} == {n: weight_key(n, x) for n, x in adapter_layers(model).items()}
+    assert {t.name: t.weight_key for t in planned} == {n: place_at(x).key(n) for n, x in adapter_layers(model).items()}
     assert {t.weight_key for t in planned} <= set(family.make().state_dict())
     ours, theirs = peft_config(empty, planned, config), model.peft_config["default"]
     for key in ("target_parameters", "rank_pattern", "fan_in_fan_out", "task_type"):

@@ -175,7 +175,7 @@ def test_restore_without_the_base_is_within_the_certified_rounding(name: str) ->
     model = adapted(case, case.model(torch.bfloat16))
     certificates = model.pissa.certificates
     places = {n: (place_at(layer), layer) for n, layer in adapter_layers(model).items()}
-    keys = {n: pissa.live.state.weight_key(n, layer) for n, (_, layer) in places.items()}
+    keys = {n: place_at(layer).key(n) for n, (_, layer) in places.items()}
     state = restore(model).state_dict()
     for n, key in keys.items():
         W = base.state_dict()[key].double()

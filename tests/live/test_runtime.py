@@ -170,7 +170,7 @@ def test_all_linear_takes_attentions_and_experts_and_leaves_routers() -> None:
     assert found(chain(mixture)) == [*experts, "0.head"]
     assert found(chain(mixture), target_modules=["gate"]) == ["0.gate"]
     assert found(chain(mixture), exclude_modules=["down_proj"]) == [experts[0], "0.head"]
-    for outputs in (3, 1):  # a router of the usual kind, and the gate of a shared expert
+    for outputs in (5, 1):  # a router of the usual kind, and the gate of a shared expert
         mixture.head = nn.Linear(8, outputs)
         assert found(chain(mixture)) == experts
         assert found(chain(mixture), target_modules=["head"], rank_pattern={"head": 1}) == ["0.head"]

@@ -11,7 +11,8 @@ A process that dies lets go of its journal's lock. The others notice, finish wha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,11 +99,13 @@ class Processes:
 
     def claim(self) -> int:
         """The number of the next task that nobody has taken."""
-        return self._store.add("pissa/claimed", 1) - 1
+        with self._connected():
+            return self._store.add("pissa/claimed", 1) - 1
 
     def announce(self, what: str) -> None:
         """Tell the others that this process has come so far."""
-        self._store.set(f"pissa/{what}/{self.rank}", "yes")
+        with self._connected():
+            self._store.set(f"pissa/{what}/{self.rank}", "yes")
 
     def reached(self, what: str, *, everyone: bool = False) -> bool:
         """Whether rank 0, or everyone, has come so far."""
@@ -118,14 +121,27 @@ class Processes:
 
     def fail(self, reason: str) -> None:
         """Tell the others why this process cannot go on."""
-        self._store.set("pissa/failed", f"process {self.rank} of {self.size} failed: {reason}")
+        with suppress(Interrupted), self._connected():  # the others may be gone
+            self._store.set("pissa/failed", f"process {self.rank} of {self.size} failed: {reason}")
 
     def _check_failed(self) -> None:
-        if self._store.check(["pissa/failed"]):
-            raise PissaError(self._store.get("pissa/failed").decode())
+        with self._connected():
+            if self._store.check(["pissa/failed"]):
+                raise PissaError(self._store.get("pissa/failed").decode())
 
     def _said(self, what: str, rank: int) -> bool:
-        return self._store.check([f"pissa/{what}/{rank}"])
+        with self._connected():
+            return self._store.check([f"pissa/{what}/{rank}"])
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """The store is gone when the process that keeps it is: the launcher's agent, or rank 0."""
+        from torch.distributed import DistError
+
+        try:
+            yield
+        except DistError as error:
+            raise Interrupted("the process that the others meet at ended") from error
 
 
 def assemble(work: Path, environment: Callable[[str], str | None] = os.environ.get) -> Team:

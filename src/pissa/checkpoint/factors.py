@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..live.adalora import scale_of
 from ..live.conversion import nesting
 from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
 from ..live.runtime import OUT_PROJ, TWICE
-from ..live.state import AdapterFactors, Layout, module_path
+from ..live.state import MAGNITUDE, AdapterFactors, Layout, module_path
 from .hub import first_line
-from .residual import CONFIG, PREFIX, WEIGHTS
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
 
 
 def read_factors(
@@ -38,7 +41,10 @@ def read_factors(
         name = key.removeprefix(PREFIX)
         path, _, side = name.removesuffix(".weight").rpartition(".")
         embedding = side in EMBEDDING.sides and not name.endswith(".weight")
-        if embedding or (side in LINEAR.sides and name.endswith(".weight") and tensor.ndim >= 2):
+        adalora = isinstance(config, AdaLoraConfig) and side in (*LINEAR.sides, "lora_E") and tensor.ndim == 2
+        if side == MAGNITUDE:
+            sides.setdefault(path, {})["magnitude"] = tensor
+        elif embedding or adalora or (side in LINEAR.sides and name.endswith(".weight") and tensor.ndim >= 2):
             sides.setdefault(path, {})[side[-1]] = tensor
             sides[path] |= {"embedding": tensor} if embedding else {}
         elif ".lora_" in name:
@@ -47,10 +53,15 @@ def read_factors(
             others[key] = tensor
     if foreign:
         raise CheckpointError(f"{file} is no plain LoRA: it holds {', '.join(foreign[:20])}")
-    broken = sorted(path for path, pair in sides.items() if not {"A", "B"} <= pair.keys())
+    needed = {"A", "B"} | ({"magnitude"} if config.use_dora else set())
+    needed |= {"E"} if isinstance(config, AdaLoraConfig) else set()
+    broken = sorted(path for path, found in sides.items() if not needed <= found.keys())
     if broken or not sides:
         raise CheckpointError(
-            f"{file} has no complete lora_A/lora_B pair" + (f" for {', '.join(broken)}" if broken else "")
+            f"{file} has no complete lora_A/lora_B pair"
+            + (f", with {MAGNITUDE}" if config.use_dora else "")
+            + (", with lora_E" if "E" in needed else "")
+            + (f" for {', '.join(broken)}" if broken else "")
         )
     return *_told_apart(file, sides, config), others
 
@@ -80,8 +91,16 @@ def _told_apart(
         if not A.shape[0] == B.shape[1] == stacks * rank:
             misfits.append(f"{name} {tuple(B.shape)} x {tuple(A.shape)}")
             continue
+        magnitude, E = sides[path].get("magnitude"), sides[path].get("E")
+        if magnitude is not None and (kind is not LINEAR or magnitude.shape != B.shape[:1]):
+            raise CheckpointError(f"{file} holds a DoRA adapter of a {kind.title} ({name}); pissa handles linear ones")
         layouts[name] = Layout(path, kind, kind.shape_of(A, B, rank))
-        factors[name] = AdapterFactors(*kind.unpack(A, B, rank), _scale(config, pattern))
+        factors[name] = AdapterFactors(
+            *kind.unpack(A, B, rank),
+            _scale(config, pattern),
+            magnitude=magnitude,
+            E=E.flatten() if E is not None else None,
+        )
     if misfits:
         raise CheckpointError(f"{file}: the ranks do not fit each other or {CONFIG}: {', '.join(misfits[:20])}")
     order = [name for path in sides if (name := names[path][0]) in factors]
@@ -110,10 +129,14 @@ def _names(paths: Iterable[str], config: LoraConfig) -> dict[str, tuple[str, str
 
 
 def _rank(config: LoraConfig, name: str) -> int:
+    if isinstance(config, AdaLoraConfig):
+        return config.init_r
     return (config.rank_pattern or {}).get(get_pattern_key(list(config.rank_pattern or {}), name), config.r)
 
 
 def _scale(config: LoraConfig, name: str) -> float:
+    if isinstance(config, AdaLoraConfig):
+        return scale_of(config)
     rank = _rank(config, name)
     alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), name), config.lora_alpha)
     return alpha / (rank**0.5 if config.use_rslora else rank)

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..decompose.dora import rescaled
 from ..errors import CheckpointError
 from ..live.layers import Place, combine_each, place_named
 from ..live.state import AdapterFactors, is_marked_offset
 from .dequantized import Dequantized
+from .factors import PREFIX
 from .files import open_plain
 from .header import KIND_OF
 from .layout import INDEX, Kind, sharded
 from .outputs import Outputs
 from .plan import Task, copy_tasks, in_order, is_tied, loading_dtype, task_dtype, tensor_of
-from .read import SavedAdapter, base_place, fitted_factors, read_adapter
-from .residual import PREFIX, SavedResidual
+from .read import SavedAdapter, base_place, fitted, read_adapter
+from .residual import SavedResidual
 from .skeleton import Names, build, checkpoint_names
 from .source import Source, open_source
 from .work import converted
@@ -74,22 +76,19 @@ class _Merge:
         self.names: Names = checkpoint_names(self.model, self.source)
         self.dtype = loading_dtype(self.source)
         self.saved, self.residual = saved, residual
-        self.factors = fitted_factors(path, saved, self.model)
-        places = {name: place_named(self.model, name) for name in self.factors}
-        self.places: dict[str, Place] = {name: place for name, place in places.items() if place is not None}
+        self.factors = {name: factors.folded() for name, factors in fitted(path, saved, self.model).items()}
+        self.keys = {self._place(name).key(name): name for name in self.factors}
         self.trained_in_full = self._others(path)
-        keys = [weight_key(name, place) for name, place in self.places.items()]
-        self.is_possible = all(tensor_of(self.model, self.names, key) is not None for key in keys)
+        self.is_possible = all(tensor_of(self.model, self.names, key) is not None for key in self.keys)
         if not self.is_possible:
             return
         packed: set[str] = self.source.packed if isinstance(self.source, Dequantized) else set()
-        in_few_bits = any(self._tensor(weight_key(name, place)) in packed for name, place in self.places.items())
+        in_few_bits = any(self._tensor(key) in packed for key in self.keys)
         self.offset = is_marked_offset(saved.config) or in_few_bits
 
     def write(self, out: str | os.PathLike[str]) -> None:
         """Plan the files, and fill them."""
-        merged = {weight_key(name, place): name for name, place in self.places.items()}
-        changed = {*merged, *self.trained_in_full}
+        changed = {*self.keys, *self.trained_in_full}
         copies = copy_tasks(self.model, self.names, changed, self.source, self.dtype)
         kinds = {key: self._kind(key) for key in changed}
         kinds |= {key: kind for task in copies for key, kind in task.outputs.items()}
@@ -98,8 +97,8 @@ class _Merge:
             for file in files:
                 file.allocate(partial)
             with Outputs(partial, files) as outputs:
-                for key in changed:
-                    tensor = self._merged(merged[key]) if key in merged else self._in_full(key)
+                for key in sorted(changed, key=self._position):
+                    tensor = self._merged(key) if key in self.keys else self._in_full(key)
                     outputs.write(key, tensor)
                 for task in copies:
                     _copy(task, self.source, outputs)
@@ -107,13 +106,23 @@ class _Merge:
                 write_json(partial / INDEX, index)
             self._write_small(partial, untied=any(is_tied(self.model, key) for key in changed))
 
-    def _merged(self, name: str) -> Tensor:
+    def _position(self, key: str) -> tuple[Path, int]:
+        """File and offset: a disk is read fastest from front to back."""
+        entry = self.source.entries[self._tensor(key)]
+        return entry.file, entry.offset
+
+    def _merged(self, key: str) -> Tensor:
         """A weight with its adapter, as its layer stores it."""
-        place, factors = self.places[name], self.factors[name]
-        stored = self.source.read(self._tensor(weight_key(name, place))).to(task_dtype(self.model, name, self.dtype))
-        matrices = place.kind.matrices(stored)
-        merged = merged_weight(matrices, factors, offset=self.offset, ready=self.residual is not None)
-        return place.kind.stored(merged, place.shape)
+        name = self.keys[key]
+        kind, factors = self._place(name).kind, self.factors[name]
+        stored = self.source.read(self._tensor(key)).to(task_dtype(self.model, name, self.dtype))
+        merged = merged_weight(kind.matrices(stored), factors, offset=self.offset, ready=self.residual is not None)
+        return kind.stored(merged, stored.shape)
+
+    def _place(self, name: str) -> Place:
+        place = place_named(self.model, name)
+        assert place is not None
+        return place
 
     def _in_full(self, key: str) -> Tensor:
         kind = self._kind(key)
@@ -159,11 +168,6 @@ class _Merge:
                 shutil.copyfileobj(stream, copy)
 
 
-def weight_key(name: str, place: Place) -> str:
-    """The name in the base's state dict of the weight that goes by a name."""
-    return name if place.kind.bare and place.parameter != "weight" else f"{name}.{place.parameter}"
-
-
 def merged_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bool) -> Tensor:
     """What a weight became in training, (…, out, in) in W's dtype.
 
@@ -174,11 +178,14 @@ def merged_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bo
         ready: whether W is the residual already.
     """
     A, B, scale = factors.A, factors.B, factors.scale
-    if factors.A0 is None or factors.B0 is None or ready:
-        return combine_each(W, A, B, scale)
-    if offset:
-        return combine_each(W, torch.cat([A, factors.A0], dim=-2), torch.cat([B, -factors.B0], dim=-1), scale)
-    return combine_each(combine_each(W, factors.A0, factors.B0, -scale), A, B, scale)
+    if factors.A0 is not None and factors.B0 is not None and not ready:
+        if offset:
+            A, B = torch.cat([A, factors.A0], dim=-2), torch.cat([B, -factors.B0], dim=-1)
+        else:
+            W = combine_each(W, factors.A0, factors.B0, -scale)
+    if factors.magnitude is not None:
+        return rescaled(combine_each(W.float(), A, B, scale), factors.magnitude).to(W.dtype)
+    return combine_each(W, A, B, scale)
 
 
 def _readable(source: Source, model: nn.Module) -> Source:

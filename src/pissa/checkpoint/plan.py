@@ -30,9 +30,10 @@ from ..quantize.int8 import PackedInt8
 from ..quantize.nested import NESTED_BLOCK, NestedScales
 from ..quantize.nf4 import PackedNF4
 from ..split import STORAGE_DTYPES
+from .factors import CONFIG, PREFIX, WEIGHTS
 from .header import KIND_OF, Entry
 from .layout import INDEX, FileLayout, Kind, file_layout, kind_of, sharded
-from .residual import CONFIG, PREFIX, WEIGHTS, stored, warn_of_uneven
+from .residual import stored, warn_of_uneven
 from .skeleton import Names, build, checkpoint_names
 from .source import CHUNK, Source
 
@@ -58,7 +59,7 @@ class Task:
     target: Target | None = None
     """What is split, without its values; None for a copy."""
     layout: Layout | None = None
-    """Where the initial adapter goes; None for a copy."""
+    """How PEFT stores its adapter; None for a copy."""
     config: PissaConfig | None = None
     """How it is split; None for a copy."""
     cost: int = 0
@@ -141,6 +142,9 @@ def check_config(config: PissaConfig) -> None:
         raise ConfigError(
             f"method {config.method!r} leaves the base as it is, so there is nothing to prepare: give it to pissa train"
         )
+    if config.needs_gradient or config.use_dora or config.use_adalora:
+        what = 'component "scored"' if config.needs_gradient else "DoRA" if config.use_dora else "AdaLoRA"
+        raise ConfigError(f"{what} needs the model itself: give it to pissa train, which adapts in memory")
     if config.quantization is None:
         return
     if config.quantization.format == "gptq":
@@ -366,7 +370,7 @@ def _configurations(
         empty = _empty_packed(targets[0].place.matrix_shape, config.quantization, dtype)
         settings.quantization_config = bitsandbytes_config(model, [t.name for t in targets], empty, dtype)
         set_marks(lora, residual=config.quantization.format)
-        warn_of_uneven({t.name: t.place.matrix_shape[0] for t in targets}, config.quantization.format)
+        warn_of_uneven({t.name: t.place.matrix_shape[-2] for t in targets}, config.quantization.format)
     if not config.starts_at_zero:
         lora.base_model_name_or_path, lora.inference_mode = os.path.abspath(out), True
         fields = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}

@@ -2,8 +2,9 @@
 
 An adapter directory comes in four layouts, and each says by itself which one it is:
 
-    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0]; `pissa.json` says so, or,
-               in placement "offset", the adapter's configuration
+    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0], a DoRA with magnitudes,
+               a run's checkpoint of AdaLoRA with [E ; E0]; `pissa.json` says so, or, in placement "offset", the
+               adapter's configuration
     on disk    the rank-r adapter for a residual that `save_residual` wrote; its configuration and `pissa.json` name it
     residual   a plain `save_pretrained` of an adapted model: the rank-r adapter, and `pissa_init/` beside it
     LoRA       any other PEFT LoRA
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -43,10 +44,10 @@ from ..live.state import (
     marks,
     not_plain_lora,
 )
-from .factors import read_factors
+from .factors import CONFIG, read_factors
 from .hub import first_line, looks_like_path
 from .manifest import read_manifest
-from .residual import CONFIG, SavedResidual, find_residual, residual_at
+from .residual import SavedResidual, find_residual, residual_at
 from .source import check_source
 
 LOSSLESS = "lossless"
@@ -95,22 +96,30 @@ def load(
     """
     saved = read_adapter(path)
     model, residual = _base_or_residual(path, saved, base)
-    fitted = fitted_factors(path, saved, model)
-    if residual is None and is_other_base(saved.sample, model, fitted):
+    adapters = fitted(path, saved, model)
+    if residual is None and is_other_base(saved.sample, model, adapters):
         raise CheckpointError(
             f"{path} was trained on another base than the one given: shapes agree, values do not; load it on "
             f"{saved.base or 'the model that it was adapted from'}"
         )
-    has_initial = any(factors.A0 is not None for factors in fitted.values())
-    in_few_bits = any(name in fitted for name in quantized_layers(model))
+    has_initial = any(factors.A0 is not None for factors in adapters.values())
+    in_few_bits = any(name in adapters for name in quantized_layers(model))
     offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
-    trained = {name: (f.A, f.B) for name, f in fitted.items()}
+    trained = {name: _tensors(f.A, f.B, f.E) for name, f in adapters.items()}
     initial = {
-        name: (f.A0, f.B0) if f.A0 is not None and f.B0 is not None else (f.A, f.B) for name, f in fitted.items()
+        name: _tensors(f.A0, f.B0, f.E0) if f.A0 is not None and f.B0 is not None else trained[name]
+        for name, f in adapters.items()
     }
+    magnitudes = {name: f.magnitude for name, f in adapters.items() if f.magnitude is not None}
     attach_placed = attach_offset if offset else attach
     adapted = attach_placed(
-        model, saved.config, initial, subtract=has_initial, trained=trained, ready=residual is not None
+        model,
+        saved.config,
+        initial,
+        subtract=has_initial,
+        trained=trained,
+        magnitudes=magnitudes or None,
+        ready=residual is not None,
     )
     if residual is not None:
         record: Any = adapted.pissa
@@ -121,6 +130,10 @@ def load(
     if not is_trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def _tensors(*factors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(factor for factor in factors if factor is not None)
 
 
 def _base_or_residual(
@@ -285,7 +298,7 @@ def _with_initial(
         raise CheckpointError(
             f"{directory} and {initial_directory} differ in modules or ranks; they are not of one run"
         )
-    return {name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()}
+    return {name: replace(f, A0=initial[name].A, B0=initial[name].B, E0=initial[name].E) for name, f in factors.items()}
 
 
 def _adapter_directory(path: Path) -> Path:
@@ -307,9 +320,9 @@ def _read_config(directory: Path) -> LoraConfig:
     try:
         document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         kind = document.get("peft_type")
-        if kind != "LORA":
-            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA adapters")
-        config = LoraConfig.from_pretrained(str(directory))
+        if kind not in ("LORA", "ADALORA"):
+            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA and AdaLoRA adapters")
+        config = (LoraConfig if kind == "LORA" else AdaLoraConfig).from_pretrained(str(directory))
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -322,7 +335,7 @@ def _read_config(directory: Path) -> LoraConfig:
     return config
 
 
-def fitted_factors(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module) -> dict[str, AdapterFactors]:
+def fitted(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module) -> dict[str, AdapterFactors]:
     """The factors in the shapes that the model's weights ask for.
 
     Raises:

@@ -28,14 +28,13 @@ from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
 from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, set_marks, without_wrappers
+from .factors import WEIGHTS
 from .manifest import MANIFEST, package_versions, read_manifest
 from .seal import described, write_sealed
 from .write import check_free, output_directory, write_json
 
 RESIDUAL = "residual"
 ADAPTER = "adapter for a residual"
-PREFIX = "base_model.model."
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"
 LONGEST_FLOAT = len(repr(-2.2250738585072014e-308))
 

@@ -29,7 +29,7 @@ from ..errors import ConfigError, Interrupted
 from .distribute import JOINED, Team, assemble
 from .identity import identity
 from .journal import Journal
-from .manifest import read_manifest
+from .manifest import MANIFEST, read_manifest
 from .outputs import Commits, Outputs
 from .plan import DTYPES, Plan, Task, make_plan
 from .source import Source, open_source
@@ -123,8 +123,7 @@ def init_checkpoint(
         plan = make_plan(base, config, out, dtype)
         team = assemble(workspace.path)
         run = _Run(base, workspace, plan, team, memory or MATRICES * max(t.memory for t in plan.tasks), progress)
-        with explained(out):
-            run.complete()
+        run.complete()
     seconds = time.perf_counter() - start
     return InitResult(out, read_manifest(out) or {}, seconds, run.continued, team.size, threads)
 
@@ -147,7 +146,8 @@ class _Run:
         with ExitStack() as held:
             held.enter_context(_signals(self.stopping))
             try:
-                self._complete(held)
+                with explained(self.workspace.out):
+                    self._complete(held)
             except Exception as error:
                 # the others have to hear of it before the journal's lock is let go
                 self.team.fail(" ".join(str(error).split()) or type(error).__name__)
@@ -176,12 +176,18 @@ class _Run:
         else:
             self._work(journal)
         team.announce("worked")
-        self._await("worked", everyone=True)
         if team.rank == 0:
+            self._await("worked", everyone=True)
             workspace.seal(self.plan, self.source)
             workspace.publish()
             team.announce("published")
-        self._await("published")
+            return
+        try:
+            self._await("published")
+        except Interrupted:
+            # whoever published does not stay until everyone has heard of it
+            if not (workspace.out / MANIFEST).is_file():
+                raise
 
     def _await(self, what: str, *, everyone: bool = False) -> None:
         while not self.team.reached(what, everyone=everyone):
@@ -249,8 +255,6 @@ class _Run:
 
     def _what_is_saved(self) -> str:
         saved = len(self.workspace.finished_tasks(self.plan))
-        if self.team.rank and not saved:
-            return "the same command continues"
         return (
             f"{saved} of {len(self.plan.tasks)} tensors are saved in {self.workspace.out}: the same command continues "
             "from there"

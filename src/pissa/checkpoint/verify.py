@@ -25,10 +25,11 @@ from ..quantize.int8 import PackedInt8
 from ..quantize.nested import NestedScales
 from ..quantize.nf4 import PackedNF4
 from ..split import split_error
+from .factors import PREFIX
 from .header import Entry, read_header
 from .layout import raw_bytes
 from .manifest import MANIFEST
-from .residual import PREFIX, QUANT_STATE
+from .residual import QUANT_STATE
 from .seal import is_intact, is_unsealed_name, plain_file
 from .skeleton import build
 from .source import Source, open_source
@@ -236,13 +237,13 @@ def _copied(base: Source, name: str, entry: Entry) -> str:
 
 def _split_error(described: Mapping[str, Any], reader: _Reader, base: Source, model: PreTrainedModel) -> float:
     """`‖W − (residual + s·B·A)‖ / ‖W‖`; of experts, the largest."""
-    kind, dtype = KINDS[described["kind"]], getattr(torch, described["dtype"])
+    kind = next(kind for kind in KINDS if kind.title == described["kind"])
+    dtype = getattr(torch, described["dtype"])
     weight = kind.matrices(read_weight(described["tensors"], dtype, model, base)[0])
     residual = reader.residual(described["weight"], dtype, kind)
-    keys = [f"{PREFIX}{key}" for key in described["adapter"]]
-    if keys[0] in reader.entries:
-        A, B = (reader.tensor(key) for key in keys)
-        A = A[taps(described["dilation"])] if described["dilation"] else A
+    if "factors" in described:
+        A, B = (reader.tensor(f"{PREFIX}{key}") for key in described["factors"])
+        A = A[taps(tuple(described["dilation"]))] if "dilation" in described else A
         A, B = kind.unpack(A, B, described["rank"])
     else:
         A, B = torch.zeros(*weight.shape[:-2], 1, weight.shape[-1]), torch.zeros(*weight.shape[:-1], 1)

@@ -20,11 +20,11 @@ from ..decompose.certificate import worst
 from ..errors import WeightError
 from ..live.apply import weights_of
 from ..split import Split, split_weight
+from .factors import PREFIX
 from .fused import fused
 from .layout import raw_bytes
 from .outputs import Outputs
 from .plan import Task, packed_parts
-from .residual import PREFIX
 from .source import Source
 
 Record = dict[str, Any]

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..live.layers import name_of
 from .identity import check_base_unchanged, differences, modification_times
 from .journal import NAME, forget, read_journals
 from .layout import INDEX, FileLayout
 from .manifest import MANIFEST, read_manifest
-from .plan import Plan
+from .plan import Plan, Task
 from .residual import RESIDUAL
 from .seal import plain_file, tensor_file, write_sealed
 from .source import Source
@@ -170,16 +169,13 @@ class Workspace:
             if task.target is None or task.layout is None or task.config is None:
                 copies |= dict.fromkeys(task.outputs, task.sources[0])
             else:
-                rank = task.target.rank
+                rank, alpha = task.target.rank, task.target.alpha
                 modules[task.name] = {
-                    "weight": task.target.weight_key,
                     "tensors": [*task.sources],
-                    "kind": name_of(task.target.kind),
-                    "adapter": [*task.layout.keys()],
-                    "dilation": [*task.layout.dilation],
                     "dtype": str(task.dtype).removeprefix("torch."),
                     "rank": rank,
-                    "scale": task.config.scale(rank, task.target.alpha),
+                    "scale": task.config.scale(rank, alpha),
+                    **_place(task),
                     **record["certificate"],
                 }
         return {
@@ -215,6 +211,17 @@ class Workspace:
                 f"the disk that holds {self.out} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
                 "make room and run the same command again"
             )
+
+
+def _place(task: Task) -> dict[str, Any]:
+    """Where a split's weight and factors lie, for `verify`."""
+    assert task.target is not None and task.layout is not None and task.config is not None
+    described: dict[str, Any] = {"kind": task.target.kind.title, "weight": task.target.weight_key}
+    if not task.config.starts_at_zero:
+        described["factors"] = list(task.layout.keys())
+        if task.layout.dilation:
+            described["dilation"] = list(task.layout.dilation)
+    return described
 
 
 def _is_private(name: str) -> bool:

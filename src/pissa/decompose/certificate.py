@@ -13,7 +13,8 @@ class Certificate:
 
     The captured-energy loss of a rank-r approximation `W_r` is
     `1 − (‖W‖² − ‖W − W_r‖²) / (the same for the optimal W_r)`: the share of the energy (squared Frobenius norm) which
-    the best rank-r approximation captures and this one misses. It is 0 for an exact truncated SVD and for `W = 0`.
+    the best rank-r approximation captures and this one misses. It is 0 for an exact truncated SVD and for `W = 0`,
+    1 for factors that capture nothing, and more where taking them out makes W larger (a bad draw of CURA).
     """
 
     algorithm: str
@@ -23,7 +24,7 @@ class Certificate:
     seconds: float
     """Wall-clock time of the decomposition."""
     captured_energy_loss: float
-    """Computed, not assumed; dimensionless, in [0, 1]."""
+    """Computed, not assumed; dimensionless."""
     bound: Literal["exact", "upper bound", "estimate"]
     """How `captured_energy_loss` relates to the true loss."""
     rounding: float = 0.0
@@ -34,6 +35,10 @@ class Certificate:
     """By how many percent that is below the plain format's `‖W − Q(W)‖`; 0 for W = 0."""
     iterations: int | None = None
     """How many iterations the quantised split took; later ones were no better."""
+    residual_norm: float | None = None
+    """`‖W − scale·B·A‖ / ‖W‖`, Frobenius, where the factors may make the residual larger than W; else None."""
+    mean_absolute_error: float | None = None
+    """Mean of `|W − scale·B·A|` where that is what the factors minimise; else None."""
 
 
 def worst(certificates: Sequence[Certificate]) -> Certificate:

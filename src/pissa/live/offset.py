@@ -9,6 +9,8 @@ server saves, copies or merges is the trained function, with no further code.
 Two guards keep the second half. Its gradient is set to zero as soon as it is accumulated, so that clipping, gradient
 norms and the optimizer's moments never see it. That does not stop decoupled weight decay, which shrinks a parameter
 whatever its gradient is; so after each step of any torch optimizer the half is put back.
+
+FSDP2's `fully_shard` puts new parameters in the place of the old ones: call `freeze_second_halves(model)` after it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..errors import PissaError
@@ -26,6 +30,8 @@ from .state import TRAINABLE, adapter_layers, config_with_ranks, parameters_of, 
 
 FROZEN = "_pissa_frozen_half"
 """A parameter's attribute: (dimension that is cut in halves, stacks along it, the second halves as they must stay)."""
+GUARDED = "_pissa_guarded"
+"""A layer's attribute: (its identity, the adapters whose second halves are frozen)."""
 _watching: list[Any] = []
 
 
@@ -37,8 +43,8 @@ def offset_config(lora_config: LoraConfig) -> LoraConfig:
 
 
 def concatenated(
-    trained: Mapping[str, tuple[Tensor, Tensor]], initial: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
+    trained: Mapping[str, tuple[Tensor, ...]], initial: Mapping[str, tuple[Tensor, ...]]
+) -> dict[str, tuple[Tensor, ...]]:
     """Name -> ([A ; A0] (…, 2r, in), [B | −B0] (…, out, 2r))."""
     return {
         name: (torch.cat([A, initial[name][0]], dim=-2), torch.cat([B, -initial[name][1]], dim=-1))
@@ -46,26 +52,31 @@ def concatenated(
     }
 
 
-def freeze_second_halves(model: PeftModel) -> None:
-    """Keep the second half of every factor of adapter "default" as it is, whatever is trained."""
+def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:
+    """Keep the second half of every factor of an adapter as it is, whatever is trained."""
     for name, layer in adapter_layers(model).items():
-        rank = layer.r[TRAINABLE]
-        if rank % 2:
-            raise PissaError(f"{name}: an offset adapter has an even rank, this one {rank}")
-        _freeze_layer(layer)
+        if layer.r[adapter] % 2:
+            raise PissaError(f"{name}: an offset adapter has an even rank, this one {layer.r[adapter]}")
+        _freeze_layer(layer, adapter)
         runtime: Any = layer
-        runtime.register_forward_pre_hook(_freeze_layer)
+        if not hasattr(layer, GUARDED):
+            runtime.register_forward_pre_hook(_freeze_copy)
+        setattr(layer, GUARDED, (id(layer), {*getattr(layer, GUARDED, (0, ()))[1], adapter}))
 
 
-def _freeze_layer(layer: Any, *_: Any) -> None:
-    """Freeze a layer's second halves; tried before each forward, for a copy of the model has parameters of its own."""
-    if TRAINABLE not in layer.r:
-        return
-    A, B = parameters_of(layer, TRAINABLE)
-    stacks = place_at(layer).kind.stacks(A, layer.r[TRAINABLE])
-    for parameter, dimension, count in ((A, 0, stacks), (B, 1, 1)):
-        if isinstance(parameter, nn.Parameter) and not hasattr(parameter, FROZEN):
-            _freeze(parameter, dimension, count)
+def _freeze_copy(layer: Any, *_: Any) -> None:
+    """Freeze in a copy of a layer, whose parameters are its own, what is frozen in the original."""
+    original, adapters = getattr(layer, GUARDED)
+    if original != id(layer):
+        setattr(layer, GUARDED, (id(layer), adapters))
+        for adapter in adapters & {*layer.r}:
+            _freeze_layer(layer, adapter)
+
+
+def _freeze_layer(layer: Any, adapter: str) -> None:
+    A, B = parameters_of(layer, adapter)
+    _freeze(A, 0, place_at(layer).kind.stacks(A, layer.r[adapter]))
+    _freeze(B, 1)
 
 
 def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:
@@ -75,14 +86,26 @@ def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:
         if accumulated.grad is not None:
             second_half(accumulated.grad, dimension, stacks).zero_()
 
-    parameter.register_post_accumulate_grad_hook(drop_gradient)
+    if not hasattr(parameter, FROZEN):
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(drop_gradient)  # torch hooks no others
+        parameter.requires_grad_(trained)
     setattr(parameter, FROZEN, (dimension, stacks, second_half(parameter.detach(), dimension, stacks).clone()))
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_put_back))
 
 
 def second_half(factor: Tensor, dimension: int, stacks: int = 1) -> Tensor:
-    """A view of the second half along a dimension; of that of each stack where several follow each other along it."""
+    """A view of the second half along a dimension, of that of each stack where several follow each other along it; of a
+    sharded factor, of what this process holds of that half."""
+    if isinstance(factor, DTensor):
+        if stacks > 1:
+            raise PissaError("experts with an offset adapter cannot be sharded; leave their modules whole")
+        half = factor.shape[dimension] // 2
+        _, offsets = compute_local_shape_and_global_offset(factor.shape, factor.device_mesh, factor.placements)
+        factor = factor.to_local()
+        before = min(max(half - offsets[dimension], 0), factor.shape[dimension])
+        return factor.narrow(dimension, before, factor.shape[dimension] - before)
     split = factor.unflatten(dimension, (stacks, -1))
     half = split.shape[dimension + 1] // 2
     return split.narrow(dimension + 1, half, half)

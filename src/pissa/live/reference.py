@@ -109,7 +109,8 @@ def _base_weights(
         if name in originals:
             weight = originals[name].to(weight, copy=True)
         elif name in initial:
-            weight = combine_each(weight, initial[name].A, initial[name].B, initial[name].scale)
+            start = initial[name].folded()
+            weight = combine_each(weight, start.A, start.B, start.scale)
         yield name, weight
 
 

@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..errors import PissaError
-from .layers import ATTENTION, CONVOLUTION, EMBEDDING, Kind, Place, kind_of, kind_of_parameter
+from .adalora import layer_scale, set_rank, set_singular_values, singular_values
+from .layers import ATTENTION, CONVOLUTION, EMBEDDING, LINEAR, TRANSPOSED, Kind, Place, kind_of, kind_of_parameter
 from .runtime import OUT_PROJ, foreign, holes, mend, with_holes
 
 TRAINABLE = "default"
 INITIAL = "pissa_init"
 MARKS = "pissa"
+MAGNITUDE = "lora_magnitude_vector"
 WRAPPED = ".base_layer"
 """The ending of a path inside one of PEFT's wrappers."""
 PRESERVING_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
@@ -48,6 +50,19 @@ class AdapterFactors:
     """(…, r, in): A at step 0."""
     B0: Tensor | None = None
     """(…, out, r): B at step 0."""
+    magnitude: Tensor | None = None
+    """(out,): of DoRA, the norms of the adapted weight's rows; else None."""
+    E: Tensor | None = None
+    """(r,): of AdaLoRA, the values between B and A; else None."""
+    E0: Tensor | None = None
+    """(r,): E at step 0."""
+
+    def folded(self) -> AdapterFactors:
+        """The same adapter without a vector of its own between the factors: B·diag(E) for B."""
+        if self.E is None:
+            return self
+        B0 = self.B0 * self.E0 if self.B0 is not None and self.E0 is not None else None
+        return replace(self, B=self.B * self.E, B0=B0, E=None, E0=None)
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,11 @@ class Layout:
     dilation: tuple[int, ...] = ()
     """Of a convolution: what the kernels in PEFT's files have holes for, see `runtime.py`."""
 
+    @property
+    def magnitude_key(self) -> str:
+        """The name of DoRA's magnitudes in PEFT's files."""
+        return f"{self.path}.{MAGNITUDE}"
+
     def keys(self, adapter: str | None = None) -> tuple[str, str]:
         """The names of A and B in PEFT's files, without their common beginning; with an adapter's name, in a model."""
         ending = "" if self.kind is EMBEDDING else ".weight"  # PEFT holds these two as bare parameters
@@ -69,8 +89,10 @@ class Layout:
         A, B = (f"{self.path}.{side}{inserted}{ending}" for side in self.kind.sides)
         return A, B
 
-    def tensors(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """Factors A (…, r, in) and B (…, out, r) as PEFT's files hold them."""
+    def tensors(self, A: Tensor, B: Tensor, E: Tensor | None = None) -> dict[str, Tensor]:
+        """Factors A (…, r, in) and B (…, out, r), for AdaLoRA with E (r,), as PEFT's files hold them."""
+        if E is not None:
+            return {f"{self.path}.lora_A": A, f"{self.path}.lora_B": B, f"{self.path}.lora_E": E.reshape(-1, 1)}
         A_stored, B_stored = self.kind.pack(A, B, self.shape)
         if self.dilation:
             A_stored = with_holes(A_stored, self.dilation)
@@ -110,13 +132,6 @@ def module_path(path: str) -> str:
     while path.endswith(WRAPPED):
         path = path.removesuffix(WRAPPED)
     return path
-
-
-def weight_key(name: str, layer: LoraLayer) -> str:
-    """The name in the base's state dict of the weight that an adapted layer goes by in `adapter_layers`."""
-    if isinstance(layer, ParamWrapper):
-        return name if layer.parameter_name != "weight" else f"{name}.weight"
-    return f"{name}.{place_at(layer).parameter}"
 
 
 def without_wrappers(key: str) -> str:
@@ -198,17 +213,16 @@ def without_marks(config: LoraConfig) -> LoraConfig:
 
 
 def not_plain_lora(config: Any, *, initial_known: bool) -> str | None:
-    """Why an adapter is something else than `s·B·A` added to the base's own weights; None where it is just that.
+    """Why an adapter is something else than `s·B·A` added to the base's own weights, with or without DoRA's magnitudes
+    or AdaLoRA's values; None where it is just that.
 
     Args:
         config: PEFT's configuration of the adapter.
         initial_known: whether the initial factors are at hand, so that it does not matter what the base's weights
             were replaced by.
     """
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        return f"is of type {getattr(config.peft_type, 'value', config.peft_type)}; pissa handles LORA"
-    if config.use_dora:
-        return "is a DoRA adapter, which a plain LoRA cannot express"
+    if str(getattr(config.peft_type, "value", config.peft_type)) not in ("LORA", "ADALORA"):
+        return f"is of type {getattr(config.peft_type, 'value', config.peft_type)}; pissa handles LORA and ADALORA"
     if config.lora_bias:
         return "trains biases inside the adapter (lora_bias), which a plain LoRA cannot express"
     how = config.init_lora_weights
@@ -230,12 +244,14 @@ def active_adapter_name(model: PeftModel) -> str:
     return chosen[0]
 
 
-def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, AdapterFactors]:
+def adapter_factors(model: PeftModel, adapter: str | None = None, *, split: bool = True) -> dict[str, AdapterFactors]:
     """Detached views of a live model's adapter, by the name of what each adapts.
 
     Args:
         model: an adapted model.
         adapter: the adapter's name; None for the active one.
+        split: whether the two halves of an offset adapter are told apart, which in a sharded model every process has
+             to do together.
 
     Raises:
         PissaError: PEFT's layer computes something else from these factors than their product.
@@ -250,14 +266,33 @@ def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, A
             others.append(f"{name} {reason}")
             continue
         A, B = _pair(layer, adapter)
+        found = AdapterFactors(
+            A, B, layer_scale(layer, adapter), magnitude=_magnitude(layer, adapter), E=singular_values(layer, adapter)
+        )
         if is_offset(model, adapter):
-            factors[name] = halves(AdapterFactors(A, B, float(layer.scaling[adapter])))
-            continue
-        A0, B0 = _pair(layer, INITIAL) if INITIAL in held else (None, None)
-        factors[name] = AdapterFactors(A, B, float(layer.scaling[adapter]), A0, B0)
+            found = halves(found) if split else found
+        elif INITIAL in held:
+            A0, B0 = _pair(layer, INITIAL)
+            found = replace(found, A0=A0, B0=B0, E0=singular_values(layer, INITIAL))
+        factors[name] = found
     if others:
         raise PissaError(f"adapter {adapter!r}: {'; '.join(others)}")
     return factors
+
+
+def _magnitude(layer: Any, adapter: str) -> Tensor | None:
+    """DoRA's magnitudes (out,), detached; None where the adapter has none."""
+    if adapter not in getattr(layer, MAGNITUDE):
+        return None
+    if place_at(layer).kind not in (LINEAR, TRANSPOSED):
+        raise PissaError(f"pissa does not handle DoRA adapters of a {place_at(layer).kind.title}")
+    return getattr(layer, MAGNITUDE)[adapter].weight.detach()
+
+
+def set_magnitude(layer: Any, adapter: str, magnitude: Tensor, *, trainable: bool) -> None:
+    """Put magnitudes (out,), copied, in fp32, into a layer's DoRA adapter."""
+    value = magnitude.detach().to(device=place_at(layer).weight.device, dtype=torch.float32, copy=True)
+    getattr(layer, MAGNITUDE)[adapter].weight = nn.Parameter(value, requires_grad=trainable)
 
 
 def halves(factors: AdapterFactors) -> AdapterFactors:
@@ -269,12 +304,18 @@ def halves(factors: AdapterFactors) -> AdapterFactors:
         factors.scale,
         factors.A[..., r:, :].contiguous(),
         -factors.B[..., r:].contiguous(),
+        factors.magnitude,
+        factors.E[:r] if factors.E is not None else None,
+        factors.E[r:] if factors.E is not None else None,
     )
 
 
 def config_with_ranks(source: LoraConfig, factor: float) -> LoraConfig:
     """A copy of the configuration with every rank multiplied by `factor` and every alpha such that the scales stay."""
     result = deepcopy(source)
+    if isinstance(result, AdaLoraConfig):
+        set_rank(result, round(result.init_r * factor))
+        return result
     alpha_factor = factor**0.5 if source.use_rslora else factor
     result.r = round(source.r * factor)
     result.lora_alpha = _whole(source.lora_alpha * alpha_factor)
@@ -283,8 +324,13 @@ def config_with_ranks(source: LoraConfig, factor: float) -> LoraConfig:
     return result
 
 
-def set_factors(layer: LoraLayer, adapter: str, A: Tensor, B: Tensor, *, trainable: bool) -> None:
-    """Put factors (…, r, in) and (…, out, r), copied, in fp32, on the layer's device, into a layer's adapter."""
+def set_factors(
+    layer: LoraLayer, adapter: str, A: Tensor, B: Tensor, E: Tensor | None = None, *, trainable: bool
+) -> None:
+    """Put factors (…, r, in) and (…, out, r), copied, in fp32, on the layer's device, into a layer's adapter; for
+    AdaLoRA with the values (r,) between them."""
+    if E is not None:
+        set_singular_values(layer, adapter, E, trainable=trainable)
     place = place_at(layer)
     for held, tensor in zip(holders(layer), place.kind.pack(A, B, place.shape), strict=True):
         value = tensor.detach().to(device=place.weight.device, dtype=torch.float32, copy=True).contiguous()

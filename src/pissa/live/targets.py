@@ -77,7 +77,7 @@ class Target:
     @property
     def weight_key(self) -> str:
         """The weight's name in the model's state dict."""
-        return self.name if self.is_named_parameter else f"{self.name}.{self.parameter}"
+        return self.place.key(self.name)
 
     @property
     def peft_name(self) -> str:
@@ -126,6 +126,8 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
     _check_shapes(targets)
     if loaded:
         _check_finite(targets)
+    if loaded and config.use_dora:
+        _check_rows(targets)
     if config.quantization is not None:
         bits = 8 if config.quantization.format == "int8" else 4
         check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
@@ -171,6 +173,8 @@ def _check_carried(
     wrong = []
     for target in targets:
         reason = why_not(target.module)
+        if reason is None and (config.use_dora or config.use_adalora) and target.kind not in (LINEAR, TRANSPOSED):
+            reason = f"{'DoRA' if config.use_dora else 'AdaLoRA'} is for linear layers"
         if reason is None and target.kind.bare:
             if target.module is model:
                 reason = "PEFT wraps no parameter of the model itself"
@@ -178,14 +182,7 @@ def _check_carried(
                 reason = "PEFT adapts it as a bare parameter, with no dropout inside: set dropout 0"
             elif config.quantization is not None or bits_of(target.module) is not None:
                 reason = "PEFT adapts it as a bare parameter, which bitsandbytes' layers do not have"
-            elif (
-                sum(
-                    target.module._parameters[target.parameter] is p
-                    for m in modules.values()
-                    for p in m._parameters.values()
-                )
-                > 1
-            ):
+            elif _owners(modules, target.module._parameters[target.parameter]) > 1:
                 reason = "a bare parameter that another module shares"
         if reason is not None:
             wrong.append(f"{target.name} ({type(target.module).__name__}: {reason})")
@@ -454,6 +451,16 @@ def _check_finite(targets: list[Target]) -> None:
     bad = [target.name for target in plain if not math.isfinite(magnitude(target.place.weight))]
     if bad:
         raise WeightError(f"NaN or Inf in the weight of {_listed(bad)}: repair or reload the checkpoint")
+
+
+def _check_rows(targets: list[Target]) -> None:
+    """Refuse rows of zeros, which DoRA would divide by."""
+    empty = [t.name for t in targets if not bool(t.place.matrices().any(dim=-1).all())]
+    if empty:
+        raise WeightError(
+            f"DoRA divides each output's weights by their norm, and some are zero in {_listed(empty)}: name these in "
+            "exclude_modules, or train without use_dora"
+        )
 
 
 def _listed(items: Sequence[str], most: int = 300) -> str:
