@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,9 +23,21 @@ from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
 from .conversion import is_rewritten
-from .layers import ATTENTION, LINEAR, PARAMETER, TRANSPOSED, Kind, Place, is_linear, kind_of, kind_of_parameter
+from .layers import (
+    ATTENTION,
+    CONVOLUTION,
+    LINEAR,
+    PARAMETER,
+    TRANSPOSED,
+    Kind,
+    Place,
+    is_linear,
+    kind_of,
+    kind_of_parameter,
+)
 from .quantized import bits_of, check_quantizable
-from .runtime import why_not
+from .runtime import holes, why_not
+from .state import WRAPPED, Layout
 
 EXPERTS_NAME = "experts"
 """What transformers calls the module that holds a layer's experts."""
@@ -121,6 +134,22 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
     return targets
 
 
+def layouts_of(targets: Sequence[Target]) -> dict[str, Layout]:
+    """How PEFT will store each target's adapter, by name; no live layers are needed.
+
+    Args:
+        targets: in the model's order.
+    """
+    around = Counter(target.module_name for target in targets)
+    layouts = {}
+    for target in targets:
+        around[target.module_name] -= 1  # the last parameter of a module is wrapped last, and so outermost
+        place, path = target.place, target.module_name + WRAPPED * around[target.module_name]
+        dilation = holes(place.module) if place.kind is CONVOLUTION else ()
+        layouts[target.name] = Layout(path, place.kind, place.shape, dilation)
+    return layouts
+
+
 def _candidates(modules: Mapping[str, nn.Module]) -> dict[str, Target]:
     """All weights of a model that could be adapted, by name, in its order."""
     found = {}
@@ -153,14 +182,7 @@ def _check_carried(
                 reason = "PEFT adapts it as a bare parameter, with no dropout inside: set dropout 0"
             elif config.quantization is not None or bits_of(target.module) is not None:
                 reason = "PEFT adapts it as a bare parameter, which bitsandbytes' layers do not have"
-            elif (
-                sum(
-                    target.module._parameters[target.parameter] is p
-                    for m in modules.values()
-                    for p in m._parameters.values()
-                )
-                > 1
-            ):
+            elif _owners(modules, target.module._parameters[target.parameter]) > 1:
                 reason = "a bare parameter that another module shares"
         if reason is not None:
             wrong.append(f"{target.name} ({type(target.module).__name__}: {reason})")
