@@ -111,7 +111,7 @@ def test_trained_saved_loaded_exported_and_merged_it_is_one_function(
         assert largest_difference(logits_of(model), base) <= NOISE[torch.float32]
     assert torch.equal(logits_of(model), trained)
 
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(str(tmp_path / "saved"))
     export = export_lora(model, tmp_path / "lossless")
     state = export_state(model)
     (tmp_path / "state").mkdir()
@@ -157,14 +157,18 @@ def test_dora_computes_the_paper_s_formula_with_the_true_weight_s_magnitudes(pla
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.mul_(1.1).add_(0.05)
     x = torch.randn(4, 12)
-    A, B, m = (held.lora_A[TRAINABLE].weight, held.lora_B[TRAINABLE].weight, held.lora_magnitude_vector[TRAINABLE].weight)
+    A, B, m = (
+        held.lora_A[TRAINABLE].weight,
+        held.lora_B[TRAINABLE].weight,
+        held.lora_magnitude_vector[TRAINABLE].weight,
+    )
     V = held.get_base_layer().weight + held.scaling[TRAINABLE] * B @ A
     expected = x @ (m / V.norm(dim=1))[:, None].mul(V).mT + bias
     torch.testing.assert_close(model(x), expected)
 
 
 def test_a_row_of_zeros_which_dora_would_divide_by_is_refused_by_name() -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3] = 0
     with pytest.raises(WeightError, match=r"some are zero in model\.layers\.1\.mlp\.up_proj"):
@@ -174,9 +178,9 @@ def test_a_row_of_zeros_which_dora_would_divide_by_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("variant", ["use_dora", "use_adalora"])
 def test_kinds_of_layers_that_a_variant_does_not_know_are_refused_by_name(variant: str) -> None:
-    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
+    model, settings = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8)), dict[str, Any]({variant: True})
     with pytest.raises(TargetError, match=r"cannot adapt 0 \(Embedding: (DoRA|AdaLoRA) is for linear layers\)"):
-        adapt(model, PissaConfig(2, target_modules=["0", "1"], **{variant: True}))
+        adapt(model, PissaConfig(2, target_modules=["0", "1"], **settings))
 
 
 # AdaLoRA

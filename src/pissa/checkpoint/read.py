@@ -293,9 +293,7 @@ def _with_initial(
         raise CheckpointError(
             f"{directory} and {initial_directory} differ in modules or ranks; they are not of one run"
         )
-    return {
-        name: replace(f, A0=initial[name].A, B0=initial[name].B, E0=initial[name].E) for name, f in factors.items()
-    }
+    return {name: replace(f, A0=initial[name].A, B0=initial[name].B, E0=initial[name].E) for name, f in factors.items()}
 
 
 def _adapter_directory(path: Path) -> Path:

@@ -32,6 +32,7 @@ from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, derive_seed, split_each
 from .adalora import adalora_config, layer_scale
+from .budget import with_planned_ranks
 from .conversion import settle_names
 from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
@@ -100,8 +101,9 @@ def adapt(
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
         config: rank, method, targets, quantisation, placement.
-        moments: second moments of the targets' inputs, for a quantisation that minimises output error: module name ->
-            (in, in), or `calibrate.second_moments` as it streams, so that a few of them are in memory at a time.
+        moments: second moments of the targets' inputs, for a quantisation that minimises output error (and a rank
+            budget that counts energy as outputs have it): module name -> (in, in), or `calibrate.second_moments` as it
+            streams, so that a few of them are in memory at a time.
         batches: keyword arguments of the model's forward, with labels, from the data that it is to learn: what
             component "scored" chooses by.
         progress: called with (module name, how many are done, how many there are) after each split.
@@ -127,6 +129,9 @@ def adapt(
             else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
         )
     targets = resolve_targets(model, config)
+    if config.rank_budget is not None:
+        targets = with_planned_ranks(targets, config, moments)
+        moments = moments if config.quantization is not None else None
     warn_of_peft(model, {target.name: target.kind for target in targets})
     factors: dict[str, tuple[Tensor, ...]] = {}
     certificates: dict[str, Certificate] = {}
@@ -366,7 +371,8 @@ def _attach(
         if subtract:
             set_factors(layer, INITIAL, *factors, trainable=False)
         if subtract and not packed and not ready:
-            A0, B0 = factors[0], factors[1] * factors[2] if len(factors) > 2 else factors[1]
+            A0, B0, *E0 = factors
+            B0 = B0 * E0[0] if E0 else B0
             place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
     keep_slow_path(adapted)
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]

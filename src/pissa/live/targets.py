@@ -373,6 +373,8 @@ def _with_rank(target: Target, config: PissaConfig) -> Target:
     name = target.name
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
+    if config.rank_budget is not None:
+        rank = max(1, min(rank, *target.place.matrix_shape[-2:]))
     return replace(target, rank=rank, alpha=alpha)
 
 
