@@ -36,7 +36,7 @@ def with_planned_ranks(
     missing = [target.name for target in targets if moments is not None and target.name not in moments]
     if missing:
         raise DataError(f"no second moment is given for {', '.join(missing)}; give one for every target, or none")
-    known: dict[str, Tensor] = dict(moments or {})
+    known: dict[str, Tensor] = dict(moments or {})  # pyright: ignore[reportAssignmentType] -- a mapping by now
     gains = {target.name: target_gains(target, config, known.get(target.name)) for target in targets}
     plan = plan_ranks(gains, {target.name: parameters_per_rank(target) for target in targets}, config.rank_budget)
     return [replace(target, rank=plan.ranks[target.name]) for target in targets]
