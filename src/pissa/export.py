@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint.factors import CONFIG, PREFIX, WEIGHTS
 from .checkpoint.manifest import MANIFEST, package_versions
-from .checkpoint.read import LOSSLESS, SavedAdapter, load, read_adapter
+from .checkpoint.merge import merge_saved
+from .checkpoint.read import LOSSLESS, SavedAdapter, read_adapter
 from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
 from .decompose.dora import rescaled
@@ -181,7 +182,8 @@ def export_merged(
     """Write the fine-tuned model as a plain transformers checkpoint, adapter merged, in the base's dtype.
 
     Args:
-        model_or_dir: an adapted model (left as it is), or a saved run or adapter directory.
+        model_or_dir: an adapted model (left as it is), or a saved run or adapter directory, whose base is read and
+            merged weight by weight and never held.
         out: directory to write, new or empty.
         base: the base's directory or hub id, for a saved adapter that does not record it.
 
@@ -190,7 +192,10 @@ def export_merged(
         CheckpointError, OutputError: what is read is incomplete, or `out` cannot be written.
     """
     check_free(out)
-    model = model_or_dir if isinstance(model_or_dir, PeftModel) else load(model_or_dir, base)
+    if not isinstance(model_or_dir, PeftModel):
+        merge_saved(model_or_dir, out, base)
+        return
+    model = model_or_dir
     plain: Any = model.get_base_model()
     if not isinstance(plain, PreTrainedModel):
         raise PissaError(f"{type(plain).__name__} is no transformers model; export_lora works for any module")

@@ -34,6 +34,9 @@ from .quantize.lowrank import singular_triplets
 from .quantize.metric import metric
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_LINE = 64
+BLOCK = 1 << 20
+"""Elements of a block of rows that is widened to fp32 at once, so that a residual needs no fp32 copy of its weight."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def split_weight(
     check(W, config, moment, gradient, label)
     with torch.no_grad(), full_precision():
         split = quantized if config.quantization is not None else unquantized
-        return split(W.detach(), config, moment, gradient, derive_seed(config.seed, name), label)
+        return split(aligned(W.detach()), config, moment, gradient, derive_seed(config.seed, name), label)
 
 
 def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, label: str) -> None:
@@ -153,10 +156,16 @@ def unquantized(
         )
     A, B = A.contiguous(), B.contiguous()
     residual = W.clone() if config.starts_at_zero else combine(W, A, B, -scale)
-    rounding = relative_error(W, combine(residual.float(), A, B, scale))
+    rounding = split_error(W, residual, A, B, scale)
     if not math.isfinite(rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
+
+
+def aligned(W: Tensor) -> Tensor:
+    """The weight where a matrix product rounds it as anywhere else: on CPUs its bits depend on how far from a cache
+    line's beginning an fp32 matrix begins, and in a file that is mapped into memory it may begin anywhere."""
+    return W.clone() if W.device.type == "cpu" and W.dtype == torch.float32 and W.data_ptr() % CACHE_LINE else W
 
 
 class Weight(NamedTuple):
@@ -256,14 +265,36 @@ def _split(weight: Weight) -> Split:
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`W + scale·B·A`, computed in fp32 and rounded once to W's dtype; (out, in)."""
+    A, B = aligned(A.float()), aligned(B.float())
+    out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
     with full_precision():
-        return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
+        for rows in row_blocks(W):
+            out[rows] = torch.addmm(W[rows].float(), B[rows], A, alpha=scale)
+    return out
 
 
-def relative_error(W: Tensor, approximation: Tensor) -> float:
-    """`‖W − approximation‖ / ‖W‖` in the Frobenius norm; 0 for W = 0."""
-    norm = torch.linalg.vector_norm(W.float())
-    return float(torch.linalg.vector_norm(W.float() - approximation) / norm) if norm > 0 else 0.0
+def split_error(W: Tensor, residual: Tensor, A: Tensor, B: Tensor, scale: float) -> float:
+    """`‖W − (residual + scale·B·A)‖ / ‖W‖` in the Frobenius norm, the sum in fp32; 0 for W = 0.
+
+    Args:
+        W: (out, in); residual: the same shape; A: (r, in) fp32; B: (out, r) fp32.
+    """
+    A, B = aligned(A.float()), aligned(B.float())
+    norms, errors = [], []
+    with full_precision():
+        for rows in row_blocks(W):
+            block = W[rows].float()
+            again = torch.addmm(residual[rows].float(), B[rows], A, alpha=scale)
+            norms.append(torch.linalg.vector_norm(block))
+            errors.append(torch.linalg.vector_norm(again.sub_(block)))
+    norm, error = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (norms, errors))
+    return float(error / norm) if norm > 0 else 0.0
+
+
+def row_blocks(W: Tensor) -> Iterator[slice]:
+    """Slices of W's rows, each of about BLOCK elements."""
+    step = max(1, BLOCK // max(1, W.shape[1]))
+    return (slice(top, top + step) for top in range(0, W.shape[0], step))
 
 
 def derive_seed(seed: int, name: str | None) -> int:

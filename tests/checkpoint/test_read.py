@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from pissa import PissaConfig, adapt, export_lora, load, reference
-from pissa.checkpoint.read import check_model_directory, load_base, load_tokenizer, looks_like_path, read_adapter
+from pissa.checkpoint.hub import looks_like_path
+from pissa.checkpoint.read import check_model_directory, load_base, load_tokenizer, read_adapter
 from pissa.config import METHODS, Method
 from pissa.errors import CheckpointError
 from pissa.live.state import INITIAL, TRAINABLE, adapter_factors
@@ -394,10 +395,14 @@ def test_a_model_directory_that_is_incomplete_is_refused_by_name(tmp_path: Path)
         (lambda d: d.write_text("x"), "is a file"),
         (lambda d: (d.mkdir(), (d / "model.safetensors").touch()), "has no config.json"),
         (lambda d: (d.mkdir(), (d / "config.json").write_text("{}")), "no weights"),
-        (lambda d: (tiny_llama().save_pretrained(d), truncate(d / "model.safetensors")), "cannot load"),
-        (lambda d: (tiny_llama().save_pretrained(d), (d / "config.json").write_text("{")), "cannot load"),
+        (lambda d: (tiny_llama().save_pretrained(d), truncate(d / "model.safetensors")), "is not whole"),
+        (
+            lambda d: (tiny_llama().save_pretrained(d), (d / "config.json").write_text("{")),
+            "json is not valid JSON",
+        ),
+        (lambda d: (tiny_llama().save_pretrained(d), (d / "config.json").write_text("{}")), "cannot load"),
     ],
-    ids=["missing", "empty", "file", "no config", "no weights", "truncated", "config not JSON"],
+    ids=["missing", "empty", "file", "no config", "no weights", "truncated", "config not JSON", "unknown kind"],
 )
 def test_what_is_no_model_directory_is_refused_by_name(
     tmp_path: Path, prepare: Callable[[Path], object], said: str

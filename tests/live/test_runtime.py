@@ -179,7 +179,7 @@ def test_all_linear_takes_attentions_and_experts_and_leaves_routers() -> None:
 def test_targets_of_a_model_without_values() -> None:
     with torch.device("meta"):
         model = Mixture()
-    targets = resolve_targets(chain(model), PissaConfig(2), check_values=False)
+    targets = resolve_targets(chain(model), PissaConfig(2), loaded=False)
     assert {t.weight_key: (t.kind.title, t.is_stack) for t in targets} == {
         "0.experts.gate_up_proj": ("experts", True),
         "0.experts.down_proj": ("experts", True),

@@ -18,6 +18,7 @@ from ..live.conversion import nesting
 from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
 from ..live.runtime import OUT_PROJ
 from ..live.state import MAGNITUDE, AdapterFactors, Layout, module_path
+from .hub import first_line
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -142,8 +143,3 @@ def _scale(config: LoraConfig, name: str) -> float:
     rank = _rank(config, name)
     alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), name), config.lora_alpha)
     return alpha / (rank**0.5 if config.use_rslora else rank)
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message as one line."""
-    return " ".join(str(error).split())[:400] or type(error).__name__

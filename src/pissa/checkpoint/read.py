@@ -43,9 +43,11 @@ from ..live.state import (
     marks,
     not_plain_lora,
 )
-from .factors import CONFIG, first_line, read_factors
+from .factors import CONFIG, read_factors
+from .hub import first_line, looks_like_path
 from .manifest import read_manifest
 from .residual import SavedResidual, find_residual, residual_at
+from .source import check_source
 
 LOSSLESS = "lossless"
 
@@ -91,16 +93,16 @@ def load(
     """
     saved = read_adapter(path)
     model, residual = _base_or_residual(path, saved, base)
-    fitted = _fitted(path, saved, model)
-    has_initial = any(factors.A0 is not None for factors in fitted.values())
-    in_few_bits = any(name in fitted for name in quantized_layers(model))
+    adapters = fitted(path, saved, model)
+    has_initial = any(factors.A0 is not None for factors in adapters.values())
+    in_few_bits = any(name in adapters for name in quantized_layers(model))
     offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
-    trained = {name: _tensors(f.A, f.B, f.E) for name, f in fitted.items()}
+    trained = {name: _tensors(f.A, f.B, f.E) for name, f in adapters.items()}
     initial = {
         name: _tensors(f.A0, f.B0, f.E0) if f.A0 is not None and f.B0 is not None else trained[name]
-        for name, f in fitted.items()
+        for name, f in adapters.items()
     }
-    magnitudes = {name: f.magnitude for name, f in fitted.items() if f.magnitude is not None}
+    magnitudes = {name: f.magnitude for name, f in adapters.items() if f.magnitude is not None}
     attach_placed = attach_offset if offset else attach
     adapted = attach_placed(
         model,
@@ -130,20 +132,37 @@ def _base_or_residual(
     path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | nn.Module | None
 ) -> tuple[Any, SavedResidual | None]:
     """The model to attach an adapter to, and where it is the residual already, what its directory says."""
+    given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
+    place, residual = base_place(path, saved, given)
+    model: Any = load_base(place) if base is None or isinstance(base, str | os.PathLike) else base
+    keep_unpacked(model)
+    return model, residual
+
+
+def base_place(
+    path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | None
+) -> tuple[str | os.PathLike[str], SavedResidual | None]:
+    """Where the weights are that a saved adapter goes on, and what their directory says where they are the residual.
+
+    Args:
+        path: of the adapter, for messages.
+        saved: the adapter.
+        base: a directory or hub id; None for the recorded one, "" where it has none.
+
+    Raises:
+        CheckpointError: no base is recorded, or the adapter fits only a residual, which this is not.
+    """
     if base is None:
         base = saved.residual.path if saved.residual is not None else saved.base
     if base is None:
         raise CheckpointError(f"{path} does not record its base; pass it: load(path, base=…)")
-    place = base if isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None)
-    residual = residual_at(Path(place)) if place and not is_marked_offset(saved.config) else None
+    residual = residual_at(Path(base)) if base and not is_marked_offset(saved.config) else None
     if marks(saved.config).get("residual") and residual is None:
         raise CheckpointError(
-            f"{path} holds an adapter for a quantised residual, and {place or 'the model given'} is not that residual; "
+            f"{path} holds an adapter for a quantised residual, and {base or 'the model given'} is not that residual; "
             "save it with pissa.save_residual(model, …) and pass it: load(path, base=…)"
         )
-    model: Any = load_base(base) if isinstance(base, str | os.PathLike) else base
-    keep_unpacked(model)
-    return model, residual
+    return base, residual
 
 
 def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -198,31 +217,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def check_model_directory(source: str | os.PathLike[str]) -> None:
-    """Refuse a local model directory that is missing, empty or lacks shards; a hub id passes unchecked.
+    """Refuse a local model directory that is missing, empty, incomplete or damaged; a hub id passes unchecked.
 
     Raises:
-        CheckpointError: with what is missing.
+        CheckpointError: as `open_source`.
     """
-    path = Path(source)
-    if not path.exists():
-        if looks_like_path(source):
-            raise CheckpointError(f"{source} does not exist; give a model's directory or a hub id such as org/name")
-        return
-    if not path.is_dir():
-        raise CheckpointError(f"{source} is a file; give the directory that holds config.json and the weights")
-    if not (path / "config.json").is_file():
-        what = "is empty" if not any(path.iterdir()) else "has no config.json"
-        raise CheckpointError(f"{source} {what}; a model directory holds config.json and its weights")
-    indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
-    weights = [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.gguf")]
-    if not weights and not indices:
-        raise CheckpointError(f"{source} has a config.json but no weights (*.safetensors); download it again")
-    for index in indices:
-        missing = sorted(file for file in _indexed_files(index) if not (path / file).is_file())
-        if missing:
-            raise CheckpointError(
-                f"{source} lacks {len(missing)} shard(s) that {index.name} names: {', '.join(missing)}"
-            )
+    if Path(source).exists() or looks_like_path(source):
+        check_source(source)
 
 
 def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
@@ -243,12 +244,6 @@ def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any])
             f"{source} does not hold the weights that its config.json asks for: {', '.join(wrong[:20])}{rest}; "
             "download it again, or correct config.json"
         )
-
-
-def looks_like_path(source: str | os.PathLike[str]) -> bool:
-    """Whether a source can only be a path: hub ids are `name` or `org/name`."""
-    text = os.fspath(source)
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
@@ -330,7 +325,7 @@ def _read_config(directory: Path) -> LoraConfig:
     return config
 
 
-def _fitted(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module) -> dict[str, AdapterFactors]:
+def fitted(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module) -> dict[str, AdapterFactors]:
     """The factors in the shapes that the model's weights ask for.
 
     Raises:
@@ -373,10 +368,3 @@ def _load_others(model: PeftModel, tensors: dict[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, tensors, adapter_name=TRAINABLE)
-
-
-def _indexed_files(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a shard index: {first_line(error)}; download it again") from error

@@ -61,7 +61,7 @@ def command(
     calibration_windows: Annotated[int | None, typer.Option(help="Windows of calibration text. [80]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens per window. [256]")] = None,
     rounding: Annotated[
-        str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [with it and nf4: gptq]")
+        str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [nearest]")
     ] = None,
     placement: Annotated[
         str | None,
@@ -138,10 +138,11 @@ def command(
 def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:
     if not recipe.adapts:
         return "the fine-tuned model"
-    if recipe.quantization is not None:
-        gap = results["mean_quantization_gap"]
+    if results["quantization"] is not None:
+        gap, model = results["mean_quantization_gap"], results["settings"]["model"]
+        place = "in it, residual/" if results["base"] == model else f"in {model}"
         return (
-            "an adapter for the quantised residual in it, residual/; `pissa export` makes a LoRA for "
+            f"an adapter for the quantised residual {place}; `pissa export` makes a LoRA for "
             f"{results['base']} (off by {100 * gap:.1f} % of its weights on average) or a merged model"
         )
     return f"a {'DoRA' if 'dora' in recipe.method else 'LoRA'} for {results['base']}; plain PEFT loads it"

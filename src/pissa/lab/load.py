@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..checkpoint.factors import first_line
+from ..checkpoint.hub import first_line
 from ..checkpoint.read import check_model_directory
 from ..errors import CheckpointError
 

@@ -136,6 +136,8 @@ PARAMETER = Kind("parameter", bare=True)
 EXPERTS = _Experts("experts", bare=True)
 EXPERTS_INPUT = _ExpertsInput("experts stored as (experts, in, out)", bare=True)
 
+KINDS = (LINEAR, TRANSPOSED, EMBEDDING, CONVOLUTION, ATTENTION, PARAMETER, EXPERTS, EXPERTS_INPUT)
+
 MODULES: dict[type[nn.Module], Kind] = {
     nn.Linear: LINEAR,
     Conv1D: TRANSPOSED,
@@ -178,6 +180,10 @@ class Place:
         weight = getattr(self.module, self.parameter)
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+    def key(self, name: str) -> str:
+        """The weight's name in the model's state dict, where the place goes by `name`, see `place_named`."""
+        return name if self.kind.bare and self.parameter != "weight" else f"{name}.{self.parameter}"
 
     @property
     def shape(self) -> tuple[int, ...]:

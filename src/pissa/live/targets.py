@@ -64,7 +64,7 @@ class Target:
     @property
     def weight_key(self) -> str:
         """The weight's name in the model's state dict."""
-        return self.name if self.is_named_parameter else f"{self.name}.{self.parameter}"
+        return self.place.key(self.name)
 
     @property
     def peft_name(self) -> str:
@@ -77,14 +77,13 @@ class Target:
         return self.kind.bare and self.parameter != "weight"
 
 
-def resolve_targets(model: nn.Module, config: PissaConfig, *, check_values: bool = True) -> list[Target]:
+def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = True) -> list[Target]:
     """Find the weights that the configuration asks for and check that each can be adapted.
 
     Args:
         model: a model without adapters.
         config: target_modules, exclude_modules, ranks and alphas.
-        check_values: whether the weights are at hand, so that what they hold is looked at; a model on the meta device
-            has none.
+        loaded: whether the weights are there; those on the meta device are checked for their shapes alone.
 
     Returns:
         The targets in the model's order, at least one.
@@ -109,12 +108,12 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, check_values: bool
     targets = [_with_rank(target, config) for target in found]
     _check_patterns([target.name for target in targets], config)
     _check_quantized(targets, config)
-    if check_values:
+    if loaded:
         _check_loaded(targets)
     _check_shapes(targets)
-    if check_values:
+    if loaded:
         _check_finite(targets)
-    if check_values and config.use_dora:
+    if loaded and config.use_dora:
         _check_rows(targets)
     if config.quantization is not None:
         bits = 8 if config.quantization.format == "int8" else 4

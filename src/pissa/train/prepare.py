@@ -19,12 +19,13 @@ from ..calibrate.moments import Moment, second_moments
 from ..calibrate.text import calibration_batches
 from ..checkpoint.manifest import fingerprint
 from ..checkpoint.read import load, load_base, load_tokenizer
-from ..checkpoint.residual import residual_at, residual_state
+from ..checkpoint.residual import SavedResidual, residual_at, residual_state
 from ..export import gap_figures
 from ..live.apply import adapt
 from ..live.targets import resolve_targets
 from .directory import RunDirectory, read_record
 from .engine import storage_dtype
+from .ready import ready_split
 from .recipe import Recipe
 
 
@@ -61,6 +62,8 @@ def prepare(
         batches: of the data, where components are scored by it.
     """
     checkpoint = directory.last_checkpoint
+    if (ready := ready_split(source)) is not None:
+        return _prepared_before(ready, recipe, directory, device)
     if recipe.quantization is not None and (checkpoint is not None or residual_at(directory.residual) is not None):
         return _continued(recipe, directory, device)
     base = load_base(source, dtype=storage_dtype(recipe))
@@ -79,6 +82,18 @@ def prepare(
     if recipe.quantization is not None:
         mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
     return Prepared(adapted, mark, _figures(seconds, adapted.pissa.certificates))
+
+
+def _prepared_before(ready: SavedResidual, recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
+    """What `pissa init` made, with the last checkpoint's adapter or, before the first, the initial one."""
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    # another dtype than the residual was rounded to would round it again
+    residual = load_base(ready.path, **place)
+    marks = {"base": fingerprint(residual_state(residual))}
+    _checkpoint_activations(residual, recipe)
+    last = directory.last_checkpoint
+    adapted = load(last or ready.path, residual, is_trainable=True)
+    return Prepared(adapted, marks, _figures(0.0, ready.certificates) if last is None else None)
 
 
 def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:

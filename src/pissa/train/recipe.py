@@ -93,9 +93,8 @@ class Recipe:
     """Windows of the calibration text."""
     calibration_length: int = 256
     """Tokens per window."""
-    rounding: Literal["nearest", "gptq"] | None = None
-    """gptq carries each rounding error on to the columns not yet rounded, and needs calibration text. None: gptq where
-    there is such text and the format is nf4, else nearest."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """gptq carries each rounding error on to the columns not yet rounded; it needs calibration text."""
     placement: Placement = "residual"
     """offset leaves the base as it is, also one that is in 4 or 8 bits already, see `PissaConfig`."""
     orthogonality: float = 0.5
@@ -178,10 +177,7 @@ class Recipe:
         if kind in ITERATIONS:
             name = {"loftq": "loftq", "qpissa": "ours"}[kind]
             kind = f"{name}-{self.iterations or ITERATIONS[kind]}"
-        fits = self.calibration is not None and form == "nf4"
-        return quantization_preset(
-            kind, format=form, calibration=self.calibration, rounding=self.rounding or ("gptq" if fits else "nearest")
-        )
+        return quantization_preset(kind, format=form, calibration=self.calibration, rounding=self.rounding)
 
     def pissa_config(self) -> PissaConfig:
         """The adapter's configuration."""
@@ -373,7 +369,7 @@ def _check_choices(recipe: Recipe) -> None:
         "method": TRAINING_METHODS,
         "dtype": DTYPES,
         "quantize": (None, "nf4", "int8"),
-        "rounding": (None, "nearest", "gptq"),
+        "rounding": ("nearest", "gptq"),
         "placement": PLACEMENTS,
         "schedule": ("cosine", "linear", "constant"),
         "template": TEMPLATES,
