@@ -142,8 +142,8 @@ class PissaConfig:
     cur_rcond: float | None = None
     """Singular values below this share of the largest count as zero in "cura"'s inverses. None: fp64 rounding."""
     target_modules: str | tuple[str, ...] | list[str] = "all-linear"
-    """"all-linear" (every linear layer but the output head), a list of module names or name endings, or one regular
-    expression that matches whole names."""
+    """"all-linear" (every linear layer, attention and fused expert, but neither the output head nor routers), a list of
+    names or name endings of modules and parameters, or one regular expression that matches whole names."""
     exclude_modules: str | tuple[str, ...] | list[str] = ()
     """Names, name endings or a regular expression of modules that are left alone."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

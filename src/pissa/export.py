@@ -47,6 +47,7 @@ from .live.state import (
     has_initial_adapter,
     is_marked_offset,
     is_offset,
+    marks,
     not_plain_lora,
     place_at,
     set_marks,
@@ -71,6 +72,8 @@ class LoraExport(dict[str, Tensor]):
     """"lossless" where the initial adapter can be read back out of it."""
     errors: dict[str, float]
     """Module name -> `‖ΔW − exported ΔW‖ / ‖ΔW‖` (Frobenius); all 0 for a lossless export."""
+    sample: str | None
+    """A few values of the base's weights, by which `load` tells another base of the same shapes."""
     gaps: dict[str, float]
     """Module name -> `‖W − Q − s·B0·A0‖ / ‖W‖`, where the residual Q is quantised: the model was trained as
     `Q + s·B·A`, and on the base W this export is off from that by just this. Empty where it is not quantised."""
@@ -155,6 +158,7 @@ def write_lora(export: LoraExport, directory: Path) -> None:
     manifest = {
         "layout": export.layout,
         "base": export.base,
+        "base_sample": export.sample,
         "largest_error": max(export.errors.values(), default=0.0),
         **gap_figures(export.gaps),
         "versions": package_versions(),
@@ -301,7 +305,7 @@ def _as_export(
     config.base_model_name_or_path = saved.base
     config.lora_dropout = 0.0
     export.gaps = {name: gap for name, gap in saved.gaps.items() if name in parts}
-    export.config, export.base, export.layout = config, saved.base, layout
+    export.config, export.base, export.layout, export.sample = config, saved.base, layout, saved.sample
     export.errors = {name: part.error for name, part in parts.items()}
     return export
 
@@ -323,7 +327,7 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     record: Any = getattr(model, "pissa", None)
     base = record.base if record is not None and record.residual else config.base_model_name_or_path
     gaps = {n: c.rounding for n, c in record.certificates.items()} if record is not None and record.quantized else {}
-    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps)
+    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps, sample=marks(config).get("base"))
 
 
 def _unwrapped(layout: Layout) -> Layout:
@@ -332,12 +336,7 @@ def _unwrapped(layout: Layout) -> Layout:
 
 def _whole_factors(layout: Layout, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
     def whole(of: str) -> tuple[Tensor, Tensor]:
-        keys = (key.removesuffix(".weight") for key in layout.keys)
-        endings = (key[len(key.removesuffix(".weight")) :] for key in layout.keys)
-        A, B = (
-            state[f"{PREFIX}{key}.{of}{ending}"].detach().cpu().float()
-            for key, ending in zip(keys, endings, strict=True)
-        )
+        A, B = (state[f"{PREFIX}{key}"].detach().cpu().float() for key in layout.keys(of))
         return layout.kind.unpack(A, B, shards.A.shape[-2])
 
     initial = whole(INITIAL) if shards.A0 is not None else (None, None)

@@ -209,7 +209,7 @@ def test_adalora_trains_values_apart_and_never_prunes() -> None:
 def test_what_does_not_go_together_is_refused_in_one_line() -> None:
     for settings, said in (
         ({"use_dora": True, "use_adalora": True}, "use_adalora does not go with use_dora"),
-        ({"use_adalora": True, "alpha_pattern": {"q_proj": 2.0}}, "rank_pattern and alpha_pattern"),
+        ({"use_adalora": True, "alpha_pattern": {"q_proj": 2.0}}, "rank_pattern, alpha_pattern and rank_budget"),
         ({"orthogonality": 0.1}, "orthogonality is AdaLoRA's"),
     ):
         with pytest.raises(ConfigError, match=said) as caught:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import CASES, Attention, Mixture, chain
 from peft import LoraConfig, get_peft_model
 from test_kinds import adapted, output, train
 from torch import Tensor, nn
 
+from kinds import CASES, Attention, Mixture, chain
 from pissa import PissaConfig, adapt
 from pissa.errors import TargetError
 from pissa.live.runtime import taps, with_holes

@@ -212,7 +212,7 @@ def _place(task: Task) -> dict[str, Any]:
     assert task.target is not None
     described: dict[str, Any] = {"kind": task.target.kind.title, "weight": task.target.weight_key}
     if task.layout is not None:
-        described["factors"] = list(task.layout.keys)
+        described["factors"] = list(task.layout.keys())
         if task.layout.dilation:
             described["dilation"] = list(task.layout.dilation)
     return described

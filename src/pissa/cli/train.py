@@ -60,9 +60,7 @@ def command(
     ] = None,
     calibration_windows: Annotated[int | None, typer.Option(help="Windows of calibration text. [80]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens per window. [256]")] = None,
-    rounding: Annotated[
-        str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [nearest]")
-    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [nearest]")] = None,
     placement: Annotated[
         str | None,
         typer.Option(help="residual, or offset: leave the base as it is, for one in 4 or 8 bits. [residual]"),

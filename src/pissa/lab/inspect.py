@@ -11,6 +11,7 @@ factors are from the best ones.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -28,7 +29,7 @@ from ..checkpoint.manifest import hardware, package_versions
 from ..config import PissaConfig, Quantization
 from ..errors import ConfigError
 from ..live.budget import parameters_per_rank, target_gains, target_total
-from ..live.layers import weight_matrix
+from ..live.layers import LINEAR, TRANSPOSED
 from ..live.targets import Target, resolve_targets
 from ..quantize.error import matrix_norm, output_error, split_error
 from ..quantize.formats import quantize_matrix
@@ -115,9 +116,8 @@ def inspect_quantized(
     task = None if progress is None else progress.add_task("splitting", total=len(targets), note="")
     found: list[Measurement] = []
     for target, fit, held_out in with_moments(model, targets, calibration):
-        found += measure_weight(
-            target.name, weight_matrix(target.module), variants, ranks, measures, fit, held_out, seed
-        )
+        for name, W in matrices_of(target):
+            found += measure_weight(name, W, variants, ranks, measures, fit, held_out, seed)
         if progress is not None and task is not None:
             progress.update(task, advance=1, note=target.name)
     rows = [
@@ -148,18 +148,18 @@ def inspect_split(
         by kind, as `inspect_quantized` gives them, with `captured` in the place of the reduction.
     """
     targets = select_targets(model, _config(rank, target_modules), max_layers)
-    task = None if progress is None else progress.add_task("splitting", total=len(targets), note="")
+    count = sum(math.prod(target.place.matrix_shape[:-2]) for target in targets)
+    task = None if progress is None else progress.add_task("splitting", total=count, note="")
     layers = []
-    for target in targets:
-        W = weight_matrix(target.module)
-        split = split_weight(W, PissaConfig(rank=rank), name=target.name)
+    for name, W in (each for target in targets for each in matrices_of(target)):
+        split = split_weight(W, PissaConfig(rank=rank), name=name)
         certificate = split.certificate
         total = float(W.double().square().sum())
         captured = float((split.B.mT @ split.B * (split.A @ split.A.mT)).double().sum()) * split.scale**2
         layers.append(
             {
-                "name": target.name,
-                "kind": kind_of(target.name),
+                "name": name,
+                "kind": kind_of(name),
                 "shape": list(W.shape),
                 "rank": rank,
                 "captured": 100 * captured / total if total > 0 else 0.0,
@@ -171,7 +171,7 @@ def inspect_split(
             }
         )
         if progress is not None and task is not None:
-            progress.update(task, advance=1, note=target.name)
+            progress.update(task, advance=1, note=name)
     row = {
         "method": "pissa",
         "rank": rank,
@@ -311,6 +311,9 @@ def with_moments(
     if calibration is None:
         yield from ((target, None, None) for target in targets)
         return
+    others = [target.name for target in targets if target.kind not in (LINEAR, TRANSPOSED)]
+    if others:
+        raise ConfigError(f"only linear layers have a second moment of their input; leave out {', '.join(others)}")
     named = {target.name: target for target in targets}
     pairs: Iterator[tuple[Moment, Moment]] = zip(
         second_moments(model, calibration.fit, named),
@@ -377,6 +380,14 @@ def select_targets(model: nn.Module, config: PissaConfig, max_layers: int | None
     return [target for target in targets if block_of(target.name) in kept]
 
 
+def matrices_of(target: Target) -> list[tuple[str, Tensor]]:
+    """A target's matrix (out, in) under its name, or those of its experts, numbered."""
+    matrices = target.place.matrices()
+    if matrices.ndim == 2:
+        return [(target.name, matrices)]
+    return [(f"{target.name}[{i}]", matrix) for i, matrix in enumerate(matrices)]
+
+
 def block_of(name: str) -> str | None:
     """`model.layers.3.mlp.up_proj` -> `model.layers.3`; None outside of numbered blocks."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
@@ -386,7 +397,7 @@ def block_of(name: str) -> str | None:
 def kind_of(name: str) -> str:
     """What a layer is called within its block: `q_proj`, or more of its name where that alone would not tell
     (`attention.output.dense`)."""
-    parts = re.split(r"(?:^|\.)\d+\.", name)[-1].split(".")
+    parts = re.split(r"(?:^|\.)\d+\.", name.partition("[")[0])[-1].split(".")
     return parts[-1] if parts[-1] not in ("dense", "linear", "weight", "c_proj") else ".".join(parts)
 
 

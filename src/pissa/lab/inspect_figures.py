@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from ..checkpoint.write import explained
 from ..config import PissaConfig
 from ..errors import MissingExtraError
-from ..live.layers import weight_matrix
 from ..live.targets import Target
 from ..quantize.error import split_error
 from ..quantize.formats import quantize_matrix
 from ..split import split_weight
 from .figures import COLOURS
-from .inspect import inspect_quantized, kind_of, select_targets
+from .inspect import inspect_quantized, kind_of, matrices_of, select_targets
 from .variants import Variant
 
 HALVINGS = 4
@@ -155,9 +154,10 @@ def draw_spectra(targets: Sequence[Target], variant: Variant, rank: int, path: P
 
 
 def spectra(target: Target, variant: Variant, rank: int) -> dict[str, Tensor]:
-    """Name -> singular values, descending."""
-    W = weight_matrix(target.module).float()
-    residual = split_weight(W, PissaConfig(rank=rank), name=target.name).residual
+    """Name -> singular values, descending; of a stack of experts, the first one's."""
+    name, W = matrices_of(target)[0]
+    W = W.float()
+    residual = split_weight(W, PissaConfig(rank=rank), name=name).residual
     config = variant.plain
     kind = config.format.upper()
     matrices = {
@@ -167,10 +167,8 @@ def spectra(target: Target, variant: Variant, rank: int) -> dict[str, Tensor]:
         f"W_res − {kind}(W_res)": residual - quantize_matrix(residual, config, W.dtype).dequantize(),
     }
     if not variant.aware:
-        matrices[f"error of {variant.name}"] = split_error(
-            W, split_weight(W, variant.config(rank, 0), name=target.name)
-        )
-    return {name: positive(torch.linalg.svdvals(matrix)) for name, matrix in matrices.items()}
+        matrices[f"error of {variant.name}"] = split_error(W, split_weight(W, variant.config(rank, 0), name=name))
+    return {label: positive(torch.linalg.svdvals(matrix)) for label, matrix in matrices.items()}
 
 
 def positive(values: Tensor) -> Tensor:

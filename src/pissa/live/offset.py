@@ -49,12 +49,23 @@ def concatenated(
 def freeze_second_halves(model: PeftModel) -> None:
     """Keep the second half of every factor of adapter "default" as it is, whatever is trained."""
     for name, layer in adapter_layers(model).items():
-        A, B = parameters_of(layer, TRAINABLE)
         rank = layer.r[TRAINABLE]
         if rank % 2:
             raise PissaError(f"{name}: an offset adapter has an even rank, this one {rank}")
-        _freeze(A, 0, place_at(layer).kind.stacks(A, rank))
-        _freeze(B, 1)
+        _freeze_layer(layer)
+        runtime: Any = layer
+        runtime.register_forward_pre_hook(_freeze_layer)
+
+
+def _freeze_layer(layer: Any, *_: Any) -> None:
+    """Freeze a layer's second halves; tried before each forward, for a copy of the model has parameters of its own."""
+    if TRAINABLE not in layer.r:
+        return
+    A, B = parameters_of(layer, TRAINABLE)
+    stacks = place_at(layer).kind.stacks(A, layer.r[TRAINABLE])
+    for parameter, dimension, count in ((A, 0, stacks), (B, 1, 1)):
+        if isinstance(parameter, nn.Parameter) and not hasattr(parameter, FROZEN):
+            _freeze(parameter, dimension, count)
 
 
 def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:

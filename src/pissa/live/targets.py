@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,13 +19,26 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
+from ..decompose.components import slots_drawn
 from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
 from .conversion import is_rewritten
-from .layers import ATTENTION, LINEAR, PARAMETER, TRANSPOSED, Kind, Place, is_linear, kind_of, kind_of_parameter
+from .layers import (
+    ATTENTION,
+    CONVOLUTION,
+    LINEAR,
+    PARAMETER,
+    TRANSPOSED,
+    Kind,
+    Place,
+    is_linear,
+    kind_of,
+    kind_of_parameter,
+)
 from .quantized import bits_of, check_quantizable
-from .runtime import why_not
+from .runtime import holes, why_not
+from .state import WRAPPED, Layout
 
 EXPERTS_NAME = "experts"
 """What transformers calls the module that holds a layer's experts."""
@@ -110,7 +124,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
     _check_quantized(targets, config)
     if loaded:
         _check_loaded(targets)
-    _check_shapes(targets)
+    _check_shapes(targets, config)
     if loaded:
         _check_finite(targets)
     if loaded and config.use_dora:
@@ -119,6 +133,22 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
         bits = 8 if config.quantization.format == "int8" else 4
         check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
     return targets
+
+
+def layouts_of(targets: Sequence[Target]) -> dict[str, Layout]:
+    """How PEFT will store each target's adapter, by name; no live layers are needed.
+
+    Args:
+        targets: in the model's order.
+    """
+    around = Counter(target.module_name for target in targets)
+    layouts = {}
+    for target in targets:
+        around[target.module_name] -= 1  # the last parameter of a module is wrapped last, and so outermost
+        place, path = target.place, target.module_name + WRAPPED * around[target.module_name]
+        dilation = holes(place.module) if place.kind is CONVOLUTION else ()
+        layouts[target.name] = Layout(path, place.kind, place.shape, dilation)
+    return layouts
 
 
 def _candidates(modules: Mapping[str, nn.Module]) -> dict[str, Target]:
@@ -401,7 +431,7 @@ def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
     raise WeightError(f"cannot split {_listed(already)}: already quantised; {remedy}")
 
 
-def _check_shapes(targets: list[Target]) -> None:
+def _check_shapes(targets: list[Target], config: PissaConfig) -> None:
     low = []
     for target in targets:
         shape = target.place.matrix_shape[-2:]
@@ -409,6 +439,23 @@ def _check_shapes(targets: list[Target]) -> None:
             low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
     if low:
         raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")
+    if config.method == "random-pissa":
+        _check_residual_triplets(targets, config.random_fraction)
+
+
+def _check_residual_triplets(targets: list[Target], fraction: float) -> None:
+    """Refuse to draw more triplets beyond the largest than there are."""
+    few = []
+    for target in targets:
+        shape = target.place.matrix_shape[-2:]
+        drawn, beyond = slots_drawn(target.rank, fraction), min(shape) - target.rank
+        if drawn > max(beyond, 0):
+            few.append(f"{target.name} {shape}: {drawn} of {beyond}")
+    if few:
+        raise ConfigError(
+            f"random_fraction {fraction:g} draws more triplets beyond the largest than there are in {_listed(few)}; "
+            "lower random_fraction, or set rank_pattern for these"
+        )
 
 
 def _check_loaded(targets: list[Target]) -> None:
