@@ -70,7 +70,8 @@ def test_the_function_at_step_0_is_the_base_s(
 ) -> None:
     case = CASES[name]
     batch, base = case.batch(dtype), case.model(dtype)
-    model = adapted(case, case.model(dtype), placement=placement, method=method)
+    fraction = 0.5 if method == "random-pissa" else 1.0  # a router of three outputs has few triplets to draw from
+    model = adapted(case, case.model(dtype), placement=placement, method=method, random_fraction=fraction)
     assert tuple(adapter_layers(model)) == case.names
     assert {f.A.dtype for f in adapter_factors(model).values()} == {torch.float32}
     expected = output(base, batch)

@@ -146,6 +146,11 @@ def check_config(config: PissaConfig) -> None:
     if config.needs_gradient or config.use_dora or config.use_adalora:
         what = 'component "scored"' if config.needs_gradient else "DoRA" if config.use_dora else "AdaLoRA"
         raise ConfigError(f"{what} needs the model itself: give it to pissa train, which adapts in memory")
+    if config.rank_budget is not None:
+        raise ConfigError(
+            "rank_budget looks at every weight before the first is split, which streaming does not: take the ranks of "
+            "pissa inspect --rank-budget as rank_pattern"
+        )
     if config.quantization is None:
         return
     if config.quantization.format == "gptq":

@@ -32,6 +32,7 @@ from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, derive_seed, split_each
 from .adalora import adalora_config, layer_scale
+from .budget import with_planned_ranks
 from .conversion import NESTING, settle_names
 from .guards import guard
 from .identity import base_sample
@@ -102,8 +103,9 @@ def adapt(
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
         config: rank, method, targets, quantisation, placement.
-        moments: second moments of the targets' inputs, for a quantisation that minimises output error: module name ->
-            (in, in), or `calibrate.second_moments` as it streams, so that a few of them are in memory at a time.
+        moments: second moments of the targets' inputs, for a quantisation that minimises output error (and a rank
+            budget that counts energy as outputs have it): module name -> (in, in), or `calibrate.second_moments` as it
+            streams, so that a few of them are in memory at a time.
         batches: keyword arguments of the model's forward, with labels, from the data that it is to learn: what
             component "scored" chooses by.
         progress: called with (module name, how many are done, how many there are) after each split.
@@ -129,6 +131,9 @@ def adapt(
             else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
         )
     targets = resolve_targets(model, config)
+    if config.rank_budget is not None:
+        targets = with_planned_ranks(targets, config, moments)
+        moments = moments if config.quantization is not None else None
     warn_of_peft(model, {target.name: target.kind for target in targets}, config.dropout)
     factors: dict[str, tuple[Tensor, ...]] = {}
     certificates: dict[str, Certificate] = {}
@@ -162,7 +167,7 @@ def adapt(
 
 def _warn_of_dead(factors: Mapping[str, tuple[Tensor, ...]]) -> None:
     """Say where both factors are zero: then so are both gradients, for ever."""
-    dead = [name for name, (A, B) in factors.items() if not bool((A.any(-1).any(-1) | B.any(-1).any(-1)).all())]
+    dead = [name for name, (A, B, *_) in factors.items() if not bool((A.any(-1).any(-1) | B.any(-1).any(-1)).all())]
     if dead:
         warnings.warn(
             f"{', '.join(dead)}: the weight is zero, so its adapter starts at zero and cannot learn; give it a "
@@ -382,7 +387,8 @@ def _attach(
         if subtract:
             set_factors(layer, INITIAL, *factors, trainable=False)
         if subtract and not packed and not ready:
-            A0, B0 = factors[0], factors[1] * factors[2] if len(factors) > 2 else factors[1]
+            A0, B0, *E0 = factors
+            B0 = B0 * E0[0] if E0 else B0
             place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
     keep_slow_path(adapted)
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
+from ..decompose.components import slots_drawn
 from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
@@ -123,7 +124,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
     _check_quantized(targets, config)
     if loaded:
         _check_loaded(targets)
-    _check_shapes(targets)
+    _check_shapes(targets, config)
     if loaded:
         _check_finite(targets)
     if loaded and config.use_dora:
@@ -394,6 +395,8 @@ def _with_rank(target: Target, config: PissaConfig) -> Target:
     name = target.name
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
+    if config.rank_budget is not None:
+        rank = max(1, min(rank, *target.place.matrix_shape[-2:]))
     return replace(target, rank=rank, alpha=alpha)
 
 
@@ -421,7 +424,7 @@ def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
     raise WeightError(f"cannot split {_listed(already)}: already quantised; {remedy}")
 
 
-def _check_shapes(targets: list[Target]) -> None:
+def _check_shapes(targets: list[Target], config: PissaConfig) -> None:
     low = []
     for target in targets:
         shape = target.place.matrix_shape[-2:]
@@ -429,6 +432,23 @@ def _check_shapes(targets: list[Target]) -> None:
             low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
     if low:
         raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")
+    if config.method == "random-pissa":
+        _check_residual_triplets(targets, config.random_fraction)
+
+
+def _check_residual_triplets(targets: list[Target], fraction: float) -> None:
+    """Refuse to draw more triplets beyond the largest than there are."""
+    few = []
+    for target in targets:
+        shape = target.place.matrix_shape[-2:]
+        drawn, beyond = slots_drawn(target.rank, fraction), min(shape) - target.rank
+        if drawn > max(beyond, 0):
+            few.append(f"{target.name} {shape}: {drawn} of {beyond}")
+    if few:
+        raise ConfigError(
+            f"random_fraction {fraction:g} draws more triplets beyond the largest than there are in {_listed(few)}; "
+            "lower random_fraction, or set rank_pattern for these"
+        )
 
 
 def _check_loaded(targets: list[Target]) -> None:
