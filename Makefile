@@ -33,7 +33,7 @@ help:
 	@echo "make demo      fine-tune a real model with PiSSA and with LoRA, side by side"
 	@echo "make test      the tests; make test-all adds the slow ones"
 	@echo "make lint      ruff and pyright; make format mends what ruff can"
-	@echo "make docs      check the links and commands in README and CONTRIBUTING"
+	@echo "make docs      check links, commands and names in the pages, and build the site into site/"
 	@echo "make bench     every benchmark; make bench-NAME runs benchmarks/NAME.py"
 	@echo "make clean     remove caches and build outputs, not .venv, runs or models"
 
@@ -74,6 +74,7 @@ format: setup
 
 docs: setup
 	$(PYTEST) tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/make_%,$(wildcard benchmarks/*.py)))
 

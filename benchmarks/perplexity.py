@@ -28,7 +28,7 @@ from pissa.config import PissaConfig
 from pissa.lab.models import smollm2
 from pissa.lab.perplexity import perplexity
 from pissa.lab.variants import Variant, variant
-from pissa.live.layers import set_weight_matrix, weight_matrix
+from pissa.live.layers import place_of, weight_matrix
 from pissa.live.targets import resolve_targets
 from pissa.split import split_weight
 
@@ -92,9 +92,7 @@ def main() -> None:
             moments = collect(model, tokenizer, data / "valid.txt.gz", names, original, arguments)
         start = time.perf_counter()
         for layer, W in original.items():
-            set_weight_matrix(
-                model.get_submodule(layer), restored(layer, W, chosen, moments.get(layer), arguments.rank)
-            )
+            place_of(model.get_submodule(layer)).put(restored(layer, W, chosen, moments.get(layer), arguments.rank))
         measure(name, time.perf_counter() - start)
 
 
@@ -106,7 +104,7 @@ def collect(
     if kept is not None and kept.is_file():
         return torch.load(kept)
     for layer, W in original.items():
-        set_weight_matrix(model.get_submodule(layer), W)
+        place_of(model.get_submodule(layer)).put(W)
     batches = calibration_batches(path, tokenizer, arguments.window, arguments.calibration_windows)
     moments = {name: m.matrix for m in second_moments(model, batches, names) for name in m.names}
     if kept is not None:

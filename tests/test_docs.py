@@ -107,3 +107,13 @@ def test_python_blocks_compile_and_name_what_pissa_has(page: Path) -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "pissa":
                 missing = [alias.name for alias in node.names if not hasattr(pissa, alias.name)]
                 assert missing == [], f"{page.name}: from pissa import {', '.join(missing)}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    settings = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "api" / "index.html").is_file()

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from tiny import tiny_llama, tiny_tokenizer
+from pissa import PissaConfig, adapt, export_lora
+from tiny import tiny_llama, tiny_tokenizer, train_steps
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -21,7 +23,7 @@ def run_example(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"gsm8k.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"gsm8k.py", "qpissa.py", "dpo.py", "export.py"}
 
 
 def test_gsm8k_compares_both_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +37,42 @@ def test_gsm8k_compares_both_methods(tmp_path: Path, monkeypatch: pytest.MonkeyP
     document = json.loads((out / "gsm8k.json").read_text())
     assert [run["method"] for run in document["runs"]] == ["pissa", "lora"]
     assert (out / "gsm8k.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A tiny model's directory, wide enough for blocks of 64."""
+    directory = tmp_path / "base"
+    tiny_llama(hidden=64).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_qpissa_trains_in_four_bits_and_merges(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(8)))
+    out = tmp_path / "run"
+    run_example("qpissa.py", [str(data), str(out), "--model", model, "--steps", "2", "--rank", "4"], monkeypatch)
+    assert (out / "residual" / "config.json").is_file() and (out / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dpo_starts_at_margin_0(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    for placement in ("residual", "offset"):
+        out = tmp_path / placement
+        run_example("dpo.py", [str(out), "--model", model, "--steps", "2", "--placement", placement], monkeypatch)
+        assert "margin: 0 at the first step" in capsys.readouterr().out
+        assert json.loads((out / "lora" / "adapter_config.json").read_text())["r"] == 16
+
+
+def test_export_writes_for_every_runtime(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    adapted = adapt(AutoModelForCausalLM.from_pretrained(model), PissaConfig(4))
+    train_steps(adapted, 2)
+    export_lora(adapted, tmp_path / "run")
+    run_example("export.py", [str(tmp_path / "run"), str(tmp_path / "out"), "--base", model], monkeypatch)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"lossless", "small", "merged", "llama-cpp.gguf"}

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..decompose.dora import rescaled
 from ..errors import CheckpointError
-from ..live.layers import as_matrix, as_stored
+from ..live.layers import Place, combine_each, place_named
 from ..live.state import AdapterFactors, is_marked_offset
 from ..split import combine
 from .dequantized import Dequantized
+from .factors import PREFIX
 from .files import open_plain
 from .header import KIND_OF
 from .layout import INDEX, Kind, sharded
 from .outputs import Outputs
 from .plan import Task, copy_tasks, in_order, is_tied, loading_dtype, task_dtype, tensor_of
-from .read import PREFIX, SavedAdapter, base_place, check_fit, read_adapter
+from .read import SavedAdapter, base_place, fitted, read_adapter
 from .residual import SavedResidual
 from .skeleton import Names, build, checkpoint_names
 from .source import Source, open_source
@@ -67,17 +69,16 @@ class _Merge:
         self.names: Names = checkpoint_names(self.model, self.source)
         self.dtype = loading_dtype(self.source)
         self.saved, self.residual = saved, residual
-        check_fit(path, saved.factors, self.model)
-        self.modules: dict[str, nn.Module] = dict(self.model.named_modules())
+        self.factors = {name: factors.folded() for name, factors in fitted(path, saved, self.model).items()}
+        self.keys = {self._place(name).key(name): name for name in self.factors}
         self.trained_in_full = self._others(path)
         packed: set[str] = self.source.packed if isinstance(self.source, Dequantized) else set()
-        in_few_bits = any(self._tensor(f"{name}.weight") in packed for name in saved.factors)
+        in_few_bits = any(self._tensor(key) in packed for key in self.keys)
         self.offset = is_marked_offset(saved.config) or in_few_bits
 
     def write(self, out: str | os.PathLike[str]) -> None:
         """Plan the files, and fill them."""
-        merged = {f"{name}.weight": name for name in self.saved.factors}
-        changed = {*merged, *self.trained_in_full}
+        changed = {*self.keys, *self.trained_in_full}
         copies = copy_tasks(self.model, self.names, changed, self.source, self.dtype)
         kinds = {key: self._kind(key) for key in changed}
         kinds |= {key: kind for task in copies for key, kind in task.outputs.items()}
@@ -86,8 +87,8 @@ class _Merge:
             for file in files:
                 file.allocate(partial)
             with Outputs(partial, files) as outputs:
-                for key in sorted(changed, key=self._place):
-                    tensor = self._merged(merged[key]) if key in merged else self._in_full(key)
+                for key in sorted(changed, key=self._position):
+                    tensor = self._merged(key) if key in self.keys else self._in_full(key)
                     outputs.write(key, tensor)
                 for task in copies:
                     _copy(task, self.source, outputs)
@@ -95,17 +96,23 @@ class _Merge:
                 write_json(partial / INDEX, index)
             self._write_small(partial, untied=any(is_tied(self.model, key) for key in changed))
 
-    def _place(self, key: str) -> tuple[Path, int]:
+    def _position(self, key: str) -> tuple[Path, int]:
         """File and offset: a disk is read fastest from front to back."""
         entry = self.source.entries[self._tensor(key)]
         return entry.file, entry.offset
 
-    def _merged(self, name: str) -> Tensor:
-        """A module's weight with its adapter, as its layer stores it."""
-        key, module, factors = f"{name}.weight", self.modules[name], self.saved.factors[name]
+    def _merged(self, key: str) -> Tensor:
+        """A weight with its adapter, as its layer stores it."""
+        name = self.keys[key]
+        kind, factors = self._place(name).kind, self.factors[name]
         stored = self.source.read(self._tensor(key)).to(task_dtype(self.model, name, self.dtype))
-        merged = merged_weight(as_matrix(module, stored), factors, offset=self.offset, ready=self.residual is not None)
-        return as_stored(module, merged)
+        merged = merged_weight(kind.matrices(stored), factors, offset=self.offset, ready=self.residual is not None)
+        return kind.stored(merged, stored.shape)
+
+    def _place(self, name: str) -> Place:
+        place = place_named(self.model, name)
+        assert place is not None
+        return place
 
     def _in_full(self, key: str) -> Tensor:
         kind = self._kind(key)
@@ -152,20 +159,23 @@ class _Merge:
 
 
 def merged_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bool) -> Tensor:
-    """What a weight became in training, (out, in) in W's dtype.
+    """What a weight became in training, (…, out, in) in W's dtype.
 
     Args:
-        W: (out, in), the base's weight; where `ready`, the residual.
+        W: (…, out, in), the base's weight; where `ready`, the residual.
         factors: trained, and the initial ones where there are.
         offset: whether the base's weight was left in place, and the initial adapter's negative trained beside it.
         ready: whether W is the residual already.
     """
     A, B, scale = factors.A, factors.B, factors.scale
-    if factors.A0 is None or factors.B0 is None or ready:
-        return combine(W, A, B, scale)
-    if offset:
-        return combine(W, torch.cat([A, factors.A0]), torch.cat([B, -factors.B0], dim=1), scale)
-    return combine(combine(W, factors.A0, factors.B0, -scale), A, B, scale)
+    if factors.A0 is not None and factors.B0 is not None and not ready:
+        if offset:
+            A, B = torch.cat([A, factors.A0], dim=-2), torch.cat([B, -factors.B0], dim=-1)
+        else:
+            W = combine_each(W, factors.A0, factors.B0, -scale)
+    if factors.magnitude is not None:
+        return rescaled(combine(W.float(), A, B, scale), factors.magnitude).to(W.dtype)
+    return combine_each(W, A, B, scale)
 
 
 def _readable(source: Source, model: nn.Module) -> Source:

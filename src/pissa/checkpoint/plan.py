@@ -8,6 +8,7 @@ Targets, ranks and configurations are found by the code that adapts live models,
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from copy import deepcopy
@@ -15,25 +16,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import PissaConfig, Quantization
 from ..errors import CheckpointError, ConfigError
 from ..live.apply import peft_config
-from ..live.layers import matrix_shape
 from ..live.quantized import bitsandbytes_config, quantized_layer, require_bitsandbytes
-from ..live.state import INITIAL, set_marks
+from ..live.state import INITIAL, Layout, adapter_layouts, set_marks
 from ..live.targets import Target, resolve_targets
 from ..quantize.formats import Packed
 from ..quantize.int8 import PackedInt8
 from ..quantize.nested import NESTED_BLOCK, NestedScales
 from ..quantize.nf4 import PackedNF4
 from ..split import STORAGE_DTYPES
+from .factors import CONFIG, PREFIX, WEIGHTS
 from .header import KIND_OF, Entry
 from .layout import INDEX, FileLayout, Kind, file_layout, kind_of, sharded
 from .manifest import read_manifest
-from .residual import CONFIG, PREFIX, RESIDUAL, WEIGHTS, stored, warn_of_uneven
+from .residual import RESIDUAL, stored, warn_of_uneven
 from .skeleton import Names, build, checkpoint_names
 from .source import CHUNK, Source
 
@@ -56,8 +58,10 @@ class Task:
     """What is written: tensor name -> kind."""
     dtype: torch.dtype | None
     """What the tensor is converted to first; None for a copy byte for byte."""
-    module: nn.Module | None = None
+    target: Target | None = None
     """The layer that is split, without its weight; None for a copy."""
+    layout: Layout | None = None
+    """How PEFT stores its adapter; None where there is none."""
     config: PissaConfig | None = None
     """With the layer's own rank and alpha; None for a copy."""
     cost: int = 0
@@ -107,8 +111,12 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     targets = resolve_targets(model, config, loaded=False)
     chosen = DTYPES[dtype] if dtype is not None else loading_dtype(source)
     sources = _sources(model, names, targets, source)
-    splits = [_split_task(target, sources[target.name], source, config, chosen, model) for target in targets]
-    split_keys = {f"{target.name}.weight" for target in targets}
+    layouts = {} if config.starts_at_zero else _layouts(source, targets, config)
+    splits = [
+        _split_task(target, sources[target.name], source, config, chosen, model, layouts.get(target.name))
+        for target in targets
+    ]
+    split_keys = {target.weight_key for target in targets}
     copies = copy_tasks(model, names, split_keys, source, chosen if dtype is not None else None)
     if dtype is None:
         _warn_of_rounding(source, splits, chosen)
@@ -139,6 +147,9 @@ def check_config(config: PissaConfig) -> None:
         raise ConfigError(
             f"method {config.method!r} leaves the base as it is, so there is nothing to prepare: give it to pissa train"
         )
+    if config.needs_gradient or config.use_dora or config.use_adalora:
+        what = 'component "scored"' if config.needs_gradient else "DoRA" if config.use_dora else "AdaLoRA"
+        raise ConfigError(f"{what} needs the model itself: give it to pissa train, which adapts in memory")
     if config.quantization is None:
         return
     if config.quantization.format == "gptq":
@@ -197,26 +208,44 @@ def packed_parts(module: nn.Module, name: str, packed: Packed) -> dict[str, Tens
 
 
 def _split_task(
-    target: Target, name: str, source: Source, config: PissaConfig, dtype: torch.dtype, model: PreTrainedModel
+    target: Target,
+    name: str,
+    source: Source,
+    config: PissaConfig,
+    dtype: torch.dtype,
+    model: PreTrainedModel,
+    layout: Layout | None,
 ) -> Task:
     entry = source.entries[name]
     if entry.dtype not in READABLE:
         raise CheckpointError(f"{source.path}: {name} is {entry.kind}; only F32, F16, BF16 and F64 can be split")
     dtype = task_dtype(model, target.name, dtype)
-    out, columns = matrix_shape(target.module)
-    key = f"{target.name}.weight"
+    shape = target.place.matrix_shape
     if config.quantization is None:
-        outputs = {key: Kind(KIND_OF[dtype], entry.shape)}
+        outputs = {target.weight_key: Kind(KIND_OF[dtype], entry.shape)}
     else:
-        empty = _empty_packed((out, columns), config.quantization, dtype)
+        empty = _empty_packed(_two(shape), config.quantization, dtype)
         outputs = {k: kind_of(tensor) for k, tensor in packed_parts(target.module, target.name, empty).items()}
-    if not config.starts_at_zero:
-        for side, shape in (("lora_A", (target.rank, columns)), ("lora_B", (out, target.rank))):
-            outputs[f"{PREFIX}{target.name}.{side}.weight"] = Kind("F32", shape)
-    size = out * columns
+    if layout is not None:
+        *stack, out, columns = shape
+        A = torch.empty(*stack, target.rank, columns, device="meta")
+        B = torch.empty(*stack, out, target.rank, device="meta")
+        outputs |= {f"{PREFIX}{key}": kind_of(tensor) for key, tensor in layout.tensors(A, B).items()}
+    size = math.prod(shape)
     memory = size * ((2 if config.quantization is None else 10) * 4) + 2 * entry.nbytes
     own = config.for_module(target.rank, target.alpha)
-    return Task(target.name, name, outputs, dtype, target.module, own, SPLIT_COST * size * dtype.itemsize, memory)
+    return Task(target.name, name, outputs, dtype, target, layout, own, SPLIT_COST * size * dtype.itemsize, memory)
+
+
+def _layouts(source: Source, targets: list[Target], config: PissaConfig) -> dict[str, Layout]:
+    """How PEFT would store each target's adapter: it wraps a model of its own, again without weights."""
+    model = build(source)
+    return adapter_layouts(get_peft_model(model, peft_config(model, targets, config), low_cpu_mem_usage=True))
+
+
+def _two(shape: tuple[int, ...]) -> tuple[int, int]:
+    out, columns = shape
+    return out, columns
 
 
 def copy_tasks(
@@ -285,7 +314,7 @@ def _sources(model: PreTrainedModel, names: Names, targets: list[Target], source
     Raises:
         CheckpointError: naming every target that has none of its own.
     """
-    found = {target.name: tensor_of(model, names, f"{target.name}.weight") for target in targets}
+    found = {target.name: tensor_of(model, names, target.weight_key) for target in targets}
     missing = [name for name, tensor in found.items() if tensor is None]
     if missing:
         raise CheckpointError(
@@ -350,10 +379,10 @@ def _configurations(
         settings.tie_word_embeddings = False
     lora = replace(peft_config(model, targets, config), lora_dropout=0.0)
     if config.quantization is not None:
-        empty = _empty_packed(matrix_shape(targets[0].module), config.quantization, dtype)
+        empty = _empty_packed(_two(targets[0].place.matrix_shape), config.quantization, dtype)
         settings.quantization_config = bitsandbytes_config(model, [t.name for t in targets], empty, dtype)
         set_marks(lora, residual=config.quantization.format)
-        warn_of_uneven({t.name: matrix_shape(t.module)[0] for t in targets}, config.quantization.format)
+        warn_of_uneven({t.name: t.place.matrix_shape[-2] for t in targets}, config.quantization.format)
     if not config.starts_at_zero:
         lora.base_model_name_or_path, lora.inference_mode = os.path.abspath(out), True
         fields = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}

@@ -27,15 +27,14 @@ from transformers import PreTrainedModel
 from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
-from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter
+from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, without_wrappers
+from .factors import WEIGHTS
 from .manifest import MANIFEST, package_versions, read_manifest
 from .seal import described, write_sealed
 from .write import check_free, output_directory, write_json
 
 RESIDUAL = "residual"
 ADAPTER = "adapter for a residual"
-PREFIX = "base_model.model."
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"
 LONGEST_FLOAT = len(repr(-2.2250738585072014e-308))
 
@@ -167,13 +166,23 @@ def residual_state(plain: PreTrainedModel) -> dict[str, Tensor]:
     for key, tensor in plain.state_dict().items():
         if ".lora_" in key or ".modules_to_save." in key or not isinstance(tensor, Tensor):
             continue
-        name = key.replace(".original_module.", ".").replace(".base_layer.", ".")
+        name = without_wrappers(key.replace(".original_module.", "."))
         state[name] = stored(name, tensor.detach())
     ties: dict[str, str] = getattr(plain, "all_tied_weights_keys", {})
     for shared, kept in ties.items():
         if shared in state and kept in state:
             del state[shared]
-    return state
+    return unshared(state)
+
+
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each in memory of its own, so that a file holds them all."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in state.items():
+        result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
 
 
 def stored(name: str, tensor: Tensor) -> Tensor:

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..live.layers import KINDS
+from ..live.runtime import taps
 from ..quantize.int8 import PackedInt8
 from ..quantize.nested import NestedScales
 from ..quantize.nf4 import PackedNF4
 from ..split import residual_error
+from .factors import PREFIX
 from .header import Entry, read_header
 from .layout import raw_bytes
 from .manifest import MANIFEST
-from .residual import PREFIX, QUANT_STATE
+from .residual import QUANT_STATE
 from .seal import DIGEST, is_intact, is_unsealed_name, plain_file
 from .source import Source, open_source
 
@@ -164,10 +167,9 @@ class _Reader:
             done += count
         return memory.view(entry.dtype).view(entry.shape)
 
-    def residual(self, module: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    def residual(self, module: str, key: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """A module's weight as it is stored, and False; or, of a quantised one, what it dequantises to, (out, in), and
         True."""
-        key = f"{module}.weight"
         if f"{module}.SCB" in self.entries:
             return PackedInt8(self.tensor(key), self.tensor(f"{module}.SCB"), dtype).dequantize(), True
         if f"{key}{QUANT_STATE}" not in self.entries:
@@ -232,20 +234,23 @@ def _copied(base: Source, name: str, entry: Entry) -> str:
 
 
 def _split_error(module: str, described: Mapping[str, Any], reader: _Reader, base: Source) -> float:
-    """`‖W − (residual + s·B·A)‖ / ‖W‖`."""
+    """`‖W − (residual + s·B·A)‖ / ‖W‖`; of a stack of experts, the largest."""
     weight = base.read(described["tensor"])
     dtype = getattr(torch, described["dtype"])
-    residual, is_packed = reader.residual(module, dtype)
-    weight = weight.to(dtype)
-    sides = [f"{PREFIX}{module}.{side}.weight" for side in ("lora_A", "lora_B")]
-    if sides[0] in reader.entries:
-        A, B = (reader.tensor(side) for side in sides)
+    kind = next(kind for kind in KINDS if kind.title == described["kind"])
+    residual, is_packed = reader.residual(module, described["weight"], dtype)
+    residual = residual if is_packed else kind.matrices(residual)
+    weight = kind.matrices(weight.to(dtype))
+    if "factors" in described:
+        A, B = (reader.tensor(f"{PREFIX}{key}") for key in described["factors"])
+        A = A[taps(tuple(described["dilation"]))] if "dilation" in described else A
+        A, B = kind.unpack(A, B, described["rank"])
     else:
-        A, B = (torch.zeros(shape) for shape in ((1, residual.shape[1]), (residual.shape[0], 1)))
-    if described["transposed"]:
-        weight = weight.T
-        residual = residual if is_packed else residual.T
-    return residual_error(weight, residual, A, B, described["scale"])
+        A, B = weight.new_zeros(1, weight.shape[-1]), weight.new_zeros(weight.shape[-2], 1)
+    if weight.ndim == 2:
+        return residual_error(weight, residual, A, B, described["scale"])
+    each = zip(weight, residual, A, B, strict=True)
+    return max(residual_error(*expert, described["scale"]) for expert in each)
 
 
 def _extra_files(path: Path, described: Mapping[str, Any]) -> list[str]:

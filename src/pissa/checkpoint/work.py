@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decompose.certificate import worst
 from ..errors import WeightError
-from ..live.layers import as_matrix, as_stored
+from ..live.apply import weights_of
 from ..split import Split, split_weight
+from .factors import PREFIX
 from .layout import raw_bytes
 from .outputs import Outputs
 from .plan import Task, packed_parts
-from .residual import PREFIX
 from .source import Source
 
 Record = dict[str, Any]
@@ -42,35 +43,40 @@ def do(task: Task, source: Source, outputs: Outputs, computing: AbstractContextM
         WeightError, CheckpointError: the weight cannot be split or read.
         OSError: it cannot be written.
     """
-    return _copy(task, source, outputs) if task.module is None else _split(task, source, outputs, computing)
+    return _copy(task, source, outputs) if task.target is None else _split(task, source, outputs, computing)
 
 
 def _split(task: Task, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]) -> Record:
-    assert task.config is not None and task.module is not None
+    assert task.config is not None and task.target is not None
     stored = source.read(task.source)
     digest = hashlib.sha256(raw_bytes(stored)).hexdigest()
     weight = stored if task.dtype is None else stored.to(task.dtype)
     del stored
     with computing:
-        split = split_weight(as_matrix(task.module, weight), task.config, name=f"{task.name}.weight")
-        del weight
-        tensors = _tensors(task, split)
+        weights = weights_of(task.target, task.target.kind.matrices(weight), task.config)
+        splits = [split_weight(each.W, each.config, name=each.name) for each in weights]
+        del weight, weights
+        tensors = _tensors(task, splits)
     written = {name: outputs.write(name, tensor) for name, tensor in tensors.items()}
-    certificate = {key: value for key, value in asdict(split.certificate).items() if key != "seconds"}
+    certificate = asdict(worst([split.certificate for split in splits]))
+    del certificate["seconds"]
     return {"task": task.name, "base": digest, "tensors": written, "certificate": certificate}
 
 
-def _tensors(task: Task, split: Split) -> dict[str, Tensor]:
-    """What a split leaves on the disk, in the places that the plan has for it."""
-    assert task.module is not None and task.config is not None
+def _tensors(task: Task, splits: list[Split]) -> dict[str, Tensor]:
+    """What the split of a weight, or of each of its experts', leaves on the disk, in the places that the plan has."""
+    target, first = task.target, splits[0]
+    assert target is not None
     tensors: dict[str, Tensor] = {}
-    if split.packed is not None:
-        tensors |= packed_parts(task.module, task.name, split.packed)
+    if first.packed is not None:
+        tensors |= packed_parts(target.module, task.name, first.packed)
     else:
-        tensors[f"{task.name}.weight"] = as_stored(task.module, split.residual)
-    if not task.config.starts_at_zero:
-        tensors[f"{PREFIX}{task.name}.lora_A.weight"] = split.A
-        tensors[f"{PREFIX}{task.name}.lora_B.weight"] = split.B
+        residual = torch.stack([split.residual for split in splits]) if target.is_stack else first.residual
+        tensors[target.weight_key] = target.kind.stored(residual, target.place.shape)
+    if task.layout is not None:
+        A, B = torch.stack([split.A for split in splits]), torch.stack([split.B for split in splits])
+        factors = task.layout.tensors(A, B) if target.is_stack else task.layout.tensors(A[0], B[0])
+        tensors |= {f"{PREFIX}{key}": tensor.contiguous() for key, tensor in factors.items()}
     assert tensors.keys() == task.outputs.keys()
     assert all(tuple(tensor.shape) == task.outputs[name].shape for name, tensor in tensors.items())
     return tensors

@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.pytorch_utils import Conv1D
-
 from ..errors import OutputError
 from .identity import check_base_unchanged, differences, modification_times
 from .journal import forget, read_journals
 from .layout import INDEX, FileLayout
 from .manifest import MANIFEST, read_manifest
-from .plan import Plan
+from .plan import Plan, Task
 from .residual import RESIDUAL
 from .seal import plain_file, tensor_file, write_sealed
 from .source import Source
@@ -172,7 +170,7 @@ class Workspace:
                 scale = task.config.scale(task.config.rank, task.config.alpha)
                 dtype = str(task.dtype).removeprefix("torch.")
                 modules[task.name] = {"tensor": task.source, "dtype": dtype, "rank": task.config.rank, "scale": scale}
-                modules[task.name]["transposed"] = isinstance(task.module, Conv1D)
+                modules[task.name] |= _place(task)
                 modules[task.name] |= record["certificate"]
         return {
             "layout": RESIDUAL,
@@ -219,6 +217,17 @@ class Workspace:
                 f"the disk that holds {self.out} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
                 "make room and run the same command again"
             )
+
+
+def _place(task: Task) -> dict[str, Any]:
+    """Where a split's weight and factors lie, for `verify`."""
+    assert task.target is not None
+    described: dict[str, Any] = {"kind": task.target.kind.title, "weight": task.target.weight_key}
+    if task.layout is not None:
+        described["factors"] = list(task.layout.keys)
+        if task.layout.dilation:
+            described["dilation"] = list(task.layout.dilation)
+    return described
 
 
 def _is_intact(path: Path, file: FileLayout) -> bool:

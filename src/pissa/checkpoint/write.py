@@ -73,6 +73,30 @@ def output_files(out: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def output_file(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path whose file becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"{out} already exists; name a new file, or remove it first")
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out.parent))
+    try:
+        with explained(out):
+            yield partial / out.name
+            flush(partial / out.name)
+            os.chmod(partial / out.name, 0o666 & ~_umask())
+            os.replace(partial / out.name, out)
+            flush(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document, whole or not at all."""
     with explained(path):

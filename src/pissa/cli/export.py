@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+FORMATS: dict[str, Any] = {"peft": "peft", "gguf-lora": "gguf"}
 
 
 def command(
@@ -16,17 +18,35 @@ def command(
         float | None, typer.Option(help="Smallest ranks that keep each update's relative error below this.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged.")] = False,
-    base: Annotated[str | None, typer.Option(help="With --merged: the base, where the run does not record it.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(help="peft: a directory; gguf-lora: one file OUT.gguf for llama.cpp. [peft]", show_default=False),
+    ] = "peft",
+    check: Annotated[
+        str | None, typer.Option(help="vllm: refuse what vLLM would not load, and say which rank to allow there.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="With --merged or gguf-lora: the base, where the run does not record it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write what training changed as a LoRA that loads on the untouched base, or as a merged model."""
+    from ..checkpoint.vllm import needed_rank
     from ..errors import ConfigError
     from ..export import export_lora, export_merged, gap_figures
     from .main import show
 
     if merged and (rank is not None or tolerance is not None):
         raise ConfigError("--merged writes the whole model; it takes neither --rank nor --tolerance")
-    if base is not None and not merged:
+    if to not in FORMATS:
+        raise ConfigError(f"--to is {to}; allowed: {', '.join(FORMATS)}")
+    if check not in (None, "vllm"):
+        raise ConfigError(f"--check is {check}; allowed: vllm")
+    if merged and (to != "peft" or check):
+        raise ConfigError("--merged writes a model for transformers; it takes neither --to nor --check")
+    if check and to != "peft":
+        raise ConfigError("--check vllm is for PEFT directories, which vLLM loads; leave --to out")
+    if base is not None and not merged and to == "peft":
         raise ConfigError(
             f"--base {base} without --merged: a LoRA is made without the base; leave --base out, or add --merged"
         )
@@ -34,7 +54,9 @@ def command(
         export_merged(run, out, base=base)
         show({"out": str(out), "merged": True}, f"{out} is the merged model", as_json=as_json)
         return
-    export = export_lora(run, out, rank=rank, tolerance=tolerance)
+    if check:
+        _check_vllm(export_lora(run, rank=rank, tolerance=tolerance))
+    export = export_lora(run, out, rank=rank, tolerance=tolerance, format=FORMATS[to], base=base)
     worst = max(export.errors.values(), default=0.0)
     document = {"out": str(out), "rank": export.config.r, "base": export.base, "errors": export.errors}
     how = "lossless" if worst == 0 else f"largest relative error of an update {worst:.2e}"
@@ -46,4 +68,21 @@ def command(
             f"{100 * figures['mean_quantization_gap']:.2f} % of the weights on average, at most "
             f"{100 * figures['largest_quantization_gap']:.2f} %. --merged gives the trained function itself"
         )
+    if check:
+        document["vllm_max_lora_rank"] = needed_rank(export.config)
+        how += f"; vLLM loads it with --max-lora-rank {needed_rank(export.config)}"
     show(document, f"{out} is a LoRA of rank {export.config.r} for {export.base} ({how})", as_json=as_json)
+
+
+def _check_vllm(export: Any) -> None:
+    """Refuse what vLLM would not load, before anything is written.
+
+    Raises:
+        ConfigError: with every reason and the way out.
+    """
+    from ..checkpoint.vllm import vllm_refusals
+    from ..errors import ConfigError
+
+    refusals = vllm_refusals(export, export.config)
+    if refusals:
+        raise ConfigError(f"vLLM would not load this LoRA as it is meant: {'; '.join(refusals)}")

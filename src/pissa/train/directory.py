@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint.read import CONFIG
+from ..checkpoint.factors import CONFIG
 from ..checkpoint.write import TEMPORARY_PREFIX, explained, locked, write_json
 from ..errors import OutputError
 from .recipe import Recipe

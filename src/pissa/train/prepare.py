@@ -48,6 +48,7 @@ def prepare(
     device: torch.device,
     progress: Progress | None,
     label: str,
+    batches: list[dict[str, Any]] | None = None,
 ) -> Prepared:
     """The model to train, as the last checkpoint left it where there is one.
 
@@ -58,6 +59,7 @@ def prepare(
         device: where it is trained. bitsandbytes' layers must be made there, others are moved by the trainer.
         progress: a bar for the split, or None.
         label: the run's name on the bar.
+        batches: of the data, where components are scored by it.
     """
     checkpoint = directory.last_checkpoint
     if (ready := ready_split(source)) is not None:
@@ -75,7 +77,7 @@ def prepare(
     if recipe.quantization is not None and device.type != "cpu":
         base.to(device)
     start = time.perf_counter()
-    adapted = _adapted(base, source, recipe, progress, label)
+    adapted = _adapted(base, source, recipe, progress, label, batches)
     seconds = time.perf_counter() - start
     if recipe.quantization is not None:
         mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
@@ -105,7 +107,14 @@ def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) ->
     return Prepared(load(adapter, residual, is_trainable=True), marks, None)
 
 
-def _adapted(base: Any, source: str, recipe: Recipe, progress: Progress | None, label: str) -> Any:
+def _adapted(
+    base: Any,
+    source: str,
+    recipe: Recipe,
+    progress: Progress | None,
+    label: str,
+    batches: list[dict[str, Any]] | None,
+) -> Any:
     task = progress.add_task(f"{label}, split", total=None, note="") if progress is not None else None
 
     def show(name: str, done: int, total: int) -> None:
@@ -113,7 +122,8 @@ def _adapted(base: Any, source: str, recipe: Recipe, progress: Progress | None, 
             progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
 
     try:
-        return adapt(base, recipe.pissa_config(), moments=_moments(base, source, recipe), progress=show)
+        moments = _moments(base, source, recipe)
+        return adapt(base, recipe.pissa_config(), moments=moments, batches=batches, progress=show)
     finally:
         if progress is not None and task is not None:
             progress.remove_task(task)

@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.residual import CONFIG, SavedResidual, residual_at
+from ..checkpoint.factors import CONFIG
+from ..checkpoint.residual import SavedResidual, residual_at
 from ..errors import ConfigError
 from ..live.state import INITIAL
 from .recipe import Recipe, module_names

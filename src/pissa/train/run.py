@@ -142,7 +142,8 @@ def _train(
     checkpoint = directory.last_checkpoint
     if progress is not None and checkpoint is not None:
         progress.console.print(f"continuing from {checkpoint}", markup=False)
-    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method)
+    scored = _scored_batches(encoded, recipe, tokenizer.pad_token_id) if recipe.component == "scored" else None
+    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method, scored)
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
@@ -192,6 +193,7 @@ def _run(
         data_collator=Collator(tokenizer.pad_token_id),
         lengths=encoded.lengths,
         batch_size=recipe.batch_size,
+        loraplus_ratio=recipe.loraplus_ratio,
         callbacks=[log, stop],
     )
     log.trainer = trainer
@@ -294,6 +296,13 @@ def _encoded(data: str | list[dict[str, Any]], tokenizer: Any, recipe: Recipe) -
     else:
         examples = examples_from_rows(data)
     return encode(examples, tokenizer, template=recipe.template, max_length=recipe.max_length)
+
+
+def _scored_batches(encoded: Encoded, recipe: Recipe, pad_id: int) -> list[dict[str, Any]]:
+    """The examples by which components are scored, evenly spread over the data."""
+    count, size = min(recipe.scored_examples, len(encoded)), recipe.micro_batch_size
+    rows = [encoded[i * len(encoded) // count] for i in range(count)]
+    return [dict(Collator(pad_id)(rows[i : i + size])) for i in range(0, count, size)]
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:
