@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from streaming import CONFIG, contents, llama_on_disk
-from torch.distributed import HashStore
+from torch import distributed
 
 from pissa import init_checkpoint
 from pissa.checkpoint import outputs
@@ -177,7 +177,7 @@ def test_torchrun_starts_them(base: Path, tmp_path: Path) -> None:
 
 
 def teams(work: Path, size: int = 2) -> list[Processes]:
-    store = HashStore()
+    store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     return [Processes(store, rank, size, work) for rank in range(size)]
 
 

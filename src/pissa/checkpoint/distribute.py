@@ -153,7 +153,7 @@ def assemble(work: Path, environment: Callable[[str], str | None] = os.environ.g
     """
     if int(environment("WORLD_SIZE") or 1) == 1:
         return Alone()
-    from torch.distributed import rendezvous
+    from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(iter(rendezvous("env://")))
     return Processes(store, rank, size, work)

@@ -104,7 +104,7 @@ def sharded(tensors: Mapping[str, Kind]) -> tuple[list[FileLayout], dict[str, ob
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A CPU tensor's bytes as they stand in a file, without a copy where it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def total_size(files: Iterable[FileLayout]) -> int:

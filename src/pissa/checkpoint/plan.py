@@ -202,8 +202,8 @@ def loading_dtype(source: Source) -> torch.dtype:
 
 def packed_parts(module: nn.Module, name: str, packed: Packed) -> dict[str, Tensor]:
     """A quantised weight as a checkpoint of bitsandbytes holds it: tensor name -> tensor; no bias."""
-    layer = quantized_layer(module, packed)
-    layer.bias = None  # pyright: ignore[reportAttributeAccessIssue]
+    layer: Any = quantized_layer(module, packed)
+    layer.bias = None
     state: dict[str, Any] = layer.state_dict(prefix=f"{name}.")
     return {key: stored(key, tensor.detach()) for key, tensor in state.items()}
 

@@ -162,7 +162,7 @@ class _Reader:
         entry = self.entries[name]
         assert entry.dtype is not None
         memory = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view, done = memoryview(memory.numpy()), 0
+        view, done = memory.numpy().data, 0
         while done < entry.nbytes:
             count = os.preadv(self._descriptors[entry.file], [view[done : done + CHUNK]], entry.offset + done)
             if not count:
@@ -230,9 +230,10 @@ def _copied(base: Source, name: str, entry: Entry) -> str:
     """sha256 of a base's tensor in the dtype of its copy."""
     stored, digest = base.entries[name], hashlib.sha256()
     for chunk in base.chunks(name):
-        converts = stored.kind != entry.kind and stored.dtype is not None and entry.dtype is not None
-        values = torch.frombuffer(bytearray(chunk), dtype=stored.dtype) if converts else None
-        digest.update(chunk if values is None else raw_bytes(values.to(entry.dtype)))
+        if stored.kind == entry.kind or stored.dtype is None or entry.dtype is None:
+            digest.update(chunk)
+        else:
+            digest.update(raw_bytes(torch.frombuffer(chunk, dtype=stored.dtype).to(entry.dtype)))
     return digest.hexdigest()
 
 

@@ -110,7 +110,7 @@ def _copy(task: Task, source: Source, outputs: Outputs) -> Record:
     done = 0
     for chunk in source.chunks(kept):
         read.update(chunk)
-        data: bytes | memoryview = chunk
+        data = chunk
         if task.dtype is not None:
             assert stored is not None
             data = converted(chunk, stored, task, name)
@@ -123,7 +123,7 @@ def _copy(task: Task, source: Source, outputs: Outputs) -> Record:
 def converted(chunk: bytes | memoryview, stored: torch.dtype, task: Task, name: str) -> memoryview:
     """A piece of a tensor in the task's dtype."""
     assert task.dtype is not None
-    values = torch.frombuffer(bytearray(chunk), dtype=stored)
+    values = torch.frombuffer(chunk, dtype=stored)
     result = values.to(task.dtype)
     if bool((result.isinf() & values.isfinite()).any()):
         raise WeightError(f"{name} does not fit into {task.dtype}; use a wider --dtype")

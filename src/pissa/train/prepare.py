@@ -86,7 +86,7 @@ def prepare(
 
 def _prepared_before(ready: SavedResidual, recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
     """What `pissa init` made, with the last checkpoint's adapter or, before the first, the initial one."""
-    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     # another dtype than the residual was rounded to would round it again
     residual = load_base(ready.path, **place)
     marks = {"base": fingerprint(residual_state(residual))}
