@@ -37,6 +37,17 @@ from pissa.errors import ConfigError, PissaError
         ({"rank": 4, "exclude_modules": "*"}, "exclude_modules is no regular expression"),
         ({"rank": 4, "rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is no regular expression"),
         ({"rank": 4, "modules_to_save": "lm_head"}, "give a list"),
+        ({"rank": 4, "component": "major"}, "component is 'major'; allowed: principal, medium, minor, scored"),
+        ({"rank": 4, "component": "minor", "method": "cura"}, 'component is for method "pissa", and the method is'),
+        ({"rank": 4, "method": "random-pissa", "random_fraction": 1.5}, "random_fraction is 1.5; allowed: 0 to 1"),
+        ({"rank": 4, "method": "random-pissa", "random_fraction": float("nan")}, "random_fraction is nan"),
+        ({"rank": 4, "method": "random-pissa", "random_fraction": "half"}, "random_fraction is 'half'"),
+        ({"rank": 4, "random_fraction": 0.5}, 'random_fraction is for method "random-pissa"'),
+        ({"rank": 4, "method": "cura", "cur_core": "best"}, "cur_core is 'best'; allowed: optimal, intersection"),
+        ({"rank": 4, "method": "cura", "cur_rcond": 1.0}, "cur_rcond is 1.0"),
+        ({"rank": 4, "cur_rcond": 0.1, "cur_core": "intersection"}, "cur_core is for method.*cur_rcond is for method"),
+        ({"rank": 4, "method": "cura", "quantization": Quantization()}, "method 'cura' cannot be quantised"),
+        ({"rank": 4, "component": "minor", "quantization": Quantization()}, "component 'minor' cannot be quantised"),
     ],
 )
 def test_a_setting_that_cannot_be_right_is_refused_by_name(settings: dict[str, Any], named: str) -> None:

@@ -101,7 +101,7 @@ def test_a_lossless_export_is_the_trained_model_on_the_untouched_base(
     export = export_lora(model, tmp_path / "lora")
     names = {"adapter_config.json", "adapter_model.safetensors", "pissa.json"}
     assert set(digests(tmp_path / "lora")) - {"README.md"} == names and os.listdir(tmp_path) == ["lora"]
-    assert export.config.r == (8 if method == "pissa" else 4)
+    assert export.config.r == (8 if not method.startswith("lora-") else 4)
     assert set(export.errors.values()) == {0.0}
     assert largest_difference(logits_of(on_base(bases["llama"], tmp_path / "lora")), logits_of(model)) < NOISE
     assert digests(bases["llama"]) == before
@@ -369,11 +369,12 @@ def two_adapters() -> PeftModel:
 
 
 FOREIGN: dict[str, tuple[Callable[[], PeftModel], str]] = {
-    "DoRA": (lambda: by_peft(LoraConfig(target_modules=["q_proj"], use_dora=True)), "DoRA"),
-    "AdaLoRA": (lambda: by_peft(AdaLoraConfig(target_modules=["q_proj"], total_step=10)), "ADALORA"),
+    "DoRA of an embedding": (
+        lambda: by_peft(LoraConfig(target_modules=["embed_tokens"], use_dora=True)),
+        "DoRA adapters of a embedding",
+    ),
     "IA3": (lambda: by_peft(IA3Config(target_modules=["q_proj"], feedforward_modules=[])), "IA3"),
     "lora_bias": (lambda: by_peft(LoraConfig(target_modules=["q_proj"], lora_bias=True)), "lora_bias"),
-    "embedding": (lambda: by_peft(LoraConfig(target_modules=["embed_tokens"])), r"model\.embed_tokens \(Embedding\)"),
     "PEFT's pissa": (
         lambda: by_peft(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")),
         "initialised by PEFT as 'pissa'",
@@ -393,6 +394,29 @@ def test_an_adapter_that_no_plain_lora_expresses_is_refused(
             export(model, tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=3, target_modules=["q_proj", "down_proj"], use_dora=True),
+        AdaLoraConfig(init_r=3, target_modules=["q_proj", "down_proj"], total_step=10, lora_alpha=5),
+    ],
+    ids=["DoRA", "AdaLoRA"],
+)
+def test_what_peft_made_is_exported_as_the_same_function(tmp_path: Path, config: LoraConfig) -> None:
+    model = by_peft(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    export_lora(model, tmp_path / "export")
+    exported = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "export")).eval()
+    assert largest_difference(logits_of(exported), logits_of(model)) < 1e-5
+    export_merged(model, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert largest_difference(logits_of(merged), logits_of(model)) < 1e-5
 
 
 def test_a_model_that_is_not_transformers_has_no_merged_checkpoint(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pissa.config import METHODS, Method, PissaConfig
+from pissa.config import COMPONENTS, METHODS, Method, PissaConfig
 from pissa.errors import ConfigError, WeightError
 from pissa.split import STORAGE_DTYPES, Weight, split_each, split_weight
 from tiny import global_generators
@@ -31,10 +33,20 @@ def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[tuple[int, int], PissaConfig, torch.dtype]:
     shape = draw(st.tuples(st.integers(1, 24), st.integers(1, 24)))
+    rank, method = draw(st.integers(1, min(shape))), draw(st.sampled_from(METHODS))
+    chosen: dict[str, Any] = {}
+    if method == "pissa":
+        chosen["component"] = draw(st.sampled_from(COMPONENTS))
+    elif method == "random-pissa":
+        chosen["random_fraction"] = draw(st.floats(0, min(1, (min(shape) - rank) / rank)))
+    elif method == "cura":
+        # the intersection's residual can be so large that nothing is left of W in 16 bits
+        chosen["cur_rcond"] = draw(st.sampled_from([None, 0.0, 0.1]))
     config = PissaConfig(
-        rank=draw(st.integers(1, min(shape))),
+        rank=rank,
         alpha=draw(st.sampled_from([None, 0.5, 3, 64.0])),
-        method=draw(st.sampled_from(METHODS)),
+        method=method,
+        **chosen,
         use_rslora=draw(st.booleans()),
         seed=draw(st.integers(0, 2**40)),
     )
@@ -47,7 +59,8 @@ def test_split_reconstructs_weight(case: tuple[tuple[int, int], PissaConfig, tor
     shape, config, dtype = case
     W = weight(*shape, dtype=dtype)
     before = W.clone()
-    split = split_weight(W, config)
+    gradient = weight(*shape, seed=1) if config.needs_gradient else None
+    split = split_weight(W, config, gradient=gradient)
 
     assert split.A.shape == (config.rank, shape[1]) and split.B.shape == (shape[0], config.rank)
     assert split.A.dtype == split.B.dtype == torch.float32
@@ -156,7 +169,7 @@ def test_a_rank_above_the_smaller_side_is_refused(shape: tuple[int, int]) -> Non
 
 def test_many_weights_have_the_same_bits_on_any_number_of_threads() -> None:
     weights = [Weight(weight(24 + i, 40, seed=i), PissaConfig(rank=4), f"layer{i}") for i in range(7)]
-    one_by_one = [split_weight(W, config, name=name) for W, config, name, _ in weights]
+    one_by_one = [split_weight(W, config, name=name) for W, config, name, *_ in weights]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.read import load as load
     from .checkpoint.residual import save_residual as save_residual
+    from .checkpoint.stream import init_checkpoint as init_checkpoint
+    from .checkpoint.verify import verify as verify
     from .config import PissaConfig as PissaConfig
     from .config import Quantization as Quantization
     from .config import quantization_preset as quantization_preset
@@ -48,6 +50,8 @@ _HOMES = {
     "reference": "live.reference",
     "restore": "live.reference",
     "load": "checkpoint.read",
+    "init_checkpoint": "checkpoint.stream",
+    "verify": "checkpoint.verify",
     "save_residual": "checkpoint.residual",
     "export_lora": "export",
     "export_merged": "export",

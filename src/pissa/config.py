@@ -10,8 +10,12 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
-Method = Literal["pissa", "lora-kaiming", "lora-gaussian"]
+Method = Literal["pissa", "random-pissa", "cura", "robust-pissa", "lora-kaiming", "lora-gaussian"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Component = Literal["principal", "medium", "minor", "scored"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+CurCore = Literal["optimal", "intersection"]
+CUR_CORES: tuple[CurCore, ...] = get_args(CurCore)
 Placement = Literal["residual", "offset"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 LARGEST_ALPHA = 1e30
@@ -125,7 +129,18 @@ class PissaConfig:
     alpha: float | None = None
     """LoRA's numerator: the adapter is scaled by `alpha / rank`. None: `rank`, a scale of 1 (paper, section 5)."""
     method: Method = "pissa"
-    """Where the initial adapter comes from: the principal components, or a LoRA baseline."""
+    """Where the initial adapter comes from: singular triplets ("pissa", "random-pissa"), rows and columns of the weight
+    ("cura"), its best approximation in the l1 norm ("robust-pissa"), or a LoRA baseline."""
+    component: Component = "principal"
+    """Which triplets "pissa" takes: the largest, the middle or the smallest ones, or "scored": those with the largest
+    first-order effect on the loss of the user's own data, which `adapt` then needs as `batches`."""
+    random_fraction: float = 1.0
+    """Share of the r triplets that "random-pissa" draws from the residual ones; 0 is PiSSA."""
+    cur_core: CurCore = "optimal"
+    """What "cura" puts between columns and rows: the best fit, or the report's inverse of their intersection, which
+    makes the residual several times as large as the weight on real models."""
+    cur_rcond: float | None = None
+    """Singular values below this share of the largest count as zero in "cura"'s inverses. None: fp64 rounding."""
     target_modules: str | tuple[str, ...] | list[str] = "all-linear"
     """"all-linear" (every linear layer but the output head), a list of module names or name endings, or one regular
     expression that matches whole names."""
@@ -137,6 +152,13 @@ class PissaConfig:
     """Module name ending or regular expression -> alpha, where it differs from `alpha`."""
     use_rslora: bool = False
     """Scale by `alpha / sqrt(rank)` instead of `alpha / rank`; `alpha=None` then means `sqrt(rank)`, scale 1 again."""
+    use_dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA); it starts at the weight's own."""
+    use_adalora: bool = False
+    """Train singular values as a vector of their own, between nearly orthonormal factors (AdaLoRA, without its pruning
+    of ranks)."""
+    orthogonality: float = 0.5
+    """Weight of AdaLoRA's penalty on factors that are not orthonormal."""
     dropout: float = 0.0
     """Dropout on the adapter's input. PiSSA needs 0: see `allow_dropout`."""
     allow_dropout: bool = False
@@ -160,6 +182,7 @@ class PissaConfig:
             raise ConfigError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
         if self.algorithm not in ALGORITHMS:
             raise ConfigError(f"algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+        self._check_components()
         for where, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"{where} is {rank!r}; give a whole number of at least 1")
@@ -181,10 +204,31 @@ class PissaConfig:
                 "allow_dropout (--allow-dropout) to accept that"
             )
         self._check_quantization()
+        self._check_variants()
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement is {self.placement!r}; allowed: {', '.join(PLACEMENTS)}")
         if not self.target_modules:
             raise ConfigError('target_modules is empty; give names, a regular expression or "all-linear"')
+
+    def _check_components(self) -> None:
+        choices = {"component": COMPONENTS, "cur_core": CUR_CORES}
+        wrong = [
+            f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+        if not is_number(self.random_fraction) or not 0 <= self.random_fraction <= 1:
+            wrong.append(f"random_fraction is {self.random_fraction!r}; allowed: 0 to 1")
+        if self.cur_rcond is not None and not (is_number(self.cur_rcond) and 0 <= self.cur_rcond < 1):
+            wrong.append(f"cur_rcond is {self.cur_rcond!r}; allowed: 0 up to, not including, 1")
+        of_method = {"component": "pissa", "random_fraction": "random-pissa", "cur_core": "cura", "cur_rcond": "cura"}
+        wrong += [
+            f'{name} is for method "{method}", and the method is {self.method!r}; leave it out'
+            for name, method in of_method.items()
+            if self.method != method and getattr(self, name) != getattr(PissaConfig, name)
+        ]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
 
     def _check_quantization(self) -> None:
         if self.quantization is None:
@@ -196,10 +240,38 @@ class PissaConfig:
                 'placement "offset" leaves the base as it is, so there is no residual to quantise: leave quantization '
                 'out (and load the base in 4 or 8 bits where that is wanted), or use placement "residual"'
             )
+        if not self.starts_at_zero and not self.takes_principal:
+            chosen = f"component {self.component!r}" if self.method == "pissa" else f"method {self.method!r}"
+            raise ConfigError(
+                f"{chosen} cannot be quantised: fitting adapter and residual to each other ends on the principal "
+                'components of what is left; use method "pissa" with component "principal", or leave quantization out'
+            )
         if (self.quantization.method == "qlora") != self.starts_at_zero:
             raise ConfigError(
                 f"method {self.method!r} does not go with quantization method {self.quantization.method!r}: adapters "
                 'that start at zero (lora-kaiming, lora-gaussian) take "qlora", "pissa" takes "qpissa" or "loftq"'
+            )
+
+    def _check_variants(self) -> None:
+        if not is_number(self.orthogonality) or not 0 <= self.orthogonality < math.inf:
+            raise ConfigError(f"orthogonality is {self.orthogonality!r}; give 0 or a positive number")
+        if not self.use_adalora and self.orthogonality != PissaConfig.orthogonality:
+            raise ConfigError("orthogonality is AdaLoRA's; leave it out, or set use_adalora")
+        refused = {
+            "use_dora (PEFT has no layer that is both)": self.use_dora,
+            "quantization (its export to the base could not be checked)": self.quantization is not None,
+            'placement "offset"': self.placement == "offset",
+            "rank_pattern and alpha_pattern (PEFT gives all AdaLoRA layers one rank)": self.rank_pattern
+            or self.alpha_pattern,
+            "use_rslora": self.use_rslora,
+        }
+        wrong = [what for what, given in refused.items() if given]
+        if self.use_adalora and wrong:
+            raise ConfigError(f"use_adalora does not go with {', '.join(wrong)}; leave either out")
+        if self.use_dora and self.quantization is not None:
+            raise ConfigError(
+                "use_dora scales rows by the norms of the weight, which its quantised residual does not have: leave "
+                "quantization out, or use_dora"
             )
 
     def _check_names(self) -> None:
@@ -223,6 +295,16 @@ class PissaConfig:
         """Whether the initial adapter's product is zero (LoRA), so that the base itself is the residual."""
         return self.method.startswith("lora-")
 
+    @property
+    def takes_principal(self) -> bool:
+        """Whether the initial adapter is the best approximation of its rank: PiSSA itself."""
+        return self.method == "pissa" and self.component == "principal"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the components are chosen by the gradient of a loss."""
+        return self.component == "scored"
+
     def scale(self, rank: int, alpha: float | None) -> float:
         """The factor before `B·A` for an adapter of this rank and alpha (None: scale 1)."""
         if alpha is None:
@@ -232,6 +314,11 @@ class PissaConfig:
     def for_module(self, rank: int, alpha: float | None) -> PissaConfig:
         """This configuration with one module's own rank and alpha, as `split_weight` takes it."""
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float; True and False are not meant to be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _named(prefix: str, pattern: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,3 +39,7 @@ class OutputError(PissaError, OSError):
 
 class MissingExtraError(PissaError, ImportError):
     """A feature whose optional dependency is not installed; the message names the extra."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user, or the machine, stopped the work; the message says what is saved and how to continue."""

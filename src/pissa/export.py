@@ -12,47 +12,50 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from .checkpoint.factors import CONFIG, PREFIX, WEIGHTS
 from .checkpoint.gguf_lora import check_gguf_target, write_gguf_lora
+from .checkpoint.hub import first_line
 from .checkpoint.manifest import MANIFEST, package_versions
-from .checkpoint.read import (
-    CONFIG,
-    LOSSLESS,
-    PREFIX,
-    WEIGHTS,
-    SavedAdapter,
-    first_line,
-    load,
-    read_adapter,
-)
+from .checkpoint.merge import merge_saved
+from .checkpoint.read import LOSSLESS, SavedAdapter, read_adapter
+from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
+from .decompose.dora import rescaled
 from .errors import CheckpointError, ConfigError, PissaError
-from .live.layers import as_stored, weight_matrix
+from .live.adalora import lora_config
+from .live.conversion import NESTING, nesting
+from .live.layers import TRANSPOSED, Place, combine_each, place_of
 from .live.quantized import quantized_layers
 from .live.state import (
     INITIAL,
     AdapterFactors,
+    Layout,
     active_adapter_name,
     adapter_factors,
     adapter_layers,
-    base_layer,
+    adapter_layouts,
     config_with_ranks,
     halves,
     has_initial_adapter,
     is_marked_offset,
     is_offset,
     not_plain_lora,
+    place_at,
     set_marks,
+    weight_key,
     without_marks,
+    without_wrappers,
 )
 from .live.targets import pattern_keys
 from .split import STORAGE_DTYPES, combine
@@ -83,6 +86,8 @@ class _LowRank:
     A: Tensor
     B: Tensor
     error: float = 0.0
+    magnitude: Tensor | None = None
+    E: Tensor | None = None
 
 
 def export_lora(
@@ -133,6 +138,7 @@ def export_lora(
         check_free(out)
     live = isinstance(model_or_dir, PeftModel)
     saved = _from_live(model_or_dir, state) if live else read_adapter(model_or_dir)
+    saved = without_values(saved)
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
     if format == "gguf" and out is not None:
@@ -161,6 +167,24 @@ def _base_config(model_or_dir: Any, base: Any) -> Any:
             f"the config.json of the base {base} is needed and cannot be read ({first_line(error)}); pass its place "
             "with base"
         ) from error
+
+
+def export_state(model: PeftModel, *, state: Mapping[str, Tensor] | None = None) -> LoraExport:
+    """What continues a run: the lossless export, for AdaLoRA as one of rank 2r with its values apart.
+
+    Args:
+        model: an adapted model.
+        state: see `export_lora`.
+    """
+    return _lossless(_from_live(model, state))
+
+
+def without_values(saved: SavedAdapter) -> SavedAdapter:
+    """An AdaLoRA adapter as a LoRA: the values are multiplied into B."""
+    if not isinstance(saved.config, AdaLoraConfig):
+        return saved
+    factors = {name: f.folded() for name, f in saved.factors.items()}
+    return replace(saved, factors=factors, config=lora_config(saved.config))
 
 
 def write_lora(export: LoraExport, directory: Path) -> None:
@@ -196,7 +220,8 @@ def export_merged(
     """Write the fine-tuned model as a plain transformers checkpoint, adapter merged, in the base's dtype.
 
     Args:
-        model_or_dir: an adapted model (left as it is), or a saved run or adapter directory.
+        model_or_dir: an adapted model (left as it is), or a saved run or adapter directory, whose base is read and
+            merged weight by weight and never held.
         out: directory to write, new or empty.
         base: the base's directory or hub id, for a saved adapter that does not record it.
 
@@ -205,7 +230,10 @@ def export_merged(
         CheckpointError, OutputError: what is read is incomplete, or `out` cannot be written.
     """
     check_free(out)
-    model = model_or_dir if isinstance(model_or_dir, PeftModel) else load(model_or_dir, base)
+    if not isinstance(model_or_dir, PeftModel):
+        merge_saved(model_or_dir, out, base)
+        return
+    model = model_or_dir
     plain: Any = model.get_base_model()
     if not isinstance(plain, PreTrainedModel):
         raise PissaError(f"{type(plain).__name__} is no transformers model; export_lora works for any module")
@@ -214,6 +242,8 @@ def export_merged(
         state = _merged_state(model)
         if _ties_broken(plain, state):
             merged_config.tie_word_embeddings = False
+        if not getattr(merged_config, "tie_word_embeddings", False):
+            state = unshared(state)
         if hasattr(merged_config, "quantization_config"):
             del merged_config.quantization_config
         _save_plain(plain, merged_config, state, partial)
@@ -223,34 +253,43 @@ def optimal_low_rank(factors: AdapterFactors) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of ΔW from two thin QRs and a 2r × 2r core, in fp64.
 
     Returns:
-        U (out, k), S (k,) descending, Vh (k, in), k = min(2r, out, in). What rounding in fp64 alone could have made
-        of a smaller singular value is 0.
+        U (…, out, k), S (…, k) descending, Vh (…, k, in), k = min(2r, out, in). What rounding in fp64 alone
+        could have made of a smaller singular value is 0.
     """
     A, B = (tensor.double() for tensor in _concatenated(factors))
     Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.T), full_matrices=False)
-    noise = torch.finfo(S.dtype).eps * max(A.shape + B.shape) * factors.scale * R_B.norm() * R_A.norm()
-    return Q_B @ U, torch.where(noise < S, S, 0.0), Vh @ Q_A.T
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.mT), full_matrices=False)
+    size = torch.linalg.matrix_norm(R_B) * torch.linalg.matrix_norm(R_A)
+    noise = torch.finfo(S.dtype).eps * max(A.shape[-2:] + B.shape[-2:]) * factors.scale * size[..., None]
+    return Q_B @ U, torch.where(noise < S, S, 0.0), Vh @ Q_A.mT
 
 
 def _concatenated(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
-    """[A ; A0] (2r, in) and [B | −B0] (out, 2r); A and B alone for a LoRA baseline."""
+    """[A ; A0] (…, 2r, in) and [B | −B0] (…, out, 2r); A and B alone for a LoRA baseline."""
     if factors.A0 is None or factors.B0 is None:
         return factors.A.clone(), factors.B.clone()
-    return torch.cat([factors.A, factors.A0]), torch.cat([factors.B, -factors.B0], dim=1)
+    return torch.cat([factors.A, factors.A0], dim=-2), torch.cat([factors.B, -factors.B0], dim=-1)
+
+
+def _joined(E: Tensor | None, E0: Tensor | None) -> Tensor | None:
+    """[E ; E0] (2r,), or E alone."""
+    return torch.cat([E, E0]) if E is not None and E0 is not None else E
 
 
 def _lossless(saved: SavedAdapter) -> LoraExport:
     doubled = any(factors.A0 is not None for factors in saved.factors.values())
     config = config_with_ranks(saved.config, 2.0) if doubled else deepcopy(saved.config)
-    parts = {name: _LowRank(*_concatenated(factors)) for name, factors in saved.factors.items()}
+    parts = {
+        name: _LowRank(*_concatenated(f), magnitude=f.magnitude, E=_joined(f.E, f.E0))
+        for name, f in saved.factors.items()
+    }
     return _as_export(saved, parts, config, LOSSLESS if doubled else None)
 
 
 def _truncated(saved: SavedAdapter, rank: int | None, tolerance: float) -> LoraExport:
     parts = {name: _truncate(factors, rank, tolerance) for name, factors in saved.factors.items()}
-    ranks = {name: part.A.shape[0] for name, part in parts.items()}
+    ranks = {_pattern_name(saved.config, name): part.A.shape[-2] for name, part in parts.items()}
     config = deepcopy(saved.config)
     config.use_rslora = False
     config.r = max(ranks.values())
@@ -264,12 +303,20 @@ def _truncated(saved: SavedAdapter, rank: int | None, tolerance: float) -> LoraE
 def _truncate(factors: AdapterFactors, rank: int | None, tolerance: float) -> _LowRank:
     U, S, Vh = optimal_low_rank(factors)
     # tails[k] is the norm of what is lost when k components are kept
-    tails = torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)]).sqrt()
-    kept = min(rank, len(S)) if rank is not None else int((tails > tolerance * tails[0]).sum())
-    kept = max(kept, 1)
-    root = S[:kept].sqrt()
-    error = float(tails[kept] / tails[0]) if tails[0] > 0 else 0.0
-    return _LowRank((root[:, None] * Vh[:kept]).float(), (U[:, :kept] * root).float(), error)
+    tails = torch.cat([S.square().flip(-1).cumsum(-1).flip(-1), S.new_zeros(*S.shape[:-1], 1)], dim=-1).sqrt()
+    needed = (tails > tolerance * tails[..., :1]).sum(-1).max()  # of experts, the one that needs most
+    kept = max(1, min(rank, S.shape[-1]) if rank is not None else int(needed))
+    root = S[..., :kept].sqrt()
+    total, lost = torch.linalg.vector_norm(tails[..., 0]), torch.linalg.vector_norm(tails[..., kept])
+    error = float(lost / total) if total > 0 else 0.0
+    A, B = (root[..., None] * Vh[..., :kept, :]).float(), (U[..., :kept] * root[..., None, :]).float()
+    return _LowRank(A, B, error, factors.magnitude)
+
+
+def _pattern_name(config: LoraConfig, name: str) -> str:
+    """What PEFT matches patterns with for what goes by this name."""
+    bare = f"{name}.weight"
+    return bare if bare in (config.target_parameters or ()) else name
 
 
 def _as_export(
@@ -277,12 +324,18 @@ def _as_export(
 ) -> LoraExport:
     export = LoraExport()
     for name, part in parts.items():
-        export[f"{PREFIX}{name}.lora_A.weight"] = part.A
-        export[f"{PREFIX}{name}.lora_B.weight"] = part.B
+        layout_of = saved.layouts[name]
+        for key, tensor in layout_of.tensors(part.A, part.B, part.E).items():
+            export[f"{PREFIX}{key}"] = tensor
+        if part.magnitude is not None:
+            export[f"{PREFIX}{layout_of.magnitude_key}"] = part.magnitude.clone()
     export.update(saved.others)
+    parameters = nesting(config)
     config = without_marks(config)
     if layout == LOSSLESS and is_marked_offset(saved.config):
         set_marks(config, placement="offset")
+    if parameters:
+        set_marks(config, **{NESTING: parameters})
     config.base_model_name_or_path = saved.base
     config.lora_dropout = 0.0
     export.gaps = {name: gap for name, gap in saved.gaps.items() if name in parts}
@@ -295,10 +348,11 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     adapter = _exportable(model)
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    factors = adapter_factors(model, adapter, split=whole is None)
+    factors, layouts = adapter_factors(model, adapter, split=whole is None), adapter_layouts(model)
     if whole is not None:
         factors = {name.replace(FSDP_WRAPPER, ""): f for name, f in factors.items()}
-        factors = {name: _whole_factors(name, f, adapter, whole) for name, f in factors.items()}
+        layouts = {name.replace(FSDP_WRAPPER, ""): _unwrapped(layout) for name, layout in layouts.items()}
+        factors = {name: _whole_factors(layouts[name], f, adapter, whole) for name, f in factors.items()}
         if is_marked_offset(config):
             factors = {name: halves(f) for name, f in factors.items()}
     given = dict(whole) if whole is not None else None
@@ -309,17 +363,28 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     record: Any = getattr(model, "pissa", None)
     base = record.base if record is not None and record.residual else config.base_model_name_or_path
     gaps = {n: c.rounding for n, c in record.certificates.items()} if record is not None and record.quantized else {}
-    return SavedAdapter(factors, config, base, others, gaps=gaps)
+    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps)
 
 
-def _whole_factors(name: str, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
-    def tensor(side: str, of: str) -> Tensor:
-        return state[f"{PREFIX}{name}.{side}.{of}.weight"].detach().cpu().float()
+def _unwrapped(layout: Layout) -> Layout:
+    return replace(layout, path=layout.path.replace(FSDP_WRAPPER, ""))
 
-    A, B = tensor("lora_A", adapter), tensor("lora_B", adapter)
-    if shards.A0 is None:
-        return AdapterFactors(A, B, shards.scale)
-    return AdapterFactors(A, B, shards.scale, tensor("lora_A", INITIAL), tensor("lora_B", INITIAL))
+
+def _whole_factors(layout: Layout, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
+    def whole(of: str) -> tuple[Tensor, Tensor]:
+        keys = (key.removesuffix(".weight") for key in layout.keys)
+        endings = (key[len(key.removesuffix(".weight")) :] for key in layout.keys)
+        A, B = (
+            state[f"{PREFIX}{key}.{of}{ending}"].detach().cpu().float()
+            for key, ending in zip(keys, endings, strict=True)
+        )
+        return layout.kind.unpack(A, B, shards.A.shape[-2])
+
+    initial = whole(INITIAL) if shards.A0 is not None else (None, None)
+    magnitude = None
+    if shards.magnitude is not None:
+        magnitude = state[f"{PREFIX}{layout.magnitude_key}.{adapter}.weight"].detach().cpu().float()
+    return AdapterFactors(*whole(adapter), shards.scale, *initial, magnitude)
 
 
 def _exportable(model: PeftModel) -> str:
@@ -341,9 +406,10 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     """The base model's state dict with every adapter added to its weight and PEFT's own names taken out."""
     adapter = _exportable(model)
     factors, layers = adapter_factors(model, adapter), adapter_layers(model)
+    adapted = {weight_key(name, layers[name]): name for name in factors}
     state: dict[str, Tensor] = {}
     plain = model.get_base_model()
-    quantized = {n.replace(".base_layer", ""): m for n, m in quantized_layers(plain).items()}
+    quantized = {without_wrappers(n): m for n, m in quantized_layers(plain).items()}
     for key, tensor in plain.state_dict().items():
         if ".lora_" in key or ".original_module." in key:
             continue
@@ -351,28 +417,37 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
             if f".modules_to_save.{adapter}." not in key:
                 continue
             key = key.replace(f".modules_to_save.{adapter}.", ".")
-        key = key.replace(".base_layer.", ".")
+        key = without_wrappers(key)
         name, _, kind = key.rpartition(".")
         owner = key.partition(".weight.")[0] if ".weight." in key else name
         if owner in quantized and kind not in ("weight", "bias"):
             continue  # scales, which the dequantised weight has in it
-        if kind == "weight" and name in factors:
-            module, f = base_layer(layers[name]), factors[name]
+        if key in adapted:
+            place, f = place_at(layers[adapted[key]]), factors[adapted[key]]
             if tensor.dtype not in STORAGE_DTYPES and name not in quantized:
                 raise PissaError(
                     f"cannot merge into {name}, which is stored as {tensor.dtype}: load the base unquantised"
                 )
+            f = f.folded()
             A, B = _concatenated(f) if is_offset(model, adapter) else (f.A, f.B)
-            tensor = as_stored(_layout(module), combine(weight_matrix(module), A, B, f.scale))
+            matrices = place.matrices()
+            if f.magnitude is None:
+                merged = combine_each(matrices, A, B, f.scale)
+            else:
+                merged = rescaled(combine(matrices.float(), A, B, f.scale), f.magnitude).to(matrices.dtype)
+            tensor = _stored(place, merged)
         elif kind == "weight" and name in quantized:
-            tensor = as_stored(_layout(quantized[name]), weight_matrix(quantized[name]))
+            place = place_of(quantized[name])
+            tensor = _stored(place, place.matrices())
         state[key] = tensor
     return state
 
 
-def _layout(module: Any) -> type[nn.Module]:
-    """The class in whose layout the merged model stores a layer's weight."""
-    return getattr(module, "source_cls", type(module))
+def _stored(place: Place, matrices: Tensor) -> Tensor:
+    """A weight as the merged model stores it: a layer of bitsandbytes as the one that it replaced."""
+    replaced = getattr(place.module, "source_cls", None)
+    kind = TRANSPOSED if isinstance(replaced, type) and issubclass(replaced, Conv1D) else place.kind
+    return kind.stored(matrices, place.shape)
 
 
 def _ties_broken(model: Any, state: dict[str, Tensor]) -> bool:
@@ -390,5 +465,6 @@ def _save_plain(model: Any, config: Any, state: dict[str, Tensor], directory: Pa
     left = [name for name, parameter in twin.named_parameters() if parameter.is_meta]
     if left:
         raise PissaError(f"cannot merge: no weight for {', '.join(left[:20])}")
-    twin.generation_config = model.generation_config
+    if getattr(model, "generation_config", None) is not None:
+        twin.generation_config = model.generation_config
     twin.save_pretrained(directory)

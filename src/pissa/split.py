@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,6 +34,9 @@ from .quantize.lowrank import singular_triplets
 from .quantize.metric import metric
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_LINE = 64
+BLOCK = 1 << 20
+"""Elements of a block of rows that is widened to fp32 at once, so that a residual needs no fp32 copy of its weight."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def split_weight(
         W: (out, in), fp32, bf16 or fp16; never modified.
         config: rank, alpha, method, quantization, seed; patterns are the caller's to resolve
         (`PissaConfig.for_module`). moment: (in, in) second moment `E[xᵀx]` of the layer's input, for a quantisation
-        that minimises output error. gradient: (out, in); no method uses one yet. name: the weight's name, for
-        messages and so that random draws differ from weight to weight.
+        that minimises output error. gradient: (out, in), of the loss with respect to W, for component "scored".
+        name: the weight's name, for messages and so that random draws differ from weight to weight.
 
     Returns:
         The split; `split.restore()` equals W up to `split.certificate.rounding`.
@@ -80,13 +84,14 @@ def split_weight(
     Raises:
         WeightError: W is not a finite matrix of a supported dtype, its residual does not fit into that dtype, or the
             moment is not one.
-        ConfigError: the rank exceeds the smaller side of W, or a moment or gradient that nothing would use.
+        ConfigError: the rank exceeds the smaller side of W, the gradient that is needed is missing, or a moment or
+            gradient that nothing would use.
     """
     label = name or "the weight"
     check(W, config, moment, gradient, label)
     with torch.no_grad(), full_precision():
         split = quantized if config.quantization is not None else unquantized
-        return split(W.detach(), config, moment, derive_seed(config.seed, name), label)
+        return split(aligned(W.detach()), config, moment, gradient, derive_seed(config.seed, name), label)
 
 
 def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, label: str) -> None:
@@ -101,11 +106,25 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
         raise ConfigError(f"rank {config.rank} exceeds {min(W.shape)}, the smaller side of {label} {tuple(W.shape)}")
     if not math.isfinite(magnitude(W)):
         raise WeightError(f"{label} holds NaN or Inf; repair or reload the checkpoint before adapting it")
-    if gradient is not None or (moment is not None and config.quantization is None):
-        given = "gradient" if gradient is not None else "second moment"
+    unused = {"gradient": gradient is not None and not config.needs_gradient}
+    unused["second moment"] = moment is not None and config.quantization is None
+    for given in (name for name, is_unused in unused.items() if is_unused):
         raise ConfigError(f"a {given} was given for {label}, and this configuration does not use one; leave it out")
+    if config.needs_gradient:
+        check_gradient(W, gradient, label)
     if config.quantization is not None:
         check_quantization(W, config.quantization, moment, label)
+
+
+def check_gradient(W: Tensor, gradient: Tensor | None, label: str) -> None:
+    """Refuse to score components without a usable gradient."""
+    if gradient is None:
+        raise ConfigError(
+            f'component "scored" needs the gradient of the loss with respect to {label}; pass gradient (adapt: batches)'
+        )
+    if gradient.shape != W.shape or not bool(torch.isfinite(gradient).all()):
+        what = "not finite" if gradient.shape == W.shape else f"of shape {tuple(gradient.shape)}"
+        raise WeightError(f"the gradient given for {label} {tuple(W.shape)} is {what}")
 
 
 def check_quantization(W: Tensor, config: Quantization, moment: Tensor | None, label: str) -> None:
@@ -120,16 +139,33 @@ def check_quantization(W: Tensor, config: Quantization, moment: Tensor | None, l
         )
 
 
-def unquantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, label: str) -> Split:
+def unquantized(
+    W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, seed: int, label: str
+) -> Split:
     """The residual in W's dtype."""
     scale = config.scale(config.rank, config.alpha)
-    A, B, certificate = FACTORS[config.method](W.float(), config.rank, scale, config, seed)
+    try:
+        A, B, certificate = FACTORS[config.method](W.float(), config.rank, scale, config, seed, gradient)
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from error
+    if certificate.residual_norm is not None and certificate.residual_norm > 1:
+        warnings.warn(
+            f"{label}: a bad draw, the residual's norm is {certificate.residual_norm:.3g} times the weight's; take "
+            'another seed, a larger cur_rcond, or cur_core="optimal"',
+            stacklevel=4,
+        )
     A, B = A.contiguous(), B.contiguous()
     residual = W.clone() if config.starts_at_zero else combine(W, A, B, -scale)
-    rounding = relative_error(W, combine(residual.float(), A, B, scale))
+    rounding = split_error(W, residual, A, B, scale)
     if not math.isfinite(rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, replace(certificate, rounding=rounding))
+
+
+def aligned(W: Tensor) -> Tensor:
+    """The weight where a matrix product rounds it as anywhere else: on CPUs its bits depend on how far from a cache
+    line's beginning an fp32 matrix begins, and in a file that is mapped into memory it may begin anywhere."""
+    return W.clone() if W.device.type == "cpu" and W.dtype == torch.float32 and W.data_ptr() % CACHE_LINE else W
 
 
 class Weight(NamedTuple):
@@ -143,6 +179,8 @@ class Weight(NamedTuple):
     """The weight's name."""
     moment: Tensor | None = None
     """(in, in) second moment of the layer's input."""
+    gradient: Tensor | None = None
+    """(out, in), of the loss with respect to W."""
 
 
 def split_each(weights: Sequence[Weight]) -> Iterator[Split]:
@@ -170,7 +208,9 @@ def split_each(weights: Sequence[Weight]) -> Iterator[Split]:
         torch.set_num_threads(threads)
 
 
-def quantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, label: str) -> Split:
+def quantized(
+    W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, seed: int, label: str
+) -> Split:
     """The residual in few bits, and the adapter that goes with it."""
     assert config.quantization is not None
     start = time.perf_counter()
@@ -195,9 +235,9 @@ def quantized(W: Tensor, config: PissaConfig, moment: Tensor | None, seed: int, 
 
 
 def factors(W: Tensor, found: Alternation, config: PissaConfig, scale: float, seed: int) -> tuple[Tensor, Tensor]:
-    """A and B with `s·B·A = L`, S shared evenly between them as in `principal_factors`."""
+    """A and B with `s·B·A = L`, S shared evenly between them as in `pissa_factors`."""
     if found.low_rank is None:
-        A, B, _ = FACTORS[config.method](W.float(), config.rank, scale, config, seed)
+        A, B, _ = FACTORS[config.method](W.float(), config.rank, scale, config, seed, None)
         return A.contiguous(), B.contiguous()
     U, S, Vh = singular_triplets(found.low_rank, config.rank)
     root = (S / scale).sqrt()
@@ -220,19 +260,41 @@ def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, s
 
 
 def _split(weight: Weight) -> Split:
-    return split_weight(weight.W, weight.config, moment=weight.moment, name=weight.name)
+    return split_weight(weight.W, weight.config, moment=weight.moment, gradient=weight.gradient, name=weight.name)
 
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`W + scale·B·A`, computed in fp32 and rounded once to W's dtype; (out, in)."""
+    A, B = aligned(A.float()), aligned(B.float())
+    out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
     with full_precision():
-        return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
+        for rows in row_blocks(W):
+            out[rows] = torch.addmm(W[rows].float(), B[rows], A, alpha=scale)
+    return out
 
 
-def relative_error(W: Tensor, approximation: Tensor) -> float:
-    """`‖W − approximation‖ / ‖W‖` in the Frobenius norm; 0 for W = 0."""
-    norm = torch.linalg.vector_norm(W.float())
-    return float(torch.linalg.vector_norm(W.float() - approximation) / norm) if norm > 0 else 0.0
+def split_error(W: Tensor, residual: Tensor, A: Tensor, B: Tensor, scale: float) -> float:
+    """`‖W − (residual + scale·B·A)‖ / ‖W‖` in the Frobenius norm, the sum in fp32; 0 for W = 0.
+
+    Args:
+        W: (out, in); residual: the same shape; A: (r, in) fp32; B: (out, r) fp32.
+    """
+    A, B = aligned(A.float()), aligned(B.float())
+    norms, errors = [], []
+    with full_precision():
+        for rows in row_blocks(W):
+            block = W[rows].float()
+            again = torch.addmm(residual[rows].float(), B[rows], A, alpha=scale)
+            norms.append(torch.linalg.vector_norm(block))
+            errors.append(torch.linalg.vector_norm(again.sub_(block)))
+    norm, error = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (norms, errors))
+    return float(error / norm) if norm > 0 else 0.0
+
+
+def row_blocks(W: Tensor) -> Iterator[slice]:
+    """Slices of W's rows, each of about BLOCK elements."""
+    step = max(1, BLOCK // max(1, W.shape[1]))
+    return (slice(top, top + step) for top in range(0, W.shape[0], step))
 
 
 def derive_seed(seed: int, name: str | None) -> int:

@@ -70,9 +70,9 @@ def with_nan(base: Path) -> None:
 MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (missing, "BASE does not exist; give a model's directory or a hub id"),
     "empty": (empty, "BASE is empty; a model directory holds config.json"),
-    "without weights": (without_weights, "BASE has a config.json but no weights"),
+    "without weights": (without_weights, "BASE has no weights: no model.safetensors"),
     "without a shard": (without_a_shard, "BASE lacks 1 shard(s) that model.safetensors.index.json names: model-00002-"),
-    "cut short": (cut_short, "cannot load a language model from BASE"),
+    "cut short": (cut_short, "BASE/model.safetensors is not whole: its header describes"),
     "without tokenizer": (without_tokenizer, "cannot load a tokenizer from BASE"),
     "without end of sequence": (without_end, "the tokenizer of BASE has no end-of-sequence token"),
     "NaN": (with_nan, "NaN or Inf in the weight of model.layers.1.mlp.up_proj"),

@@ -160,7 +160,7 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path: Path, content: str | 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"method": "dora"}, "method is 'dora'; allowed: pissa, lora"),
+        ({"method": "dor"}, "method is 'dor'; allowed: pissa, random-pissa"),
         ({"method": None}, "method is None; allowed"),
         ({"dtype": "fp16"}, "dtype is 'fp16'; allowed: auto, fp32, bf16"),
         ({"schedule": "cosin"}, "schedule is 'cosin'"),

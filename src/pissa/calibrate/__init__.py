@@ -1,1 +1,1 @@
-"""What a model does on a user's own text: second moments of layer inputs, in one pass and bounded memory."""
+"""What a model does on a user's own data: second moments of layer inputs, gradients of weights, in bounded memory."""

@@ -2,8 +2,9 @@
 
 An adapter directory comes in four layouts, and each says by itself which one it is:
 
-    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0]; `pissa.json` says so, or,
-               in placement "offset", the adapter's configuration
+    lossless   our runs and exports: one LoRA of rank 2r for the base, [B | −B0] and [A ; A0], a DoRA with magnitudes,
+               a run's checkpoint of AdaLoRA with [E ; E0]; `pissa.json` says so, or, in placement "offset", the
+               adapter's configuration
     on disk    the rank-r adapter for a residual that `save_residual` wrote; its configuration and `pissa.json` name it
     residual   a plain `save_pretrained` of an adapted model: the rank-r adapter, and `pissa_init/` beside it
     LoRA       any other PEFT LoRA
@@ -16,37 +17,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.utils.other import get_pattern_key
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, MissingExtraError
 from ..live.apply import attach, attach_offset
-from ..live.layers import is_linear, matrix_shape
+from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.quantized import keep_unpacked, quantized_layers, remember_dtype
+from ..live.runtime import holes, taps, with_holes
 from ..live.state import (
     INITIAL,
     TRAINABLE,
     AdapterFactors,
+    Layout,
     config_with_ranks,
     halves,
     is_marked_offset,
     marks,
     not_plain_lora,
 )
+from .factors import CONFIG, read_factors
+from .hub import first_line, looks_like_path
 from .manifest import read_manifest
 from .residual import SavedResidual, find_residual, residual_at
+from .source import check_source
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
 LOSSLESS = "lossless"
 
 
@@ -55,7 +57,9 @@ class SavedAdapter:
     """An adapter as its directory holds it."""
 
     factors: dict[str, AdapterFactors]
-    """Module name -> trained and initial factors."""
+    """Name of what is adapted -> trained and initial factors."""
+    layouts: dict[str, Layout]
+    """By the same names, how PEFT stores them."""
     config: LoraConfig
     """PEFT's configuration of the adapter as trained (rank r)."""
     base: str | None
@@ -89,17 +93,25 @@ def load(
     """
     saved = read_adapter(path)
     model, residual = _base_or_residual(path, saved, base)
-    _check_fit(path, saved.factors, model)
-    has_initial = any(factors.A0 is not None for factors in saved.factors.values())
-    in_few_bits = any(name in saved.factors for name in quantized_layers(model))
+    adapters = fitted(path, saved, model)
+    has_initial = any(factors.A0 is not None for factors in adapters.values())
+    in_few_bits = any(name in adapters for name in quantized_layers(model))
     offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
-    trained = {name: (f.A, f.B) for name, f in saved.factors.items()}
+    trained = {name: _tensors(f.A, f.B, f.E) for name, f in adapters.items()}
     initial = {
-        name: (f.A0, f.B0) if f.A0 is not None and f.B0 is not None else (f.A, f.B) for name, f in saved.factors.items()
+        name: _tensors(f.A0, f.B0, f.E0) if f.A0 is not None and f.B0 is not None else trained[name]
+        for name, f in adapters.items()
     }
+    magnitudes = {name: f.magnitude for name, f in adapters.items() if f.magnitude is not None}
     attach_placed = attach_offset if offset else attach
     adapted = attach_placed(
-        model, saved.config, initial, subtract=has_initial, trained=trained, ready=residual is not None
+        model,
+        saved.config,
+        initial,
+        subtract=has_initial,
+        trained=trained,
+        magnitudes=magnitudes or None,
+        ready=residual is not None,
     )
     if residual is not None:
         record: Any = adapted.pissa
@@ -112,24 +124,45 @@ def load(
     return adapted
 
 
+def _tensors(*factors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(factor for factor in factors if factor is not None)
+
+
 def _base_or_residual(
     path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | nn.Module | None
 ) -> tuple[Any, SavedResidual | None]:
     """The model to attach an adapter to, and where it is the residual already, what its directory says."""
+    given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
+    place, residual = base_place(path, saved, given)
+    model: Any = load_base(place) if base is None or isinstance(base, str | os.PathLike) else base
+    keep_unpacked(model)
+    return model, residual
+
+
+def base_place(
+    path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | None
+) -> tuple[str | os.PathLike[str], SavedResidual | None]:
+    """Where the weights are that a saved adapter goes on, and what their directory says where they are the residual.
+
+    Args:
+        path: of the adapter, for messages.
+        saved: the adapter.
+        base: a directory or hub id; None for the recorded one, "" where it has none.
+
+    Raises:
+        CheckpointError: no base is recorded, or the adapter fits only a residual, which this is not.
+    """
     if base is None:
         base = saved.residual.path if saved.residual is not None else saved.base
     if base is None:
         raise CheckpointError(f"{path} does not record its base; pass it: load(path, base=…)")
-    place = base if isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None)
-    residual = residual_at(Path(place)) if place and not is_marked_offset(saved.config) else None
+    residual = residual_at(Path(base)) if base and not is_marked_offset(saved.config) else None
     if marks(saved.config).get("residual") and residual is None:
         raise CheckpointError(
-            f"{path} holds an adapter for a quantised residual, and {place or 'the model given'} is not that residual; "
+            f"{path} holds an adapter for a quantised residual, and {base or 'the model given'} is not that residual; "
             "save it with pissa.save_residual(model, …) and pass it: load(path, base=…)"
         )
-    model: Any = load_base(base) if isinstance(base, str | os.PathLike) else base
-    keep_unpacked(model)
-    return model, residual
+    return base, residual
 
 
 def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -184,31 +217,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def check_model_directory(source: str | os.PathLike[str]) -> None:
-    """Refuse a local model directory that is missing, empty or lacks shards; a hub id passes unchecked.
+    """Refuse a local model directory that is missing, empty, incomplete or damaged; a hub id passes unchecked.
 
     Raises:
-        CheckpointError: with what is missing.
+        CheckpointError: as `open_source`.
     """
-    path = Path(source)
-    if not path.exists():
-        if looks_like_path(source):
-            raise CheckpointError(f"{source} does not exist; give a model's directory or a hub id such as org/name")
-        return
-    if not path.is_dir():
-        raise CheckpointError(f"{source} is a file; give the directory that holds config.json and the weights")
-    if not (path / "config.json").is_file():
-        what = "is empty" if not any(path.iterdir()) else "has no config.json"
-        raise CheckpointError(f"{source} {what}; a model directory holds config.json and its weights")
-    indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
-    weights = [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.gguf")]
-    if not weights and not indices:
-        raise CheckpointError(f"{source} has a config.json but no weights (*.safetensors); download it again")
-    for index in indices:
-        missing = sorted(file for file in _indexed_files(index) if not (path / file).is_file())
-        if missing:
-            raise CheckpointError(
-                f"{source} lacks {len(missing)} shard(s) that {index.name} names: {', '.join(missing)}"
-            )
+    if Path(source).exists() or looks_like_path(source):
+        check_source(source)
 
 
 def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
@@ -231,12 +246,6 @@ def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any])
         )
 
 
-def looks_like_path(source: str | os.PathLike[str]) -> bool:
-    """Whether a source can only be a path: hub ids are `name` or `org/name`."""
-    text = os.fspath(source)
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
-
-
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     """Read an adapter directory of any layout, without its base.
 
@@ -245,7 +254,7 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     """
     directory = _adapter_directory(Path(path))
     config = _read_config(directory)
-    factors, others = _read_factors(directory, config)
+    factors, layouts, others = read_factors(directory, config)
     manifest = read_manifest(directory) or {}
     base = manifest.get("base") or config.base_model_name_or_path
     residual = None
@@ -256,7 +265,7 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     beside = [directory / INITIAL] + ([residual.path / INITIAL] if residual is not None else [])
     if manifest.get("layout") == LOSSLESS or is_marked_offset(config):
         config = config_with_ranks(config, 0.5)
-        odd = [name for name, f in factors.items() if f.A.shape[0] % 2]
+        odd = [name for name, f in factors.items() if f.A.shape[-2] % 2]
         if odd:
             raise CheckpointError(f"{directory} is no lossless export: odd rank at {', '.join(odd)}")
         factors = {name: halves(f) for name, f in factors.items()}
@@ -265,26 +274,21 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     reason = not_plain_lora(config, initial_known=any(f.A0 is not None for f in factors.values()))
     if reason:
         raise CheckpointError(f"the adapter in {directory} {reason}")
-    return SavedAdapter(factors, config, base, others, residual, residual.gaps if residual is not None else {})
+    return SavedAdapter(factors, layouts, config, base, others, residual, residual.gaps if residual is not None else {})
 
 
 def _with_initial(
     directory: Path, factors: dict[str, AdapterFactors], initial_directory: Path
 ) -> dict[str, AdapterFactors]:
     """The factors together with those at step 0, which lie in a directory of their own."""
-    initial, _ = _read_factors(initial_directory, _read_config(initial_directory))
+    initial, _, _ = read_factors(initial_directory, _read_config(initial_directory))
     if {n: (f.A.shape, f.B.shape) for n, f in initial.items()} != {
         n: (f.A.shape, f.B.shape) for n, f in factors.items()
     }:
         raise CheckpointError(
             f"{directory} and {initial_directory} differ in modules or ranks; they are not of one run"
         )
-    return {name: AdapterFactors(f.A, f.B, f.scale, initial[name].A, initial[name].B) for name, f in factors.items()}
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message as one line."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return {name: replace(f, A0=initial[name].A, B0=initial[name].B, E0=initial[name].E) for name, f in factors.items()}
 
 
 def _adapter_directory(path: Path) -> Path:
@@ -306,9 +310,9 @@ def _read_config(directory: Path) -> LoraConfig:
     try:
         document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         kind = document.get("peft_type")
-        if kind != "LORA":
-            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA adapters")
-        config = LoraConfig.from_pretrained(str(directory))
+        if kind not in ("LORA", "ADALORA"):
+            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA and AdaLoRA adapters")
+        config = (LoraConfig if kind == "LORA" else AdaLoraConfig).from_pretrained(str(directory))
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -321,75 +325,46 @@ def _read_config(directory: Path) -> LoraConfig:
     return config
 
 
-def _read_factors(directory: Path, config: LoraConfig) -> tuple[dict[str, AdapterFactors], dict[str, Tensor]]:
-    file = directory / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{directory} has no {WEIGHTS}; the adapter is incomplete")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
-    sides: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    foreign: list[str] = []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        module, _, side = name.removesuffix(".weight").rpartition(".")
-        if side in ("lora_A", "lora_B") and name.endswith(".weight") and tensor.ndim == 2:
-            sides.setdefault(module, {})[side] = tensor
-        elif ".lora_" in name:
-            foreign.append(name)
-        elif ".base_layer." not in name:  # PEFT stores targeted embeddings' base weights beside their adapter
-            others[key] = tensor
-    if foreign:
-        raise CheckpointError(f"{file} is no LoRA of linear layers alone: it holds {', '.join(foreign[:20])}")
-    halves = sorted(module for module, pair in sides.items() if len(pair) != 2)
-    if halves or not sides:
-        raise CheckpointError(
-            f"{file} has no complete lora_A/lora_B pair" + (f" for {', '.join(halves)}" if halves else "")
-        )
-    misfits = [
-        f"{name} {tuple(p['lora_B'].shape)} x {tuple(p['lora_A'].shape)}"
-        for name, p in sides.items()
-        if not p["lora_A"].shape[0] == p["lora_B"].shape[1] == _rank(config, name)
-    ]
-    if misfits:
-        raise CheckpointError(f"{file}: the ranks do not fit each other or {CONFIG}: {', '.join(misfits[:20])}")
-    factors = {name: AdapterFactors(p["lora_A"], p["lora_B"], _scale(config, name)) for name, p in sides.items()}
-    return factors, others
+def fitted(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module) -> dict[str, AdapterFactors]:
+    """The factors in the shapes that the model's weights ask for.
 
-
-def _rank(config: LoraConfig, name: str) -> int:
-    return (config.rank_pattern or {}).get(get_pattern_key(list(config.rank_pattern or {}), name), config.r)
-
-
-def _scale(config: LoraConfig, name: str) -> float:
-    rank = _rank(config, name)
-    alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), name), config.lora_alpha)
-    return alpha / (rank**0.5 if config.use_rslora else rank)
-
-
-def _check_fit(path: str | os.PathLike[str], factors: Mapping[str, AdapterFactors], model: nn.Module) -> None:
-    modules = dict(model.named_modules())
-    wrong = [
-        name
-        for name, f in factors.items()
-        if name not in modules
-        or not is_linear(modules[name])
-        or matrix_shape(modules[name]) != (f.B.shape[0], f.A.shape[1])
-    ]
+    Raises:
+        CheckpointError: what is adapted is missing in the model, or of another shape.
+    """
+    fitted: dict[str, AdapterFactors] = {}
+    for name, factors in saved.factors.items():
+        place = place_named(model, name)
+        if place is None:
+            continue
+        factors = _without_holes(factors, saved.layouts[name], place)
+        stack = place.matrix_shape[:-2] == (1,) and factors.A.ndim == 2  # a single expert
+        factors = _each(factors, lambda tensor: tensor[None]) if stack else factors
+        if place.matrix_shape == (*factors.A.shape[:-2], factors.B.shape[-2], factors.A.shape[-1]):
+            fitted[name] = factors
+    wrong = [name for name in saved.factors if name not in fitted]
     if wrong:
         raise CheckpointError(f"{path} was made for another base: {', '.join(wrong[:20])} missing or of another shape")
+    return fitted
+
+
+def _each(factors: AdapterFactors, change: Callable[[Tensor], Tensor], sides: str = "AB") -> AdapterFactors:
+    """The factors with A and A0, B and B0, or all of them changed."""
+    tensors = {name: getattr(factors, name) for side in sides for name in (side, f"{side}0")}
+    return replace(factors, **{name: change(t) for name, t in tensors.items() if t is not None})
+
+
+def _without_holes(factors: AdapterFactors, layout: Layout, place: Place) -> AdapterFactors:
+    """The factors of a dilated convolution, whose kernels are saved with holes, with their taps alone."""
+    if place.kind is not CONVOLUTION or layout.shape == place.shape:
+        return factors
+    dilation = holes(place.module)
+    kernel = layout.shape[1:]
+    if with_holes(place.weight.new_zeros(1, *place.shape[1:]), dilation).shape[1:] != kernel:
+        return factors
+    return _each(factors, lambda A: A.reshape(-1, *kernel)[taps(dilation)].flatten(1), "A")
 
 
 def _load_others(model: PeftModel, tensors: dict[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, tensors, adapter_name=TRAINABLE)
-
-
-def _indexed_files(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a shard index: {first_line(error)}; download it again") from error

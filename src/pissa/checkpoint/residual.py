@@ -8,8 +8,10 @@ OUT/pissa.json     the base, how each module was split and what that cost
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,13 +27,16 @@ from transformers import PreTrainedModel
 from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
-from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter
+from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, without_wrappers
+from .factors import WEIGHTS
 from .manifest import MANIFEST, package_versions, read_manifest
+from .seal import described, write_sealed
 from .write import check_free, output_directory, write_json
 
 RESIDUAL = "residual"
 ADAPTER = "adapter for a residual"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+QUANT_STATE = ".quant_state.bitsandbytes__nf4"
+LONGEST_FLOAT = len(repr(-2.2250738585072014e-308))
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class SavedResidual:
     """Directory or hub id of the base that was split."""
     certificates: dict[str, Certificate]
     """Module name -> certificate of its split."""
+    config: dict[str, Any] | None = None
+    """The fields of the PissaConfig by which it was split, as far as they are known."""
 
     @property
     def gaps(self) -> dict[str, float]:
@@ -79,7 +86,7 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
             write_adapter(model, partial / INITIAL, base=final, adapter=INITIAL)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_json(partial / MANIFEST, _manifest(record))
+        write_sealed(partial / MANIFEST, {**_manifest(record), "files": described(partial)})
     record.residual = final
     for config in model.peft_config.values():
         config.base_model_name_or_path = final
@@ -132,15 +139,18 @@ def residual_at(path: Path) -> SavedResidual | None:
         return None
     known = {field.name for field in fields(Certificate)}
     certificates = {
-        name: Certificate(**{key: value for key, value in module.items() if key in known})
+        name: Certificate(**{"seconds": 0.0, **{key: value for key, value in module.items() if key in known}})
         for name, module in manifest.get("modules", {}).items()
     }
-    return SavedResidual(path, manifest.get("base"), certificates)
+    return SavedResidual(path, manifest.get("base"), certificates, manifest.get("config"))
 
 
 def find_residual(directory: Path, manifest: dict[str, Any], named: str | None) -> SavedResidual | None:
-    """The residual that an adapter is for: where its manifest says (relative to itself, so that a run can be moved as a
-    whole), else the base that its configuration names, where that is one."""
+    """The residual that an adapter is for: the directory that the initial adapter lies in; where its manifest says
+    (relative to itself, so that a run can be moved as a whole); else the base that its configuration names, where that
+    is one."""
+    if directory.name == INITIAL and (found := residual_at(directory.parent)) is not None:
+        return found
     relative = manifest.get("residual")
     if relative is not None:
         found = residual_at(Path(os.path.normpath(directory / relative)))
@@ -156,12 +166,49 @@ def residual_state(plain: PreTrainedModel) -> dict[str, Tensor]:
     for key, tensor in plain.state_dict().items():
         if ".lora_" in key or ".modules_to_save." in key or not isinstance(tensor, Tensor):
             continue
-        state[key.replace(".original_module.", ".").replace(".base_layer.", ".")] = tensor.detach().contiguous()
+        name = without_wrappers(key.replace(".original_module.", "."))
+        state[name] = stored(name, tensor.detach())
     ties: dict[str, str] = getattr(plain, "all_tied_weights_keys", {})
     for shared, kept in ties.items():
         if shared in state and kept in state:
             del state[shared]
-    return state
+    return unshared(state)
+
+
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each in memory of its own, so that a file holds them all."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in state.items():
+        result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
+
+
+def stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor as it is written: contiguous, and bitsandbytes' description of a 4-bit weight, which is JSON with the
+    mean of the scales in it, of a length that its values have no part in (blanks at the end mean nothing)."""
+    if not name.endswith(QUANT_STATE):
+        return tensor.contiguous()
+    text = bytes(tensor.numpy())
+    offset = str(json.loads(text).get("nested_offset", ""))
+    blanks = torch.full((LONGEST_FLOAT - len(offset),), ord(" "), dtype=torch.uint8)
+    return torch.cat([tensor, blanks]) if offset else tensor.contiguous()
+
+
+def warn_of_uneven(outputs: Mapping[str, int], form: str) -> None:
+    """Say which 4-bit layers transformers alone cannot evaluate on some CPUs.
+
+    Args:
+        outputs: layer -> number of outputs. form: of the quantisation.
+    """
+    uneven = [name for name, count in outputs.items() if form == "nf4" and count % 32]
+    if uneven:
+        warnings.warn(
+            f"{', '.join(uneven)}: the number of outputs is no multiple of 32, so bitsandbytes fails in evaluation "
+            "mode on CPUs with AVX512-bf16 when transformers alone loads this; pissa.load does not",
+            stacklevel=4,
+        )
 
 
 def _check_residual(model: PeftModel, record: Any) -> PreTrainedModel:
@@ -175,13 +222,7 @@ def _check_residual(model: PeftModel, record: Any) -> PreTrainedModel:
     if not isinstance(plain, PreTrainedModel):
         raise PissaError(f"{type(plain).__name__} is no transformers model; save its state_dict yourself")
     layers: dict[str, Any] = {**quantized_layers(plain)}
-    uneven = [name for name, layer in layers.items() if bits_of(layer) == 4 and layer.out_features % 32]
-    if uneven:
-        warnings.warn(
-            f"{', '.join(uneven)}: the number of outputs is no multiple of 32, so bitsandbytes fails in evaluation "
-            "mode on CPUs with AVX512-bf16 when transformers alone loads this; pissa.load does not",
-            stacklevel=3,
-        )
+    warn_of_uneven({name: layer.out_features for name, layer in layers.items() if bits_of(layer) == 4}, "nf4")
     return plain
 
 

@@ -38,12 +38,12 @@ def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with explained(out):
             yield partial
-            _flush_tree(partial)
+            flush_tree(partial)
             if out.exists():
                 out.rmdir()
             os.chmod(partial, 0o777 & ~_umask())
             partial.replace(out)
-            _flush(out.parent)
+            flush(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -63,12 +63,12 @@ def output_files(out: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
     try:
         with explained(out):
             yield partial
-            _flush_tree(partial)
+            flush_tree(partial)
             (out / last).unlink(missing_ok=True)
             for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
                 os.chmod(file, 0o666 & ~_umask())
                 file.replace(out / file.name)
-            _flush(out)
+            flush(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -89,10 +89,10 @@ def output_file(out: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with explained(out):
             yield partial / out.name
-            _flush(partial / out.name)
+            flush(partial / out.name)
             os.chmod(partial / out.name, 0o666 & ~_umask())
             os.replace(partial / out.name, out)
-            _flush(out.parent)
+            flush(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -129,11 +129,11 @@ def check_free(out: str | os.PathLike[str]) -> None:
 
 def durable_rename(partial: Path, final: Path) -> None:
     """Flush a directory and everything in it to the disk, then give it its name, in place of an older one."""
-    _flush_tree(partial)
+    flush_tree(partial)
     if final.exists():
         shutil.rmtree(final)
     partial.replace(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 @contextmanager
@@ -159,12 +159,29 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
-def _flush_tree(directory: Path) -> None:
+def locked(descriptor: int) -> bool:
+    """Take the lock that ends with the process; True also where the system or the file system has none."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def flush_tree(directory: Path) -> None:
+    """Flush a directory and everything in it to the disk."""
     for path in [*directory.rglob("*"), directory]:
-        _flush(path)
+        flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file, or a directory's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from ..errors import PissaError
-from . import demo, export, inspect, train
+from . import demo, export, init, inspect, train, verify
 
 app = typer.Typer(
     name="pissa",
@@ -85,7 +85,9 @@ def _usage_error(error: Exception) -> str | None:
     return f"{message().rstrip('.')}{hint}"
 
 
+_add("init", init.command)
 _add("train", train.command)
 _add("export", export.command)
+_add("verify", verify.command)
 _add("inspect", inspect.command)
 _add("demo", demo.command)

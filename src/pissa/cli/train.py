@@ -18,8 +18,20 @@ def command(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="pissa, lora, lora-kaiming, lora-gaussian, qlora, loftq, qpissa or full. [pissa]"),
+        typer.Option(
+            help="pissa, random-pissa, cura, robust-pissa, lora, lora-kaiming, lora-gaussian, dora, adalora, "
+            "pissa+dora, pissa+adalora, qlora, loftq, qpissa or full. [pissa]"
+        ),
     ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Of pissa: principal, medium, minor, or scored by the data. [principal]")
+    ] = None,
+    scored_examples: Annotated[int | None, typer.Option(help="Examples that scored looks at. [64]")] = None,
+    random_fraction: Annotated[
+        float | None, typer.Option(help="Of random-pissa: share of the components that are drawn. [1]")
+    ] = None,
+    cur_core: Annotated[str | None, typer.Option(help="Of cura: optimal or intersection. [optimal]")] = None,
+    cur_rcond: Annotated[float | None, typer.Option(help="Of cura: cut-off of its inverses. [rounding]")] = None,
     rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
     target_modules: Annotated[
@@ -44,12 +56,13 @@ def command(
     ] = None,
     calibration_windows: Annotated[int | None, typer.Option(help="Windows of calibration text. [80]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens per window. [256]")] = None,
-    rounding: Annotated[
-        str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [with it and nf4: gptq]")
-    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="nearest, or gptq, which needs --calibration. [nearest]")] = None,
     placement: Annotated[
         str | None,
         typer.Option(help="residual, or offset: leave the base as it is, for one in 4 or 8 bits. [residual]"),
+    ] = None,
+    orthogonality: Annotated[
+        float | None, typer.Option(help="Of adalora: weight of its penalty on factors not orthonormal. [0.5]")
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout on the adapter's input. [0]")] = None,
     allow_dropout: Annotated[
@@ -60,6 +73,9 @@ def command(
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate. [2e-5]")
+    ] = None,
+    loraplus_ratio: Annotated[
+        float | None, typer.Option(help="LoRA+: B's learning rate is this many times A's. [1]")
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant. [cosine]")] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="Share of steps for warm-up. [0.03]")] = None,
@@ -116,10 +132,11 @@ def command(
 def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:
     if not recipe.adapts:
         return "the fine-tuned model"
-    if recipe.quantization is not None:
-        gap = results["mean_quantization_gap"]
+    if results["quantization"] is not None:
+        gap, model = results["mean_quantization_gap"], results["settings"]["model"]
+        place = "in it, residual/" if results["base"] == model else f"in {model}"
         return (
-            "an adapter for the quantised residual in it, residual/; `pissa export` makes a LoRA for "
+            f"an adapter for the quantised residual {place}; `pissa export` makes a LoRA for "
             f"{results['base']} (off by {100 * gap:.1f} % of its weights on average) or a merged model"
         )
     return f"a LoRA for {results['base']}; plain PEFT loads it"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -12,7 +13,8 @@ class Certificate:
 
     The captured-energy loss of a rank-r approximation `W_r` is
     `1 − (‖W‖² − ‖W − W_r‖²) / (the same for the optimal W_r)`: the share of the energy (squared Frobenius norm) which
-    the best rank-r approximation captures and this one misses. It is 0 for an exact truncated SVD and for `W = 0`.
+    the best rank-r approximation captures and this one misses. It is 0 for an exact truncated SVD and for `W = 0`,
+    1 for factors that capture nothing, and more where taking them out makes W larger (a bad draw of CURA).
     """
 
     algorithm: str
@@ -22,7 +24,7 @@ class Certificate:
     seconds: float
     """Wall-clock time of the decomposition."""
     captured_energy_loss: float
-    """Computed, not assumed; dimensionless, in [0, 1]."""
+    """Computed, not assumed; dimensionless."""
     bound: Literal["exact", "upper bound", "estimate"]
     """How `captured_energy_loss` relates to the true loss."""
     rounding: float = 0.0
@@ -33,3 +35,16 @@ class Certificate:
     """By how many percent that is below the plain format's `‖W − Q(W)‖`; 0 for W = 0."""
     iterations: int | None = None
     """How many iterations the quantised split took; later ones were no better."""
+    residual_norm: float | None = None
+    """`‖W − scale·B·A‖ / ‖W‖`, Frobenius, where the factors may make the residual larger than W; else None."""
+    mean_absolute_error: float | None = None
+    """Mean of `|W − scale·B·A|` where that is what the factors minimise; else None."""
+
+
+def worst(certificates: Sequence[Certificate]) -> Certificate:
+    """One certificate that holds for each of several matrices; the seconds are those of all."""
+    return replace(
+        max(certificates, key=lambda certificate: certificate.captured_energy_loss),
+        rounding=max(certificate.rounding for certificate in certificates),
+        seconds=sum(certificate.seconds for certificate in certificates),
+    )

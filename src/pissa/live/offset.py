@@ -26,10 +26,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..errors import PissaError
-from .state import TRAINABLE, adapter_layers, config_with_ranks, set_marks
+from .state import TRAINABLE, adapter_layers, config_with_ranks, parameters_of, place_at, set_marks
 
 FROZEN = "_pissa_frozen_half"
-"""A parameter's attribute: (dimension that is cut in halves, the second half as it must stay)."""
+"""A parameter's attribute: (dimension that is cut in halves, stacks along it, the second halves as they must stay)."""
 _watching: list[Any] = []
 
 
@@ -41,11 +41,11 @@ def offset_config(lora_config: LoraConfig) -> LoraConfig:
 
 
 def concatenated(
-    trained: Mapping[str, tuple[Tensor, Tensor]], initial: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name -> ([A ; A0] (2r, in), [B | −B0] (out, 2r))."""
+    trained: Mapping[str, tuple[Tensor, ...]], initial: Mapping[str, tuple[Tensor, ...]]
+) -> dict[str, tuple[Tensor, ...]]:
+    """Name -> ([A ; A0] (…, 2r, in), [B | −B0] (…, out, 2r))."""
     return {
-        name: (torch.cat([A, initial[name][0]]), torch.cat([B, -initial[name][1]], dim=1))
+        name: (torch.cat([A, initial[name][0]], dim=-2), torch.cat([B, -initial[name][1]], dim=-1))
         for name, (A, B) in trained.items()
     }
 
@@ -53,38 +53,47 @@ def concatenated(
 def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:
     """Keep the second half of every factor of an adapter as it is, whatever is trained."""
     for name, layer in adapter_layers(model).items():
-        for dimension, holders in enumerate((layer.lora_A, layer.lora_B)):
-            holder: Any = holders[adapter]
-            if holder.weight.shape[dimension] % 2:
-                raise PissaError(
-                    f"{name}: an offset adapter has an even rank, this one {holder.weight.shape[dimension]}"
-                )
-            _freeze(holder.weight, dimension)
+        A, B = parameters_of(layer, adapter)
+        rank = layer.r[adapter]
+        if rank % 2:
+            raise PissaError(f"{name}: an offset adapter has an even rank, this one {rank}")
+        _freeze(A, 0, place_at(layer).kind.stacks(A, rank))
+        _freeze(B, 1)
 
 
-def _freeze(parameter: nn.Parameter, dimension: int) -> None:
-    """Freeze one factor's second half along a dimension (0 for A, 1 for B)."""
+def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:
+    """Freeze one factor's second half along a dimension (0 for A, 1 for B), that of each stack on its own."""
 
     def drop_gradient(accumulated: Tensor) -> None:
         if accumulated.grad is not None:
-            second_half(accumulated.grad, dimension).zero_()
+            second_half(accumulated.grad, dimension, stacks).zero_()
 
     if not hasattr(parameter, FROZEN):
         parameter.register_post_accumulate_grad_hook(drop_gradient)
-    setattr(parameter, FROZEN, (dimension, second_half(parameter.detach(), dimension).clone()))
+    setattr(parameter, FROZEN, (dimension, stacks, second_half(parameter.detach(), dimension, stacks).clone()))
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_put_back))
 
 
-def second_half(factor: Tensor, dimension: int) -> Tensor:
-    """A view of the second half along a dimension; of a sharded factor, of what this process holds of that half."""
-    half = factor.shape[dimension] // 2
+def second_half(factor: Tensor, dimension: int, stacks: int = 1) -> Tensor:
+    """A view of the second half along a dimension; of that of each stack where several follow each other along it.
+
+    Of a sharded factor it is what this process holds of that half.
+    """
     if isinstance(factor, DTensor):
-        _, offsets = compute_local_shape_and_global_offset(factor.shape, factor.device_mesh, factor.placements)
-        factor = factor.to_local()
-        before = min(max(half - offsets[dimension], 0), factor.shape[dimension])
-        return factor.narrow(dimension, before, factor.shape[dimension] - before)
-    return factor.narrow(dimension, half, half)
+        return _second_half_here(factor, dimension, stacks)
+    split = factor.unflatten(dimension, (stacks, -1))
+    half = split.shape[dimension + 1] // 2
+    return split.narrow(dimension + 1, half, half)
+
+
+def _second_half_here(factor: DTensor, dimension: int, stacks: int) -> Tensor:
+    if stacks > 1:
+        raise PissaError('experts in placement "offset" cannot be sharded; leave them out of fully_shard')
+    _, offsets = compute_local_shape_and_global_offset(factor.shape, factor.device_mesh, factor.placements)
+    here = factor.to_local()
+    before = min(max(factor.shape[dimension] // 2 - offsets[dimension], 0), here.shape[dimension])
+    return here.narrow(dimension, before, here.shape[dimension] - before)
 
 
 def trained_values(parameter: nn.Parameter) -> int:
@@ -97,5 +106,5 @@ def _put_back(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if hasattr(parameter, FROZEN):
-                dimension, values = getattr(parameter, FROZEN)
-                second_half(parameter, dimension).copy_(values)
+                dimension, stacks, values = getattr(parameter, FROZEN)
+                second_half(parameter, dimension, stacks).copy_(values)

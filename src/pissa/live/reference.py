@@ -17,8 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import PissaError
-from ..split import combine
-from .layers import is_linear, matrix_shape, set_weight_matrix, weight_matrix
+from .layers import combine_each, place_named, place_of
 from .quantized import bits_of, dense_layer, undeclare_quantized
 from .state import (
     INITIAL,
@@ -27,6 +26,7 @@ from .state import (
     adapter_layers,
     base_layer,
     has_initial_adapter,
+    place_at,
 )
 
 
@@ -79,7 +79,7 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
             if bits_of(base_layer(layers[name])) is not None:
                 _make_dense(layers[name], weight)
             elif name not in untied:
-                set_weight_matrix(base_layer(layers[name]), weight)
+                place_at(layers[name]).put(weight)
         if record is not None and record.quantized:
             undeclare_quantized(model.get_base_model())
     for module in model.modules():
@@ -89,8 +89,8 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
     plain = runtime.unload()
     for name, kept in untied.items():
         plain.get_submodule(name).weight = plain.get_submodule(kept).weight
-        if hasattr(plain, "all_tied_weights_keys"):
-            plain.all_tied_weights_keys[f"{name}.weight"] = f"{kept}.weight"
+    if record is not None and record.ties:
+        plain.all_tied_weights_keys.update(record.ties)
     if record is not None and record.tie_word_embeddings is not None:
         plain.config.tie_word_embeddings = record.tie_word_embeddings
     if record is not None:
@@ -102,21 +102,22 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
 def _base_weights(
     model: PeftModel, layers: dict[str, LoraLayer], originals: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Module name and the base's weight (out, in): the original where it is at hand, else residual + `pissa_init`."""
+    """Name and the base's weight (…, out, in): the original where it is at hand, else residual + `pissa_init`."""
     initial = adapter_factors(model, INITIAL) if has_initial_adapter(model) else {}
     for name, layer in layers.items():
-        weight = weight_matrix(base_layer(layer))
+        weight = place_at(layer).matrices()
         if name in originals:
             weight = originals[name].to(weight, copy=True)
         elif name in initial:
-            weight = combine(weight, initial[name].A, initial[name].B, initial[name].scale)
+            start = initial[name].folded()
+            weight = combine_each(weight, start.A, start.B, start.scale)
         yield name, weight
 
 
 def _make_dense(layer: Any, weight: torch.Tensor) -> None:
     """Put an unquantised layer with this weight under an adapter."""
-    plain: Any = dense_layer(base_layer(layer), nn.Parameter(weight, requires_grad=False))
-    set_weight_matrix(plain, weight)
+    plain = dense_layer(base_layer(layer), nn.Parameter(weight, requires_grad=False))
+    place_of(plain).put(weight)
     layer.base_layer = plain
 
 
@@ -150,12 +151,13 @@ def _check(model: nn.Module) -> None:
 
 
 def _original_weights(base: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, torch.Tensor]:
-    modules = dict(base.named_modules())
-    wrong = [n for n, layer in layers.items() if n not in modules or not _same_shape(modules[n], base_layer(layer))]
+    places = {name: place_named(base, name) for name in layers}
+    found = {
+        name: place.matrices()
+        for name, place in places.items()
+        if place is not None and place.matrix_shape == place_at(layers[name]).matrix_shape
+    }
+    wrong = [name for name in layers if name not in found]
     if wrong:
         raise PissaError(f"base is another model: {', '.join(wrong)} missing or of another shape")
-    return {name: weight_matrix(modules[name]) for name in layers}
-
-
-def _same_shape(left: nn.Module, right: nn.Module) -> bool:
-    return is_linear(left) and matrix_shape(left) == matrix_shape(right)
+    return found

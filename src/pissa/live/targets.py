@@ -9,9 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -22,37 +21,77 @@ from ..config import PissaConfig
 from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
-from .layers import is_linear, matrix_shape, weight_matrix
+from .conversion import is_rewritten
+from .layers import ATTENTION, LINEAR, PARAMETER, TRANSPOSED, Kind, Place, is_linear, kind_of, kind_of_parameter
 from .quantized import bits_of, check_quantizable
+from .runtime import why_not
 
+EXPERTS_NAME = "experts"
+"""What transformers calls the module that holds a layer's experts."""
 CLASSIFICATION_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
 class Target:
-    """One module that gets an adapter."""
+    """One weight that gets an adapter."""
 
     name: str
-    """Its full name in the model."""
+    """The full name of its module in the model; of a bare parameter, unless that is called "weight", its own."""
     module: nn.Module
-    rank: int
-    alpha: float | None
+    """That holds the weight."""
+    kind: Kind
+    parameter: str
+    """The weight's name in the module."""
+    rank: int = 0
+    alpha: float | None = None
     """None: scale 1."""
 
+    @property
+    def place(self) -> Place:
+        """Where the weight lies."""
+        return Place(self.module, self.kind, self.parameter)
 
-def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
-    """Find the modules that the configuration asks for and check that each can be adapted.
+    @property
+    def is_stack(self) -> bool:
+        """Whether the weight is a stack of matrices, one for each expert."""
+        return len(self.place.shape) == 3 and self.kind.bare
+
+    @property
+    def module_name(self) -> str:
+        """The full name of the module that holds the weight."""
+        return self.name.rpartition(".")[0] if self.is_named_parameter else self.name
+
+    @property
+    def weight_key(self) -> str:
+        """The weight's name in the model's state dict."""
+        return self.place.key(self.name)
+
+    @property
+    def peft_name(self) -> str:
+        """What PEFT matches patterns with."""
+        return self.weight_key if self.kind.bare else self.name
+
+    @property
+    def is_named_parameter(self) -> bool:
+        """Whether the name is the parameter's, not the module's."""
+        return self.kind.bare and self.parameter != "weight"
+
+
+def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = True) -> list[Target]:
+    """Find the weights that the configuration asks for and check that each can be adapted.
 
     Args:
         model: a model without adapters.
         config: target_modules, exclude_modules, ranks and alphas.
+        loaded: whether the weights are there; those on the meta device are checked for their shapes alone.
 
     Returns:
         The targets in the model's order, at least one.
 
     Raises:
-        TargetError: nothing matches, or something that matches cannot be adapted: it is no linear layer, its weight is
-            computed by a parametrisation, or it goes by several names.
+        TargetError: nothing matches, or something that matches cannot be adapted: it is of no kind that can be, PEFT's
+            layer for it would compute something else, its weight is computed by a parametrisation, or it goes by
+            several names.
         ConfigError: a rank above the smaller side of a target, or a pattern that matches no target.
         WeightError: a target's weight is quantised (outside placement "offset"), not loaded, or holds NaN or Inf.
     """
@@ -62,40 +101,98 @@ def resolve_targets(model: nn.Module, config: PissaConfig) -> list[Target]:
             "unload) first, or load the base again"
         )
     modules = dict(model.named_modules())
-    names = _select(model, modules, config)
-    unsupported = [f"{name} ({type(modules[name]).__name__})" for name in names if not is_linear(modules[name])]
-    attention = [name for name in names if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)]
-    if unsupported or attention:
-        raise TargetError(
-            f"cannot adapt {_listed([*unsupported, *attention])}: only nn.Linear and Conv1D layers that are called as "
-            "modules can be; name them in exclude_modules, or narrow target_modules"
-        )
-    _check_parametrized(modules, names)
-    _check_shared(model, modules, names)
-    targets = [_with_rank(name, modules[name], config) for name in names]
-    _check_patterns(names, config)
+    found = _select(model, modules, config)
+    _check_carried(model, modules, found, config)
+    _check_parametrized(found)
+    _check_shared(model, modules, list(dict.fromkeys(target.module_name for target in found)))
+    targets = [_with_rank(target, config) for target in found]
+    _check_patterns([target.name for target in targets], config)
     _check_quantized(targets, config)
-    _check_weights(targets)
+    if loaded:
+        _check_loaded(targets)
+    _check_shapes(targets)
+    if loaded:
+        _check_finite(targets)
+    if loaded and config.use_dora:
+        _check_rows(targets)
     if config.quantization is not None:
         bits = 8 if config.quantization.format == "int8" else 4
         check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
     return targets
 
 
-def _check_parametrized(modules: dict[str, nn.Module], names: list[str]) -> None:
+def _candidates(modules: Mapping[str, nn.Module]) -> dict[str, Target]:
+    """All weights of a model that could be adapted, by name, in its order."""
+    found = {}
+    for name, module in modules.items():
+        kind = kind_of(module)
+        if kind is not None:
+            found[name] = Target(name, module, kind, kind.parameter)
+            continue
+        for key, parameter in module._parameters.items():
+            kind = kind_of_parameter(module, parameter.shape) if parameter is not None else None
+            if kind is not None and parameter is not None and parameter.is_floating_point():
+                own = ".".join(part for part in (name, "" if key == "weight" else key) if part)
+                found[own] = Target(own, module, kind, key)
+    return found
+
+
+def _check_carried(
+    model: nn.Module, modules: Mapping[str, nn.Module], targets: list[Target], config: PissaConfig
+) -> None:
+    """Refuse what PEFT cannot carry, or would compute something else for."""
+    wrong = []
+    for target in targets:
+        reason = why_not(target.module)
+        if reason is None and (config.use_dora or config.use_adalora) and target.kind not in (LINEAR, TRANSPOSED):
+            reason = f"{'DoRA' if config.use_dora else 'AdaLoRA'} is for linear layers"
+        if reason is None and target.kind.bare:
+            if target.module is model:
+                reason = "PEFT wraps no parameter of the model itself"
+            elif config.dropout > 0:
+                reason = "PEFT adapts it as a bare parameter, with no dropout inside: set dropout 0"
+            elif config.quantization is not None or bits_of(target.module) is not None:
+                reason = "PEFT adapts it as a bare parameter, which bitsandbytes' layers do not have"
+            elif (
+                sum(
+                    target.module._parameters[target.parameter] is p
+                    for m in modules.values()
+                    for p in m._parameters.values()
+                )
+                > 1
+            ):
+                reason = "a bare parameter that another module shares"
+        if reason is not None:
+            wrong.append(f"{target.name} ({type(target.module).__name__}: {reason})")
+    if wrong:
+        raise TargetError(f"cannot adapt {_listed(wrong)}; name them in exclude_modules, or narrow target_modules")
+    inner = [t.name for t in targets if isinstance(modules.get(t.name.rpartition(".")[0]), nn.MultiheadAttention)]
+    if inner:
+        raise TargetError(
+            f"cannot adapt {_listed(inner)}: nn.MultiheadAttention reads its out_proj's weight without calling it; "
+            "name the attention itself, whose in_proj is adapted, or name them in exclude_modules"
+        )
+    bare, transposed = ([t.name for t in targets if of(t.kind)] for of in (lambda k: k.bare, lambda k: k is TRANSPOSED))
+    if bare and transposed:
+        raise TargetError(
+            f"PEFT cannot adapt bare parameters ({_listed(bare, 5)}) beside Conv1D layers ({_listed(transposed, 5)}): "
+            "leave one or the other out by exclude_modules"
+        )
+
+
+def _owners(modules: Mapping[str, nn.Module], parameter: nn.Parameter | None) -> int:
+    return sum(parameter is other for module in modules.values() for other in module._parameters.values())
+
+
+def _check_parametrized(targets: list[Target]) -> None:
     """Refuse layers whose weight is computed anew for each forward, which no residual can replace."""
-    computed = [name for name in names if is_parametrized(modules[name]) or _has_old_hook(modules[name])]
+    computed = [t.name for t in targets if is_parametrized(t.module) or t.module._parameters.get(t.parameter) is None]
     if computed:
         raise TargetError(
             f"cannot adapt {_listed(computed)}: the weight is computed by a parametrisation (torch.nn.utils' "
             "parametrize, weight_norm, spectral_norm); remove it first, as with remove_parametrizations or "
             "remove_weight_norm, or name them in exclude_modules"
         )
-
-
-def _has_old_hook(module: nn.Module) -> bool:
-    """Whether the weight is set by a hook of the older `torch.nn.utils.weight_norm` kind, and so is no parameter."""
-    return module._parameters.get("weight") is None
 
 
 def _check_shared(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> None:
@@ -144,24 +241,32 @@ def _proper_endings(name: str) -> Iterable[str]:
         yield name
 
 
-def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig) -> list[str]:
+def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig) -> list[Target]:
     saved = _saved_in_full(modules, config.modules_to_save)
+    candidates = _candidates(modules)
+    names = dict.fromkeys([*modules, *candidates])
     if config.exclude_modules:
-        _check_all_matched([*modules], modules, config.exclude_modules, "exclude_modules: ")
+        _check_all_matched([*names], modules, config.exclude_modules, "exclude_modules: ")
     if config.target_modules == "all-linear":
-        heads = _output_heads(model, modules)
-        chosen = [name for name, module in modules.items() if is_linear(module) and name not in heads]
-        chosen = [name for name in chosen if not _lies_in(name, saved)]
-        _warn_of_experts(modules, config, saved)
+        chosen = [name for name in _all_linear(model, modules, candidates) if not _lies_in(name, saved)]
     else:
-        chosen = [name for name in modules if name and matches(name, config.target_modules)]
+        chosen = [name for name in names if name and matches(name, config.target_modules)]
         _check_all_matched(chosen, modules, config.target_modules)
-    left = [name for name in chosen if not (config.exclude_modules and matches(name, config.exclude_modules))]
-    both = [name for name in left if _lies_in(name, saved)]
+    found = _expanded(chosen, modules, candidates)
+    left = [t for t in found if not (config.exclude_modules and _excluded(t, config.exclude_modules))]
+    unsupported = [f"{t.name} ({type(t.module).__name__})" for t in left if t.name not in candidates]
+    if unsupported:
+        raise TargetError(
+            f"cannot adapt {_listed(unsupported)}: only linear layers, Conv1D, embeddings, convolutions, "
+            "nn.MultiheadAttention and parameters of 2 or 3 dimensions can be; name them in exclude_modules, or narrow "
+            "target_modules"
+        )
+    both = [target.name for target in left if _lies_in(target.name, saved)]
     if both:
         raise TargetError(
             f"{_listed(both)}: target and modules_to_save at once; take them from one of the two, or exclude_modules"
         )
+    left = [replace(t, kind=PARAMETER) if t.kind is LINEAR and is_rewritten(model, t.name) else t for t in left]
     if not left:
         raise TargetError(
             f"no module matches target_modules={config.target_modules!r}"
@@ -171,22 +276,47 @@ def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig
     return left
 
 
-def _warn_of_experts(modules: dict[str, nn.Module], config: PissaConfig, saved: set[str]) -> None:
-    """Say which expert matrices "all-linear" leaves out: transformers fuses those of a layer into one 3-D parameter."""
-    fused = [
-        f"{name}.{key}"
-        for name, module in modules.items()
-        if not (config.exclude_modules and matches(name, config.exclude_modules)) and not _lies_in(name, saved)
-        for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and _inside(name, "experts")
-    ]
-    if fused:
-        warnings.warn(
-            f'target_modules="all-linear" gives no adapter to {_listed(fused, 20)}: experts fused into one 3-D '
-            "parameter are no linear layers, and are left frozen as they are; name their modules in exclude_modules "
-            "to say that this is meant",
-            stacklevel=5,
-        )
+def _expanded(chosen: list[str], modules: Mapping[str, nn.Module], candidates: Mapping[str, Target]) -> list[Target]:
+    """The targets of these names: a module without a kind of its own stands for its parameters of three dimensions."""
+    found: dict[str, Target] = {}
+    for name in chosen:
+        if name in candidates:
+            found[name] = candidates[name]
+            continue
+        inside = [t for t in candidates.values() if t.module_name == name and t.place.weight.ndim == 3]
+        for target in inside or [Target(name, modules[name], LINEAR, "weight")]:
+            found[target.name] = target
+    return list(found.values())
+
+
+def _excluded(target: Target, patterns: str | Iterable[str]) -> bool:
+    return matches(target.name, patterns) or matches(target.module_name, patterns)
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], candidates: Mapping[str, Target]) -> Iterable[str]:
+    """Linear layers, attentions and fused experts; not the output head, and not what chooses among experts."""
+    heads = _output_heads(model, modules)
+    for name, target in candidates.items():
+        parent = name.rpartition(".")[0]
+        if target.kind.bare:
+            if target.is_stack and _inside(target.module_name, EXPERTS_NAME):
+                yield name
+        elif target.kind is ATTENTION or (
+            is_linear(target.module)
+            and name not in heads
+            and not isinstance(modules.get(parent), nn.MultiheadAttention)
+            and not _chooses(target, modules.get(f"{parent}.{EXPERTS_NAME}".removeprefix(".")))
+        ):
+            yield name
+
+
+def _chooses(target: Target, experts: nn.Module | None) -> bool:
+    """Whether a linear layer beside experts is their router: one output for each, or one for a shared expert."""
+    if experts is None:
+        return False
+    stacks = [p.shape[0] for p in experts._parameters.values() if p is not None and p.ndim == 3]
+    count = stacks[0] if stacks else len(experts._modules)
+    return target.place.matrix_shape[0] in (1, count)
 
 
 def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
@@ -238,10 +368,11 @@ def _linear_endings(modules: dict[str, nn.Module]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
 
 
-def _with_rank(name: str, module: nn.Module, config: PissaConfig) -> Target:
+def _with_rank(target: Target, config: PissaConfig) -> Target:
+    name = target.name
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
-    return Target(name, module, rank, alpha)
+    return replace(target, rank=rank, alpha=alpha)
 
 
 def _check_patterns(names: list[str], config: PissaConfig) -> None:
@@ -268,31 +399,46 @@ def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
     raise WeightError(f"cannot split {_listed(already)}: already quantised; {remedy}")
 
 
-def _check_weights(targets: list[Target]) -> None:
-    unready, low, bad = [], [], []
+def _check_shapes(targets: list[Target]) -> None:
+    low = []
     for target in targets:
-        if bits_of(target.module) is not None:
-            # bitsandbytes holds finite values only, and takes time to show them
-            if target.rank > min(matrix_shape(target.module)):
-                shape = matrix_shape(target.module)
-                low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
-            continue
-        weight = weight_matrix(target.module)
-        if weight.dtype not in STORAGE_DTYPES or weight.is_meta or weight.numel() == 0 or weight.ndim != 2:
+        shape = target.place.matrix_shape[-2:]
+        if 0 < min(shape) < target.rank:
+            low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
+    if low:
+        raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")
+
+
+def _check_loaded(targets: list[Target]) -> None:
+    unready = []
+    for target in targets:
+        weight = target.place.weight
+        whole = weight.dtype in STORAGE_DTYPES and not weight.is_meta and weight.numel() > 0 and weight.ndim > 1
+        if bits_of(target.module) is None and not whole:
             unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
-        elif target.rank > min(weight.shape):
-            low.append(f"{target.name} {tuple(weight.shape)}: {target.rank} > {min(weight.shape)}")
-        elif not math.isfinite(magnitude(weight)):
-            bad.append(target.name)
     if unready:
         raise WeightError(
             f"cannot split {_listed(unready)}: weights must be loaded whole in float32, bfloat16 or float16 "
             "(a base that is sharded, or quantised by other means than bitsandbytes, cannot be split)"
         )
-    if low:
-        raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")
+
+
+def _check_finite(targets: list[Target]) -> None:
+    # bitsandbytes holds finite values only, and takes time to show them
+    plain = [target for target in targets if bits_of(target.module) is None]
+    bad = [target.name for target in plain if not math.isfinite(magnitude(target.place.weight))]
     if bad:
         raise WeightError(f"NaN or Inf in the weight of {_listed(bad)}: repair or reload the checkpoint")
+
+
+def _check_rows(targets: list[Target]) -> None:
+    """Refuse rows of zeros, which DoRA would divide by."""
+    empty = [t.name for t in targets if not bool(t.place.matrices().any(dim=-1).all())]
+    if empty:
+        raise WeightError(
+            f"DoRA divides each output's weights by their norm, and some are zero in {_listed(empty)}: name these in "
+            "exclude_modules, or train without use_dora"
+        )
 
 
 def _listed(items: Sequence[str], most: int = 300) -> str:

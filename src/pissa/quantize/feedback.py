@@ -23,20 +23,32 @@ COLUMNS = 128
 """Columns rounded between two updates of the rest."""
 
 
-def round_with_feedback(W: Tensor, moment: Tensor, round_column: Callable[[int, Tensor], Tensor]) -> None:
+def round_with_feedback(
+    W: Tensor,
+    moment: Tensor,
+    round_column: Callable[[int, Tensor], Tensor],
+    *,
+    width: int = COLUMNS,
+    begin_block: Callable[[int, Tensor], None] | None = None,
+) -> None:
     """Round W's columns in order.
 
     Args:
         W: (out, in) fp32.
         moment: (in, in) positive definite.
         round_column: (j, column (out,)) -> the rounded column; it keeps the codes for itself.
+        width: columns rounded between two updates of the rest.
+        begin_block: called with (j, columns (out, width)) before column j and the width − 1 after it are rounded: the
+            values as the errors so far have left them.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment.double()))
     U = torch.linalg.cholesky(inverse, upper=True).float()
     # Columns are read and written whole: as rows of the transpose they lie together.
     rest, n = W.mT.contiguous(), W.shape[1]
-    for left in range(0, n, COLUMNS):
-        right = min(left + COLUMNS, n)
+    for left in range(0, n, width):
+        right = min(left + width, n)
+        if begin_block is not None:
+            begin_block(left, rest[left:right].mT)
         errors = torch.empty(right - left, len(W), device=W.device)
         for j in range(left, right):
             error = errors[j - left]

@@ -4,7 +4,8 @@
 
 The solver is GPTQ's (arXiv 2210.17323): columns are rounded in order and each error is carried on to the columns
 still to come, `feedback.py`. Inputs may be taken in order of falling energy ("act order"), so that those that matter
-most are rounded while there is most left to compensate with; `g_idx` then says which group an input belongs to.
+most are rounded while there is most left to compensate with; `g_idx` then says which group an input belongs to. A
+group's grid is laid when its first column is reached, over the values as the errors before have left them.
 Without a second moment every code is the nearest one.
 """
 
@@ -90,15 +91,15 @@ def quantize_gptq(
     w = W.detach().float()[:, order]
     importance = None if weights is None else weights[order]
     groups = torch.arange(n, device=W.device) // group_size
-    scales, zeros = zip(
-        *(
-            group_grid(w[:, groups == g], scale_search, None if importance is None else importance[groups == g])
-            for g in range(int(groups[-1]) + 1)
-        ),
-        strict=True,
-    )
-    scale, zero = torch.stack(scales), torch.stack(zeros)
+    count = -(-n // group_size)
+    scale = torch.empty(count, out, dtype=torch.float16, device=W.device)
+    zero = torch.empty(count, out, device=W.device)
     codes = torch.empty(n, out, dtype=torch.int32, device=W.device)
+
+    def begin_group(first: int, columns: Tensor) -> None:
+        here = None if importance is None else importance[first : first + columns.shape[1]]
+        g = first // group_size
+        scale[g], zero[g] = group_grid(columns, scale_search, here)
 
     def round_column(j: int, column: Tensor) -> Tensor:
         s, z = scale[groups[j]].float(), zero[groups[j]]
@@ -107,10 +108,13 @@ def quantize_gptq(
         return (code - z) * s
 
     if moment is None:
+        for first in range(0, n, group_size):
+            begin_group(first, w[:, first : first + group_size])
         for j in range(n):
             round_column(j, w[:, j])
     else:
-        round_with_feedback(w, moment[order][:, order], round_column)
+        by_energy = moment[order][:, order]
+        round_with_feedback(w, by_energy, round_column, width=group_size, begin_block=begin_group)
     g_idx = torch.empty(n, dtype=torch.int32, device=W.device)
     g_idx[order] = groups.to(torch.int32)
     stored = (zero.to(torch.int32) - 1) & LEVELS

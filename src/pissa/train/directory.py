@@ -22,8 +22,8 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint.read import CONFIG
-from ..checkpoint.write import TEMPORARY_PREFIX, explained, write_json
+from ..checkpoint.factors import CONFIG
+from ..checkpoint.write import TEMPORARY_PREFIX, explained, locked, write_json
 from ..errors import OutputError
 from .recipe import Recipe
 
@@ -187,7 +187,7 @@ def only_writer(directory: RunDirectory) -> Iterator[None]:
         directory.state.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory.state, os.O_RDONLY)
     try:
-        if not _locked(descriptor):
+        if not locked(descriptor):
             raise OutputError(
                 f"another process is training into {directory.path}; wait for it, or name another directory"
             )
@@ -206,21 +206,6 @@ def leftovers(directory: RunDirectory) -> list[Path]:
 def write_record(directory: RunDirectory, record: dict[str, Any]) -> None:
     """Write `run.json`, whole or not at all."""
     write_json(directory.record, record)
-
-
-def _locked(descriptor: int) -> bool:
-    """Take the lock that ends with the process; True also where the system or the file system has none."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _check_writable(out: Path) -> None:

@@ -19,12 +19,13 @@ from ..calibrate.moments import Moment, second_moments
 from ..calibrate.text import calibration_batches
 from ..checkpoint.manifest import fingerprint
 from ..checkpoint.read import load, load_base, load_tokenizer
-from ..checkpoint.residual import residual_at, residual_state
+from ..checkpoint.residual import SavedResidual, residual_at, residual_state
 from ..export import gap_figures
 from ..live.apply import adapt
 from ..live.targets import resolve_targets
 from .directory import RunDirectory, read_record
 from .engine import storage_dtype
+from .ready import ready_split
 from .recipe import Recipe
 
 
@@ -47,6 +48,7 @@ def prepare(
     device: torch.device,
     progress: Progress | None,
     label: str,
+    batches: list[dict[str, Any]] | None = None,
 ) -> Prepared:
     """The model to train, as the last checkpoint left it where there is one.
 
@@ -57,8 +59,11 @@ def prepare(
         device: where it is trained. bitsandbytes' layers must be made there, others are moved by the trainer.
         progress: a bar for the split, or None.
         label: the run's name on the bar.
+        batches: of the data, where components are scored by it.
     """
     checkpoint = directory.last_checkpoint
+    if (ready := ready_split(source)) is not None:
+        return _prepared_before(ready, recipe, directory, device)
     if recipe.quantization is not None and (checkpoint is not None or residual_at(directory.residual) is not None):
         return _continued(recipe, directory, device)
     base = load_base(source, dtype=storage_dtype(recipe))
@@ -72,11 +77,23 @@ def prepare(
     if recipe.quantization is not None and device.type != "cpu":
         base.to(device)
     start = time.perf_counter()
-    adapted = _adapted(base, source, recipe, progress, label)
+    adapted = _adapted(base, source, recipe, progress, label, batches)
     seconds = time.perf_counter() - start
     if recipe.quantization is not None:
         mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
     return Prepared(adapted, mark, _figures(seconds, adapted.pissa.certificates))
+
+
+def _prepared_before(ready: SavedResidual, recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
+    """What `pissa init` made, with the last checkpoint's adapter or, before the first, the initial one."""
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    # another dtype than the residual was rounded to would round it again
+    residual = load_base(ready.path, **place)
+    marks = {"base": fingerprint(residual_state(residual))}
+    _checkpoint_activations(residual, recipe)
+    last = directory.last_checkpoint
+    adapted = load(last or ready.path, residual, is_trainable=True)
+    return Prepared(adapted, marks, _figures(0.0, ready.certificates) if last is None else None)
 
 
 def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
@@ -90,7 +107,14 @@ def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) ->
     return Prepared(load(adapter, residual, is_trainable=True), marks, None)
 
 
-def _adapted(base: Any, source: str, recipe: Recipe, progress: Progress | None, label: str) -> Any:
+def _adapted(
+    base: Any,
+    source: str,
+    recipe: Recipe,
+    progress: Progress | None,
+    label: str,
+    batches: list[dict[str, Any]] | None,
+) -> Any:
     task = progress.add_task(f"{label}, split", total=None, note="") if progress is not None else None
 
     def show(name: str, done: int, total: int) -> None:
@@ -98,7 +122,8 @@ def _adapted(base: Any, source: str, recipe: Recipe, progress: Progress | None, 
             progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
 
     try:
-        return adapt(base, recipe.pissa_config(), moments=_moments(base, source, recipe), progress=show)
+        moments = _moments(base, source, recipe)
+        return adapt(base, recipe.pissa_config(), moments=moments, batches=batches, progress=show)
     finally:
         if progress is not None and task is not None:
             progress.remove_task(task)

@@ -11,14 +11,27 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..config import METHODS, PLACEMENTS, PissaConfig, Placement, Quantization, quantization_preset
+from ..config import (
+    METHODS,
+    PLACEMENTS,
+    Component,
+    CurCore,
+    Method,
+    PissaConfig,
+    Placement,
+    Quantization,
+    quantization_preset,
+)
 from ..errors import ConfigError
 from .prompts import TEMPLATES, Template
 
-TrainingMethod = Literal["pissa", "lora", "lora-kaiming", "lora-gaussian", "qlora", "loftq", "qpissa", "full"]
+TrainingMethod = Literal[
+    Method, "lora", "dora", "adalora", "pissa+dora", "pissa+adalora", "qlora", "loftq", "qpissa", "full"
+]
 TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
 DTYPES = ("auto", "fp32", "bf16")
 ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "qpissa": "pissa"}
+ALIASES |= {"dora": "lora-kaiming", "adalora": "lora-kaiming", "pissa+dora": "pissa", "pissa+adalora": "pissa"}
 QUANTIZED_METHODS = ("qlora", "loftq", "qpissa")
 ITERATIONS = {"loftq": 5, "qpissa": 10}
 """Where nothing else is said."""
@@ -36,12 +49,23 @@ class Recipe:
     """
 
     method: TrainingMethod = "pissa"
-    """pissa, lora (= lora-kaiming), lora-gaussian, or full: every weight of the model is trained. qlora, loftq and
-    qpissa are lora and pissa with that quantize_method, in nf4 unless `quantize` says otherwise."""
+    """pissa, random-pissa, cura, robust-pissa, lora (= lora-kaiming), lora-gaussian, dora, adalora (whose ranks stay),
+    pissa+dora, pissa+adalora, or full: every weight of the model is trained. qlora, loftq and qpissa are lora and pissa
+    with that quantize_method, in nf4 unless `quantize` says otherwise."""
     rank: int = 16
     """Components per adapter."""
     alpha: float | None = None
     """LoRA's numerator; None for alpha = rank."""
+    component: Component = "principal"
+    """Of method pissa: principal, medium, minor, or scored by the data that is trained on, see `PissaConfig`."""
+    scored_examples: int = 64
+    """How many examples component scored looks at, evenly spread over the data."""
+    random_fraction: float = 1.0
+    """Of method random-pissa: share of the components that are drawn."""
+    cur_core: CurCore = "optimal"
+    """Of method cura: optimal or intersection."""
+    cur_rcond: float | None = None
+    """Of method cura: cut-off of its inverses."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Modules to adapt: all-linear, names or name endings, or one regular expression, see `module_names`."""
     exclude_modules: str | tuple[str, ...] = ()
@@ -67,11 +91,12 @@ class Recipe:
     """Windows of the calibration text."""
     calibration_length: int = 256
     """Tokens per window."""
-    rounding: Literal["nearest", "gptq"] | None = None
-    """gptq carries each rounding error on to the columns not yet rounded, and needs calibration text. None: gptq where
-    there is such text and the format is nf4, else nearest."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """gptq carries each rounding error on to the columns not yet rounded; it needs calibration text."""
     placement: Placement = "residual"
     """offset leaves the base as it is, also one that is in 4 or 8 bits already, see `PissaConfig`."""
+    orthogonality: float = 0.5
+    """Of methods adalora and pissa+adalora: weight of the penalty on factors that are not orthonormal."""
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     allow_dropout: bool = False
@@ -81,6 +106,8 @@ class Recipe:
     With method full the weights are fp32 and bf16 means autocast."""
     learning_rate: float = 2e-5
     """Peak learning rate."""
+    loraplus_ratio: float | None = None
+    """LoRA+: B is trained at this many times the learning rate; None for the same rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after warm-up."""
     warmup_ratio: float = 0.03
@@ -125,6 +152,8 @@ class Recipe:
         _check_choices(self)
         _check_ranges(self)
         _check_quantization(self)
+        if self.adapts and self.component != "scored" and self.scored_examples != Recipe.scored_examples:
+            raise ConfigError('scored_examples is for component "scored"; leave it out')
         if self.adapts:
             self.pissa_config()
         else:
@@ -142,14 +171,11 @@ class Recipe:
         form = self.quantize or ("nf4" if short else None)
         if form is None:
             return None
-        kind = self.quantize_method or short or ("qpissa" if self.method == "pissa" else "qlora")
+        kind = self.quantize_method or short or _quantize_method(self.method)
         if kind in ITERATIONS:
             name = {"loftq": "loftq", "qpissa": "ours"}[kind]
             kind = f"{name}-{self.iterations or ITERATIONS[kind]}"
-        fits = self.calibration is not None and form == "nf4"
-        return quantization_preset(
-            kind, format=form, calibration=self.calibration, rounding=self.rounding or ("gptq" if fits else "nearest")
-        )
+        return quantization_preset(kind, format=form, calibration=self.calibration, rounding=self.rounding)
 
     def pissa_config(self) -> PissaConfig:
         """The adapter's configuration."""
@@ -159,12 +185,19 @@ class Recipe:
             rank=self.rank,
             alpha=self.alpha,
             method=method,
+            component=self.component,
+            random_fraction=self.random_fraction,
+            cur_core=self.cur_core,
+            cur_rcond=self.cur_rcond,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             modules_to_save=tuple(self.modules_to_save),
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
             use_rslora=self.use_rslora,
+            use_dora=self.method in ("dora", "pissa+dora"),
+            use_adalora=self.method in ("adalora", "pissa+adalora"),
+            orthogonality=self.orthogonality,
             dropout=self.dropout,
             allow_dropout=self.allow_dropout,
             quantization=self.quantization,
@@ -278,6 +311,8 @@ def _check_unused(recipe: Recipe) -> None:
     """Refuse what full fine-tuning would ignore."""
     names = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
     names += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
+    names += ("component", "scored_examples", "random_fraction", "cur_core", "cur_rcond")
+    names += ("orthogonality", "loraplus_ratio")
     given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) not in (f.default, {})]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
@@ -293,7 +328,7 @@ def _check_quantization(recipe: Recipe) -> None:
         raise ConfigError(
             f"method {short} says how to quantise already; leave out quantize_method, or use method pissa"
         )
-    kind = recipe.quantize_method or short or ("qpissa" if recipe.method == "pissa" else "qlora")
+    kind = recipe.quantize_method or short or _quantize_method(recipe.method)
     _check_calibration(recipe)
     if recipe.iterations is not None and kind not in ITERATIONS:
         raise ConfigError(f"quantize_method {kind} takes no iterations; leave them out")
@@ -302,6 +337,11 @@ def _check_quantization(recipe: Recipe) -> None:
             "export_rank with a quantised residual: the run is an adapter for that residual; leave export_rank out and "
             "use pissa export --rank for a LoRA of the base"
         )
+
+
+def _quantize_method(method: str) -> str:
+    """How a residual is quantised where nothing else is said."""
+    return "qlora" if ALIASES.get(method, method).startswith("lora-") else "qpissa"
 
 
 def _check_calibration(recipe: Recipe) -> None:
@@ -321,7 +361,7 @@ def _check_choices(recipe: Recipe) -> None:
         "method": TRAINING_METHODS,
         "dtype": DTYPES,
         "quantize": (None, "nf4", "int8"),
-        "rounding": (None, "nearest", "gptq"),
+        "rounding": ("nearest", "gptq"),
         "placement": PLACEMENTS,
         "schedule": ("cosine", "linear", "constant"),
         "template": TEMPLATES,
@@ -335,7 +375,7 @@ def _check_choices(recipe: Recipe) -> None:
 
 def _check_ranges(recipe: Recipe) -> None:
     counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank", "iterations")
-    counts += ("calibration_windows", "calibration_length")
+    counts += ("calibration_windows", "calibration_length", "scored_examples")
     for name in (*counts, "max_length"):
         value, least = getattr(recipe, name), 2 if name == "max_length" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -343,6 +383,8 @@ def _check_ranges(recipe: Recipe) -> None:
     for name in ("learning_rate", "epochs"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ConfigError(f"{name} is {getattr(recipe, name)!r}; give a positive number")
+    if recipe.loraplus_ratio is not None and not 1 <= recipe.loraplus_ratio < float("inf"):
+        raise ConfigError(f"loraplus_ratio is {recipe.loraplus_ratio!r}; give a number of at least 1")
     for name in ("weight_decay", "max_grad_norm"):
         if not 0 <= getattr(recipe, name) < float("inf"):
             raise ConfigError(f"{name} is {getattr(recipe, name)!r}; give 0 or a positive number")

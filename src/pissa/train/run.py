@@ -24,7 +24,7 @@ from ..checkpoint.manifest import MANIFEST, hardware, package_versions
 from ..checkpoint.read import check_model_directory, load_tokenizer
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.write import explained, output_files, write_json
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, Interrupted, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
 from .card import model_card
@@ -46,14 +46,11 @@ from .encode import Collator, Encoded, encode
 from .engine import autocasts, is_main_process, process_count, storage_dtype, training_arguments
 from .prepare import prepare
 from .progress import StepLog, StopAtStepEnd, make_progress, read_log
+from .ready import ready_split, recipe_of_split
 from .recipe import Recipe
 from .rows import examples_from_rows
 from .sampler import WithBlank
 from .trainer import ResponseTrainer
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; the message says what was saved and how to continue."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,9 @@ def train(
     quieten()
     arguments = training_arguments(recipe, directory.state)
     model = absolute(model)
+    ready = ready_split(model)
+    if ready is not None:
+        recipe = recipe_of_split(ready, recipe)
     settings = {"model": str(model), "data": data if isinstance(data, str) else _digest(data), **recipe.as_dict()}
     visible = is_main_process() and not quiet
     bar = progress or make_progress()
@@ -142,7 +142,8 @@ def _train(
     checkpoint = directory.last_checkpoint
     if progress is not None and checkpoint is not None:
         progress.console.print(f"continuing from {checkpoint}", markup=False)
-    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method)
+    scored = _scored_batches(encoded, recipe, tokenizer.pad_token_id) if recipe.component == "scored" else None
+    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method, scored)
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
@@ -154,7 +155,7 @@ def _train(
         if is_main_process():
             held.enter_context(only_writer(directory))
             write_record(directory, {"settings": settings, "fingerprints": fingerprints, "split": split})
-            if recipe.quantization is not None and prepared.split is not None:
+            if recipe.quantization is not None and prepared.split is not None and prepared.model.pissa.residual is None:
                 save_residual(prepared.model, directory.residual, tokenizer=tokenizer)
         log = StepLog(directory.log, progress=progress, label=label or recipe.method)
         trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log)
@@ -192,6 +193,7 @@ def _run(
         data_collator=Collator(tokenizer.pad_token_id),
         lengths=encoded.lengths,
         batch_size=recipe.batch_size,
+        loraplus_ratio=recipe.loraplus_ratio,
         callbacks=[log, stop],
     )
     log.trainer = trainer
@@ -259,9 +261,11 @@ def _results(
     log: list[dict[str, float]],
 ) -> dict[str, Any]:
     rates = sorted(record["tokens_per_second"] for record in log)
+    ready = ready_split(settings["model"])
+    quantization = asdict(recipe.quantization) if recipe.quantization is not None else None
     dtype = str(storage_dtype(recipe)) + (" (computing in torch.bfloat16)" if autocasts(recipe) else "")
     return {
-        "base": settings["model"],
+        "base": (ready.base if ready is not None else None) or settings["model"],
         "method": recipe.method,
         "rank": recipe.rank if recipe.adapts else None,
         "learning_rate": recipe.learning_rate,
@@ -272,7 +276,7 @@ def _results(
         "tokens_per_second": rates[len(rates) // 2] if rates else 0.0,
         **split,
         "trainable_parameters": sum(trained_values(p) for p in model.parameters() if p.requires_grad),
-        "quantization": asdict(recipe.quantization) if recipe.quantization is not None else None,
+        "quantization": quantization if ready is None or ready.config is None else ready.config["quantization"],
         "data": encoded.summary,
         "settings": settings,
         "fingerprints": fingerprints,
@@ -292,6 +296,13 @@ def _encoded(data: str | list[dict[str, Any]], tokenizer: Any, recipe: Recipe) -
     else:
         examples = examples_from_rows(data)
     return encode(examples, tokenizer, template=recipe.template, max_length=recipe.max_length)
+
+
+def _scored_batches(encoded: Encoded, recipe: Recipe, pad_id: int) -> list[dict[str, Any]]:
+    """The examples by which components are scored, evenly spread over the data."""
+    count, size = min(recipe.scored_examples, len(encoded)), recipe.micro_batch_size
+    rows = [encoded[i * len(encoded) // count] for i in range(count)]
+    return [dict(Collator(pad_id)(rows[i : i + size])) for i in range(0, count, size)]
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:

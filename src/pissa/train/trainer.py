@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
@@ -29,14 +29,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..checkpoint.residual import write_trained
 from ..checkpoint.write import TEMPORARY_PREFIX, durable_rename, explained
 from ..errors import ConfigError, MissingExtraError, OutputError, TrainingError
-from ..export import export_lora, write_lora
-from ..live.state import TRAINABLE, active_adapter_name, is_offset
+from ..export import export_state, write_lora
+from ..live.adalora import penalty
+from ..live.state import MAGNITUDE, TRAINABLE, active_adapter_name, is_offset
 from .directory import RunDirectory
 from .encode import IGNORED
+from .optimizer import parameter_groups
 from .sampler import LengthGroupedBatches
 
 KEPT_CHECKPOINTS = 2
 EXTENDED = ("_get_train_sampler", "_load_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint")
+EXTENDED += ("create_optimizer", "get_decay_parameter_names")
 """What `ResponseTrainer` overrides of Trainer although transformers does not promise to keep it."""
 
 
@@ -77,7 +80,8 @@ def check_trainer() -> None:
 def _needs_whole_layers(model: Any) -> bool:
     """Whether a model's layers or its adapter's frozen half would not survive sharding."""
     record = getattr(model, "pissa", None)
-    return (record is not None and record.quantized) or is_offset(model, TRAINABLE)
+    values_apart = isinstance(getattr(model, "peft_config", {}).get(TRAINABLE), AdaLoraConfig)
+    return (record is not None and record.quantized) or is_offset(model, TRAINABLE) or values_apart
 
 
 @contextmanager
@@ -111,8 +115,11 @@ def _torch_explained(path: Path) -> Iterator[None]:
 class ResponseTrainer(Trainer):
     """Trains on response tokens; what it logs at each step has loss, gradient norm, learning rate and tokens/s."""
 
-    def __init__(self, *args: Any, lengths: list[int], batch_size: int, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, lengths: list[int], batch_size: int, loraplus_ratio: float | None = None, **options: Any
+    ) -> None:
         check_trainer()
+        self.loraplus_ratio = loraplus_ratio
         super().__init__(*args, **options)
         self._check_engine()
         self.state_directory = Path(str(self.args.output_dir)).absolute()
@@ -126,6 +133,24 @@ class ResponseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedBatches:
         return self.sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        chosen: Any = self.model if model is None else model
+        if self.optimizer is None and self.loraplus_ratio is not None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, chosen)
+            groups = parameter_groups(
+                self.accelerator.unwrap_model(chosen),
+                self.get_decay_parameter_names(chosen),
+                learning_rate=self.args.learning_rate,
+                ratio=self.loraplus_ratio,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # norms of rows are scales, as those of normalisation layers are
+        return [name for name in super().get_decay_parameter_names(model) if MAGNITUDE not in name]
 
     def _run_epoch(self, *args: Any, **options: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:
@@ -146,9 +171,19 @@ class ResponseTrainer(Trainer):
         self.tokens_in_step += int(inputs["attention_mask"].sum())
         loss, count = response_loss(model, head, inputs)
         if num_items_in_batch is None:
-            return loss / max(count, 1)
-        # gradients are averaged over processes, the token count is that of all of them together
-        return loss * self.accelerator.num_processes / num_items_in_batch
+            loss = loss / max(count, 1)
+        else:
+            # gradients are averaged over processes, the token count is that of all of them together
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        return loss + self._orthogonality()
+
+    def _orthogonality(self) -> Tensor | float:
+        """AdaLoRA's penalty for this part of the step: its gradient alone, so that the logged loss is the data's."""
+        model = self.accelerator.unwrap_model(self.model)
+        found = penalty(model, active_adapter_name(model)) if isinstance(model, PeftModel) else None
+        if found is None:
+            return 0.0
+        return (found - found.detach()) / self.args.gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand the step's numbers to all callbacks, with tokens per second.
@@ -215,7 +250,7 @@ class ResponseTrainer(Trainer):
             if record is not None and record.quantized:
                 write_trained(model, directory, final=self.state_directory / directory.name)
                 return None
-            export = export_lora(model, state=state_dict)
+            export = export_state(model, state=state_dict)
             # whoever continues trains with it; in evaluation it does nothing
             export.config.lora_dropout = self._dropout(model)
             write_lora(export, directory)
@@ -241,8 +276,8 @@ class ResponseTrainer(Trainer):
         sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3)
         if sharded and _needs_whole_layers(self.accelerator.unwrap_model(self.model)):
             raise ConfigError(
-                'a quantised residual and placement "offset" need whole layers, and FSDP shards them; use several '
-                "processes without FSDP"
+                'a quantised residual, placement "offset" and AdaLoRA need whole layers, and FSDP shards them; use '
+                "several processes without FSDP"
             )
 
     @staticmethod

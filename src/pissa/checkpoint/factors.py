@@ -1,0 +1,145 @@
+"""PEFT's adapter files as factors, told apart by their names and shapes: the base is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft import AdaLoraConfig, LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..live.adalora import scale_of
+from ..live.conversion import nesting
+from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
+from ..live.runtime import OUT_PROJ
+from ..live.state import MAGNITUDE, AdapterFactors, Layout, module_path
+from .hub import first_line
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+def read_factors(
+    directory: Path, config: LoraConfig
+) -> tuple[dict[str, AdapterFactors], dict[str, Layout], dict[str, Tensor]]:
+    file = directory / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no {WEIGHTS}; the adapter is incomplete")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
+    sides: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    foreign: list[str] = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        path, _, side = name.removesuffix(".weight").rpartition(".")
+        embedding = side in EMBEDDING.sides and not name.endswith(".weight")
+        adalora = isinstance(config, AdaLoraConfig) and side in (*LINEAR.sides, "lora_E") and tensor.ndim == 2
+        if side == MAGNITUDE:
+            sides.setdefault(path, {})["magnitude"] = tensor
+        elif embedding or adalora or (side in LINEAR.sides and name.endswith(".weight") and tensor.ndim >= 2):
+            sides.setdefault(path, {})[side[-1]] = tensor
+            sides[path] |= {"embedding": tensor} if embedding else {}
+        elif ".lora_" in name:
+            foreign.append(name)
+        elif ".base_layer." not in name:  # PEFT stores targeted embeddings' base weights beside their adapter
+            others[key] = tensor
+    if foreign:
+        raise CheckpointError(f"{file} is no plain LoRA: it holds {', '.join(foreign[:20])}")
+    needed = {"A", "B"} | ({"magnitude"} if config.use_dora else set())
+    needed |= {"E"} if isinstance(config, AdaLoraConfig) else set()
+    broken = sorted(path for path, found in sides.items() if not needed <= found.keys())
+    if broken or not sides:
+        raise CheckpointError(
+            f"{file} has no complete lora_A/lora_B pair"
+            + (f", with {MAGNITUDE}" if config.use_dora else "")
+            + (", with lora_E" if "E" in needed else "")
+            + (f" for {', '.join(broken)}" if broken else "")
+        )
+    return *_told_apart(file, sides, config), others
+
+
+def _told_apart(
+    file: Path, sides: dict[str, dict[str, Tensor]], config: LoraConfig
+) -> tuple[dict[str, AdapterFactors], dict[str, Layout]]:
+    """Factors and layouts by the name of what is adapted, from PEFT's tensors by the path of its layer."""
+    attentions = {path.removesuffix(OUT_PROJ) for path in sides if path.endswith(OUT_PROJ)} & sides.keys()
+    names = _names(sides, config)
+    factors: dict[str, AdapterFactors] = {}
+    layouts: dict[str, Layout] = {}
+    misfits = []
+    for path in sorted(sides, key=lambda path: (module_path(path), -len(path))):
+        A, B = sides[path]["A"], sides[path]["B"]
+        if path.endswith(OUT_PROJ) and path.removesuffix(OUT_PROJ) in attentions:
+            if A.any() and B.any():
+                raise CheckpointError(
+                    f"{file} adapts {path.replace(OUT_PROJ, '.out_proj')}, which PEFT adds twice or once depending on "
+                    "its version; merge it with the PEFT that trained it"
+                )
+            continue
+        name, pattern = names[path]
+        rank = _rank(config, pattern)
+        kind = EMBEDDING if "embedding" in sides[path] else CONVOLUTION if A.ndim > 2 else LINEAR
+        kind = ATTENTION if path in attentions else kind
+        if kind is LINEAR and pattern != path and A.shape[0] > rank:
+            kind = EXPERTS
+        stacks = kind.stacks(A, rank)
+        if not A.shape[0] == B.shape[1] == stacks * rank:
+            misfits.append(f"{name} {tuple(B.shape)} x {tuple(A.shape)}")
+            continue
+        magnitude, E = sides[path].get("magnitude"), sides[path].get("E")
+        if magnitude is not None and (kind is not LINEAR or magnitude.shape != B.shape[:1]):
+            raise CheckpointError(f"{file} holds a DoRA adapter of a {kind.title} ({name}); pissa handles linear ones")
+        layouts[name] = Layout(path, kind, kind.shape_of(A, B, rank))
+        factors[name] = AdapterFactors(
+            *kind.unpack(A, B, rank),
+            _scale(config, pattern),
+            magnitude=magnitude,
+            E=E.flatten() if E is not None else None,
+        )
+    if misfits:
+        raise CheckpointError(f"{file}: the ranks do not fit each other or {CONFIG}: {', '.join(misfits[:20])}")
+    order = [name for path in sides if (name := names[path][0]) in factors]
+    return {name: factors[name] for name in order}, {name: layouts[name] for name in order}
+
+
+def _names(paths: Iterable[str], config: LoraConfig) -> dict[str, tuple[str, str]]:
+    """Path of PEFT's layer -> the name of what it adapts, and the name that PEFT matches patterns with.
+
+    Bare parameters lie at the path of their module, several of them in wrappers of wrappers, the first innermost.
+    """
+    parameters = nesting(config)
+    modules: dict[str, list[str]] = {}
+    for path in paths:
+        modules.setdefault(module_path(path), []).append(path)
+    names = {}
+    for module, around in modules.items():
+        found = [parameter.rpartition(".") for parameter in parameters]
+        own = [key for owner, _, key in found if f".{module}".endswith(f".{owner}" if owner else "")]
+        if len(own) != len(around) or check_target_module_exists(config, module):
+            own = []
+        for path, key in zip(sorted(around, key=len, reverse=True), own or [None] * len(around), strict=True):
+            whole = f"{module}.{key}"
+            names[path] = (path, path) if key is None else (module if key == "weight" else whole, whole)
+    return names
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    if isinstance(config, AdaLoraConfig):
+        return config.init_r
+    return (config.rank_pattern or {}).get(get_pattern_key(list(config.rank_pattern or {}), name), config.r)
+
+
+def _scale(config: LoraConfig, name: str) -> float:
+    if isinstance(config, AdaLoraConfig):
+        return scale_of(config)
+    rank = _rank(config, name)
+    alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), name), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)

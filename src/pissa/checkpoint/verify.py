@@ -1,0 +1,269 @@
+"""`verify`: a directory is what its `pissa.json` says, to the byte; and residual + adapter are the base.
+
+Files are read piece by piece and weights one at a time, so that a checkpoint of any size is verified in little memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..live.layers import KINDS
+from ..live.runtime import taps
+from ..quantize.int8 import PackedInt8
+from ..quantize.nested import NestedScales
+from ..quantize.nf4 import PackedNF4
+from ..split import split_error
+from .factors import PREFIX
+from .header import Entry, read_header
+from .layout import raw_bytes
+from .manifest import MANIFEST
+from .residual import QUANT_STATE
+from .seal import is_intact, is_unsealed_name, plain_file
+from .source import Source, open_source
+
+CHUNK = 1 << 24
+SLACK = 1e-3, 1e-6
+"""How far a recomputed error may lie above the stated one, relative and absolute: fp32 sums differ between machines."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A directory that is what it says."""
+
+    path: Path
+    files: int
+    tensors: int
+    size: int
+    """Bytes of all files."""
+    errors: dict[str, float]
+    """Module -> `‖W − (residual + s·B·A)‖ / ‖W‖` against the base; empty where none was given."""
+
+
+def verify(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+) -> Verification:
+    """Check a directory of `init_checkpoint` or `save_residual` against its manifest, byte for byte.
+
+    Args:
+        path: the directory.
+        base: the base's directory or hub id: its tensors are then held against the digests of what was split, and
+            residual + adapter against its weights, within the error that the manifest states.
+        progress: called with (what is being read, bytes read, bytes in all).
+
+    Raises:
+        CheckpointError: naming every file and tensor that is missing, changed, or should not be there.
+    """
+    path = Path(path)
+    manifest = read_sealed(path)
+    described: dict[str, Any] = manifest["files"]
+    total = sum(file["size"] for file in described.values())
+    problems = [f"{name} is not in {MANIFEST}: remove it" for name in _extra_files(path, described)]
+    with ExitStack() as held:
+        reader = _Reader(held, progress, total)
+        for name, file in described.items():
+            problems += reader.check(path / name, name, file)
+        if problems:
+            raise CheckpointError(_summary(path, problems))
+        errors: dict[str, float] = {}
+        if base is not None:
+            errors, problems = _compare(manifest, reader, held.enter_context(open_source(base)))
+        if problems:
+            raise CheckpointError(_summary(path, problems))
+    return Verification(path, len(described) + 1, len(reader.entries), total, errors)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A directory's manifest, once its own digest is right.
+
+    Raises:
+        CheckpointError: there is none, it was changed, or it does not describe files.
+    """
+    try:
+        text = (path / MANIFEST).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path / MANIFEST} was changed: it is no text any more; make {path} again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} has no {MANIFEST} that could be read; give what pissa init wrote") from error
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = None
+    if isinstance(document, dict) and "files" not in document and "sha256" not in document:
+        raise CheckpointError(f"{path / MANIFEST} describes no files; pissa init and save_residual write one that does")
+    if not is_intact(text):
+        raise CheckpointError(
+            f"{path / MANIFEST} was changed: its digest does not fit it, so that nothing can be held against it; "
+            f"make {path} again"
+        )
+    assert isinstance(document, dict)
+    return document
+
+
+class _Reader:
+    """Reads files that a manifest describes, and keeps those of tensors open."""
+
+    def __init__(self, held: ExitStack, progress: Progress | None, total: int) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._held, self._progress, self._total, self._read = held, progress, total, 0
+        self._descriptors: dict[Path, int] = {}
+
+    def check(self, path: Path, name: str, described: Mapping[str, Any]) -> list[str]:
+        """What is wrong with one file."""
+        if not path.is_file():
+            return [f"{name} is missing"]
+        size = path.stat().st_size
+        if size != described["size"]:
+            return [f"{name} has {size:,} bytes and not {described['size']:,}"]
+        if "tensors" not in described:
+            self._show(name, size)
+            return [] if plain_file(path)["sha256"] == described["sha256"] else [f"{name} was changed"]
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._held.callback(os.close, descriptor)
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        header = os.pread(descriptor, 8 + length, 0) if 8 + length <= size else b""
+        if hashlib.sha256(header).hexdigest() != described["header"]:
+            return [f"{name}: its header was changed, so that its tensors cannot be told apart"]
+        self._descriptors[path] = descriptor
+        entries = read_header(descriptor, path, size)
+        self.entries |= entries
+        wrong = []
+        for tensor, entry in entries.items():
+            if self.digest(tensor) != described["tensors"][tensor]:
+                wrong.append(f"{name}: {tensor} was changed")
+            self._show(tensor, entry.nbytes)
+        return wrong
+
+    def digest(self, name: str) -> str:
+        """sha256 of a tensor's bytes."""
+        entry, digest = self.entries[name], hashlib.sha256()
+        for start in range(0, entry.nbytes, CHUNK):
+            piece = os.pread(self._descriptors[entry.file], min(CHUNK, entry.nbytes - start), entry.offset + start)
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in memory of its own."""
+        entry = self.entries[name]
+        assert entry.dtype is not None
+        memory = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view, done = memoryview(memory.numpy()), 0
+        while done < entry.nbytes:
+            count = os.preadv(self._descriptors[entry.file], [view[done : done + CHUNK]], entry.offset + done)
+            if not count:
+                raise CheckpointError(f"{entry.file} ended in the middle of {name}; it was changed while it was read")
+            done += count
+        return memory.view(entry.dtype).view(entry.shape)
+
+    def residual(self, module: str, key: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """A module's weight as it is stored, and False; or, of a quantised one, what it dequantises to, (out, in), and
+        True."""
+        if f"{module}.SCB" in self.entries:
+            return PackedInt8(self.tensor(key), self.tensor(f"{module}.SCB"), dtype).dequantize(), True
+        if f"{key}{QUANT_STATE}" not in self.entries:
+            return self.tensor(key), False
+        state = json.loads(bytes(self.tensor(f"{key}{QUANT_STATE}").numpy()))
+        absmax: Any = self.tensor(f"{key}.absmax")
+        if "nested_offset" in state:
+            offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+            absmax = NestedScales(absmax, self.tensor(f"{key}.nested_absmax"), offset)
+        out, columns = state["shape"]
+        return PackedNF4(self.tensor(key), absmax, (out, columns), dtype, state["blocksize"]).dequantize(), True
+
+    def _show(self, what: str, size: int) -> None:
+        self._read += size
+        if self._progress is not None:
+            self._progress(what, self._read, self._total)
+
+
+def _compare(manifest: Mapping[str, Any], reader: _Reader, base: Source) -> tuple[dict[str, float], list[str]]:
+    """(module -> relative error, what is wrong) against the base."""
+    if "base_tensors" not in manifest:
+        raise CheckpointError(f"{MANIFEST} does not say what the base's tensors were; only what pissa init wrote does")
+    problems = [*_foreign_tensors(manifest["base_tensors"], base)]
+    if problems:
+        return {}, problems
+    for name, source in manifest["copies"].items():
+        if reader.digest(name) != _copied(base, source, reader.entries[name]):
+            problems.append(f"{name} is not a copy of the base's {source}")
+    errors = {}
+    for module, described in manifest["modules"].items():
+        error = _split_error(module, described, reader, base)
+        errors[module] = error
+        if not error <= described["rounding"] * (1 + SLACK[0]) + SLACK[1]:
+            problems.append(f"{module}: residual + adapter is off by {error:.3g} and not {described['rounding']:.3g}")
+    return errors, problems
+
+
+def _foreign_tensors(described: Mapping[str, Any], base: Source) -> Iterator[str]:
+    for name, tensor in described.items():
+        entry = base.entries.get(name)
+        if entry is None:
+            yield f"the base {base.path} has no {name}"
+        elif [entry.kind, list(entry.shape)] != [tensor["dtype"], tensor["shape"]]:
+            yield f"{name} of the base {base.path} is {entry.kind} {entry.shape}, which is not what was split"
+        else:
+            digest = hashlib.sha256()
+            for chunk in base.chunks(name):
+                digest.update(chunk)
+            if digest.hexdigest() != tensor["sha256"]:
+                yield f"{name} of the base {base.path} is not what was split"
+
+
+def _copied(base: Source, name: str, entry: Entry) -> str:
+    """sha256 of a base's tensor in the dtype of its copy."""
+    stored, digest = base.entries[name], hashlib.sha256()
+    for chunk in base.chunks(name):
+        converts = stored.kind != entry.kind and stored.dtype is not None and entry.dtype is not None
+        values = torch.frombuffer(bytearray(chunk), dtype=stored.dtype) if converts else None
+        digest.update(chunk if values is None else raw_bytes(values.to(entry.dtype)))
+    return digest.hexdigest()
+
+
+def _split_error(module: str, described: Mapping[str, Any], reader: _Reader, base: Source) -> float:
+    """`‖W − (residual + s·B·A)‖ / ‖W‖`; of a stack of experts, the largest."""
+    weight = base.read(described["tensor"])
+    dtype = getattr(torch, described["dtype"])
+    kind = next(kind for kind in KINDS if kind.title == described["kind"])
+    residual, is_packed = reader.residual(module, described["weight"], dtype)
+    residual = residual if is_packed else kind.matrices(residual)
+    weight = kind.matrices(weight.to(dtype))
+    if "factors" in described:
+        A, B = (reader.tensor(f"{PREFIX}{key}") for key in described["factors"])
+        A = A[taps(tuple(described["dilation"]))] if "dilation" in described else A
+        A, B = kind.unpack(A, B, described["rank"])
+    else:
+        A, B = weight.new_zeros(1, weight.shape[-1]), weight.new_zeros(weight.shape[-2], 1)
+    if weight.ndim == 2:
+        return split_error(weight, residual, A, B, described["scale"])
+    each = zip(weight, residual, A, B, strict=True)
+    return max(split_error(*expert, described["scale"]) for expert in each)
+
+
+def _extra_files(path: Path, described: Mapping[str, Any]) -> list[str]:
+    found = []
+    for directory, folders, names in os.walk(path):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        found += [(Path(directory) / name).relative_to(path).as_posix() for name in names]
+        found += [
+            (Path(directory) / folder).relative_to(path).as_posix()
+            for folder in folders
+            if (Path(directory) / folder).is_symlink()
+        ]
+    return sorted(name for name in found if name not in described and not is_unsealed_name(Path(name).name))
+
+
+def _summary(path: Path, problems: list[str]) -> str:
+    more = f"; and {len(problems) - 50} more" if len(problems) > 50 else ""
+    return f"{path} is not what its {MANIFEST} says: {'; '.join(problems[:50])}{more}"

@@ -1,0 +1,243 @@
+"""The directory while it is being made, and the step in which it becomes a model.
+
+Everything lies in OUT/.pissa-init/ until it is whole: the preallocated shards, the journals and `run.json`, which says
+what run it is. Nothing in OUT itself can be loaded before that. Then `pissa.json` is written beside the shards, which
+seals them, and all files move up, the manifest last. A crash between two moves leaves a sealed rest that the same
+command moves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+from .identity import check_base_unchanged, differences, modification_times
+from .journal import NAME, forget, read_journals
+from .layout import INDEX, FileLayout
+from .manifest import MANIFEST, read_manifest
+from .plan import Plan, Task
+from .residual import RESIDUAL
+from .seal import plain_file, tensor_file, write_sealed
+from .source import Source
+from .write import TEMPORARY_PREFIX, explained, flush, flush_tree, write_json
+
+WORK = ".pissa-init"
+RUN = "run.json"
+MARGIN = 64 << 20
+"""Bytes that the small files and the journals may take."""
+LAST = (INDEX, "config.json", MANIFEST)
+"""What makes a directory loadable comes last, in this order."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """An output directory in the making."""
+
+    out: Path
+    """Where the model will be."""
+    identity: dict[str, Any]
+    """What run this is: command, base, versions."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is until then."""
+        return self.out / WORK
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether everything is made and only has to be moved."""
+        return (self.path / MANIFEST).is_file()
+
+    def finished(self) -> dict[str, Any] | None:
+        """The manifest, where this very run is finished already; None where there is work to do.
+
+        Raises:
+            OutputError: the directory holds something else, or another run.
+        """
+        with explained(self.out):
+            if self.out.exists() and not self.out.is_dir():
+                raise OutputError(f"{self.out} is a file; name a directory")
+            there = sorted(child.name for child in self.out.iterdir()) if self.out.exists() else []
+            if MANIFEST in there:  # it is moved last
+                manifest = read_manifest(self.out) or {}
+                self._check_same(manifest.get("run") or {})
+                shutil.rmtree(self.path, ignore_errors=True)
+                return manifest
+            if (self.path / RUN).is_file():
+                self._check_same(_read_run(self.path / RUN))
+            foreign = [name for name in there if name != WORK]
+            if foreign and not self.is_sealed:
+                raise OutputError(
+                    f"{self.out} already holds something ({', '.join(foreign[:5])}); name a new or empty directory, or "
+                    "remove it first"
+                )
+        return None
+
+    def make(self) -> Path:
+        """Make the work directory, if need be."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path
+
+    def discard_unbegun(self) -> None:
+        """Take the work directory away where nothing was begun in it."""
+        if self.path.is_dir() and not (self.path / RUN).is_file() and not self.is_sealed:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):
+                self.out.rmdir()
+
+    def prepare(self, plan: Plan, source: Source) -> None:
+        """Make the files, or check those of an earlier run and the base that it read.
+
+        Raises:
+            OutputError: the disk has no room.
+            CheckpointError: the base was changed since the run began.
+        """
+        self._check_room(plan)
+        if (self.path / RUN).is_file():
+            check_base_unchanged(source, plan.tasks, self.finished_tasks(plan), _read_run(self.path / RUN)["times"])
+        broken = [file for file in plan.files if not _is_intact(self.path / file.name, file)]
+        if broken:
+            forget(self.path, {tensor for file in broken for tensor in file.offsets})
+        for file in broken:
+            (self.path / file.name).unlink(missing_ok=True)
+            file.allocate(self.path)
+        if not (self.path / RUN).is_file():
+            flush_tree(self.path)
+            write_json(self.path / RUN, {**self.identity, "times": modification_times(source)})
+            flush(self.path)
+            flush(self.out)
+            flush(self.out.parent)
+
+    def finished_tasks(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        """What is finished: task -> its record."""
+        tasks = {task.name: task for task in plan.tasks}
+        done = {}
+        for record in read_journals(self.path):
+            task, tensors = tasks.get(str(record.get("task"))), record.get("tensors")
+            if task is not None and isinstance(tensors, dict) and tensors.keys() == task.outputs.keys():
+                done[task.name] = record
+        return done
+
+    def seal(self, plan: Plan, source: Source) -> None:
+        """Write the small files, and the manifest, which says that all is there."""
+        if self.is_sealed:
+            return
+        done = self.finished_tasks(plan)
+        missing = [task.name for task in plan.tasks if task.name not in done]
+        assert not missing, f"not done: {missing}"
+        digests = {name: digest for record in done.values() for name, digest in record["tensors"].items()}
+        files = {file.name: tensor_file(file, digests) for file in plan.files}
+        small = {file.relative_to(source.path).as_posix(): file.read_bytes() for file in source.others}
+        small |= {name: text.encode() for name, text in plan.documents.items()}
+        for name, data in sorted(small.items()):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_bytes(data)
+            files[name] = plain_file(self.path / name)
+        flush_tree(self.path)
+        write_sealed(self.path / MANIFEST, self._manifest(plan, source, done, files))
+
+    def publish(self) -> None:
+        """Move everything up, what makes it loadable last, and take the work directory away."""
+        names = [path.relative_to(self.path).as_posix() for path in sorted(self.path.rglob("*")) if path.is_file()]
+        public = [name for name in names if not _is_private(name)]
+        ordered = [name for name in public if name not in LAST] + [name for name in LAST if name in public]
+        for name in ordered:
+            if name in LAST:
+                flush(self.out)
+            target = self.out / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path / name, target)
+            flush(target.parent)
+        shutil.rmtree(self.path)
+        flush(self.out)
+
+    def _manifest(
+        self, plan: Plan, source: Source, done: dict[str, dict[str, Any]], files: dict[str, Any]
+    ) -> dict[str, Any]:
+        modules, tensors, copies = {}, {}, {}
+        for task in sorted(plan.tasks, key=lambda task: task.name):
+            entry, record = source.entries[task.source], done[task.name]
+            tensors[task.source] = {"dtype": entry.kind, "shape": list(entry.shape), "sha256": record["base"]}
+            if task.config is None:
+                copies |= dict.fromkeys(task.outputs, task.source)
+            else:
+                scale = task.config.scale(task.config.rank, task.config.alpha)
+                dtype = str(task.dtype).removeprefix("torch.")
+                modules[task.name] = {"tensor": task.source, "dtype": dtype, "rank": task.config.rank, "scale": scale}
+                modules[task.name] |= _place(task)
+                modules[task.name] |= record["certificate"]
+        return {
+            "layout": RESIDUAL,
+            "base": self.identity["base"],
+            "config": self.identity["config"],
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "threads_per_matrix": 1,
+            "modules": modules,
+            "copies": copies,
+            "base_tensors": tensors,
+            "files": files,
+            "run": self.identity,
+            "versions": self.identity["versions"],
+        }
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        changed = list(differences(before, self.identity))
+        if changed:
+            more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
+            raise OutputError(
+                f"{self.out} is another run ({'; '.join(changed[:8])}{more}); give the same command, base and versions "
+                "to continue it, or another directory"
+            )
+
+    def _check_room(self, plan: Plan) -> None:
+        """Refuse a disk that cannot hold the result, before the work and not after it."""
+        allocated = sum(_allocated(self.path / file.name) for file in plan.files)
+        needed = plan.size - allocated + MARGIN
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OutputError(
+                f"the disk that holds {self.out} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
+                "make room and run the same command again"
+            )
+
+
+def _place(task: Task) -> dict[str, Any]:
+    """Where a split's weight and factors lie, for `verify`."""
+    assert task.target is not None
+    described: dict[str, Any] = {"kind": task.target.kind.title, "weight": task.target.weight_key}
+    if task.layout is not None:
+        described["factors"] = list(task.layout.keys)
+        if task.layout.dilation:
+            described["dilation"] = list(task.layout.dilation)
+    return described
+
+
+def _is_private(name: str) -> bool:
+    return name == RUN or name.startswith(NAME.partition("{")[0]) or name.startswith(TEMPORARY_PREFIX)
+
+
+def _is_intact(path: Path, file: FileLayout) -> bool:
+    """Whether an earlier run left a file as long as it is to be, with its header."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(file.header)) == file.header
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of the disk that a file, which may have holes, takes already."""
+    return getattr(os.stat(path), "st_blocks", 0) * 512 if path.is_file() else 0
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        document = dict(json.loads(path.read_text(encoding="utf-8")))
+        return {"times": {}, **document}
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{path} is damaged, so the run cannot be continued; remove {path.parent}") from error

@@ -1,0 +1,131 @@
+"""`pissa init`: a model of any size as residual and initial adapter on disk; the same command continues."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="The base: a directory or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; new, empty, or that of the same run.")],
+    rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
+    method: Annotated[str | None, typer.Option(help="pissa, qpissa, loftq or qlora. [pissa]")] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help='"all-linear", names or name endings separated by commas, or one regular expression.'),
+    ] = None,
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Modules left alone: names separated by commas, or one regular expression.")
+    ] = None,
+    use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Residual in few bits: nf4 or int8.")] = None,
+    quantize_method: Annotated[
+        str | None, typer.Option(help="loftq, qpissa, or a preset such as qpissa-5. [qpissa]")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of qpissa and loftq. [10; loftq: 5]")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (as config.json says), fp32, bf16 or fp16.")
+    ] = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of the sketches. [0]")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the weights in work may take together, such as 8G. [4 times the largest one's]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Split MODEL into a residual and an initial adapter in OUT, a few weights in memory at a time.
+
+    OUT is loaded by transformers as it is, OUT/pissa_init by PEFT, and both by pissa train. A run that was stopped goes
+    on when the same command is given again; several processes (torchrun) share the work.
+    """
+    names = ("rank", "alpha", "method", "target_modules", "exclude_modules", "use_rslora", "quantize")
+    names += ("quantize_method", "iterations", "seed")
+    values = locals()
+    flags = {name: values[name] for name in names if values[name] is not None}
+    from ..checkpoint.stream import Step, init_checkpoint
+    from ..errors import ConfigError
+    from ..train.recipe import recipe_from
+    from ..train.run import quieten
+    from .bytes_bar import bytes_bar
+    from .main import show
+
+    quieten()
+    recipe = recipe_from(flags, "the command line")
+    if not recipe.adapts:
+        raise ConfigError("method full has no adapter, so there is nothing to prepare")
+    limit = _bytes(memory) if memory is not None else None
+    first = int(os.environ.get("RANK") or 0) == 0
+    with bytes_bar("splitting") as bar:
+
+        def report(step: Step) -> None:
+            if first:
+                bar.show(_note(step), step.size, step.all_size)
+
+        result = init_checkpoint(
+            model, out, recipe.pissa_config(), dtype=None if dtype == "auto" else dtype, memory=limit, progress=report
+        )
+    if first:
+        document, text = _summary(model, out, result)
+        show(document, text, as_json=as_json)
+
+
+def _note(step: object) -> str:
+    from ..checkpoint.stream import Step
+
+    assert isinstance(step, Step)
+    note = f"{step.tensors}/{step.all_tensors} tensors  {step.module}"
+    certificate = step.certificate
+    if certificate is None:
+        return note
+    if certificate["quantization_error"] is not None:
+        return f"{note}  error {certificate['rounding']:.1e}, {certificate['quantization_reduction']:.0f} % below plain"
+    return f"{note}  loss {certificate['captured_energy_loss']:.0e} ({certificate['bound']})"
+
+
+def _summary(model: str, out: Path, result: object) -> tuple[dict[str, object], str]:
+    from ..checkpoint.stream import InitResult
+
+    assert isinstance(result, InitResult)
+    modules = result.manifest["modules"].values()
+    document: dict[str, object] = {
+        "directory": str(out),
+        "base": result.manifest["base"],
+        "modules": len(modules),
+        "tensors": len(result.manifest["base_tensors"]),
+        "bytes": sum(file["size"] for file in result.manifest["files"].values()),
+        "largest_captured_energy_loss": max(module["captured_energy_loss"] for module in modules),
+        "largest_rounding_error": max(module["rounding"] for module in modules),
+        "seconds": result.seconds,
+        "continued_tensors": result.continued,
+        "processes": result.processes,
+        "threads": result.threads,
+    }
+    if result.seconds == 0:
+        return document, f"{out} is finished already"
+    what = f"{len(modules)} modules of {model} in {result.seconds:.0f} s"
+    return document, (
+        f"{out} holds {what}: the residual, and the initial adapter in pissa_init/; largest captured-energy loss "
+        f"{document['largest_captured_energy_loss']:.1e}, largest error of residual + adapter "
+        f"{document['largest_rounding_error']:.1e} of a weight's norm"
+    )
+
+
+def _bytes(text: str) -> int:
+    """A size such as 8G or 8GB."""
+    from ..errors import ConfigError
+
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"--memory is {text!r}; give a size such as 8G")
+    unit = UNITS[found[2].upper()]
+    if found[3]:
+        unit = 2 ** (10 * " KMGT".index(found[2].upper() or " "))
+    return int(float(found[1]) * unit)

@@ -1,0 +1,40 @@
+"""`pissa verify`: whether a directory is what its manifest says, to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="What pissa init wrote.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base, a directory or hub id: residual + adapter are held against it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Check every byte of DIRECTORY against its pissa.json, and residual + adapter against the base."""
+    from ..checkpoint.verify import verify
+    from .bytes_bar import bytes_bar
+    from .main import show
+
+    with bytes_bar("verifying") as bar:
+        found = verify(directory, base, progress=lambda what, done, total: bar.show(what, done, total))
+    worst = max(found.errors.values(), default=None)
+    document = {
+        "directory": str(directory),
+        "files": found.files,
+        "tensors": found.tensors,
+        "bytes": found.size,
+        "base": base,
+        "largest_error": worst,
+        "errors": found.errors,
+    }
+    text = (
+        f"{directory} is what its pissa.json says: {found.files} files, {found.tensors} tensors, {found.size:,} bytes"
+    )
+    if worst is not None:
+        text += f"; residual + adapter are {base} within {worst:.2e} of each weight's norm, as stated"
+    show(document, text, as_json=as_json)
