@@ -236,7 +236,8 @@ def _split_task(
     whole = sum(entry.nbytes for entry in entries) * (2 if len(entries) == 1 else 3)
     memory = size * ((2 if config.quantization is None else 10) * 4) + whole
     cost = SPLIT_COST * count * size * dtype.itemsize
-    return Task(target.name, sources, outputs, dtype, target, layout, config, cost, memory)
+    own = config.for_module(target.rank, target.alpha)
+    return Task(target.name, sources, outputs, dtype, target, layout, own, cost, memory)
 
 
 def copy_tasks(
