@@ -30,7 +30,7 @@ def recipe_of_split(ready: SavedResidual, recipe: Recipe) -> Recipe:
     """
     defaults = {field.name: getattr(Recipe(), field.name) for field in fields(Recipe)}
     wanted = {**_settings(ready), "dropout": 0.0, "placement": "residual", "modules_to_save": ()}
-    wanted |= {"calibration": None, "rounding": None}
+    wanted |= {"calibration": None, "rounding": "nearest"}
     given = {name: getattr(recipe, name) for name in defaults}
     changed = [
         f"{name} {given[name]!r} (it has {value!r})"
