@@ -57,6 +57,20 @@ def test_the_run_is_that_of_the_base(base: Path, tmp_path: Path, quantize: str |
         assert torch.equal(logits_of(pissa.load(tmp_path / "run")), trained)
 
 
+def test_another_method_s_split_keeps_its_settings(base: Path, tmp_path: Path) -> None:
+    made, data = tmp_path / "made", str(write_rows(tmp_path / "data.jsonl"))
+    settings = recipe(rank=RANK, method="cura", cur_core="intersection", target_modules="q_proj,up_proj")
+    init_checkpoint(base, made, settings.pissa_config())
+    run(made, tmp_path / "run", recipe(rank=Recipe.rank), data)
+    run(base, tmp_path / "expected", settings, data)
+    ours, theirs = (log_of(tmp_path / name) for name in ("run", "expected"))
+    assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in theirs], abs=1e-6)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["method"] == "cura" and results["settings"]["cur_core"] == "intersection"
+    with pytest.raises(ConfigError, match=r"method robust-pissa \(it has cura\)"):
+        run(made, tmp_path / "other", recipe(rank=RANK, method="robust-pissa"), data)
+
+
 def test_a_stopped_run_continues(base: Path, tmp_path: Path) -> None:
     made, data = tmp_path / "made", str(write_rows(tmp_path / "data.jsonl"))
     init_checkpoint(base, made, recipe(rank=RANK).pissa_config())

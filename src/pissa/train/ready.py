@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,15 @@ from ..errors import ConfigError
 from ..live.state import INITIAL
 from .recipe import Recipe, module_names
 
-SAME = ("rank", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
-"""Settings of a split that go by the same name in a recipe."""
+SPLIT = (
+    "rank", "alpha", "component", "random_fraction", "cur_core", "cur_rcond", "target_modules", "exclude_modules",
+    "rank_pattern", "alpha_pattern", "use_rslora",
+)  # fmt: skip
+"""Settings of a split, which go by the same name in a recipe."""
+FIXED = ("dropout", "placement", "modules_to_save", "calibration", "rounding", "quantize_method", "iterations")
+"""Settings that only a new adapter could have."""
+PLAIN = {"pissa": ("pissa", "qpissa", "loftq")}
+"""Methods that are one where a weight has been split."""
 
 
 def ready_split(source: str) -> SavedResidual | None:
@@ -28,26 +35,23 @@ def recipe_of_split(ready: SavedResidual, recipe: Recipe) -> Recipe:
     Raises:
         ConfigError: a setting was given and the split was made with another.
     """
-    defaults = {field.name: getattr(Recipe(), field.name) for field in fields(Recipe)}
-    wanted = {**_settings(ready), "dropout": 0.0, "placement": "residual", "modules_to_save": ()}
-    wanted |= {"calibration": None, "rounding": "nearest"}
-    given = {name: getattr(recipe, name) for name in defaults}
+    usual, settings = Recipe(), _settings(ready)
+    wanted = {**{name: getattr(usual, name) for name in FIXED}, **settings}
+    given = {name: getattr(recipe, name) for name in wanted}
     changed = [
         f"{name} {given[name]!r} (it has {value!r})"
         for name, value in wanted.items()
-        if given.get(name) not in (defaults.get(name), value)
+        if given[name] not in (getattr(usual, name), value)
     ]
-    if given["method"] not in ("pissa", "qpissa", "loftq"):
-        changed.insert(0, f"method {given['method']}")
-    for name in ("quantize_method", "iterations"):
-        if given[name] is not None:
-            changed.append(f"{name} {given[name]!r}")
+    method = (ready.config or {}).get("method", "pissa")
+    if recipe.method not in PLAIN[usual.method] and recipe.method not in PLAIN.get(method, (method,)):
+        changed.insert(0, f"method {recipe.method} (it has {method})")
     if changed:
         raise ConfigError(
             f"{ready.path} is split already, and {', '.join(changed)} cannot be had from it: leave these settings out, "
             f"or train {ready.base or 'its base'} itself"
         )
-    return replace(recipe, **{name: value for name, value in wanted.items() if name in defaults}, method="pissa")
+    return replace(recipe, **settings, method=method)
 
 
 def _settings(ready: SavedResidual) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def _settings(ready: SavedResidual) -> dict[str, Any]:
     config = ready.config
     if config is None:
         return {}
-    settings = {name: config[name] for name in SAME}
+    settings = {name: config[name] for name in SPLIT if name in config}
     for name in ("target_modules", "exclude_modules"):
         settings[name] = module_names(settings[name] if isinstance(settings[name], str) else tuple(settings[name]))
     quantization = config.get("quantization")
