@@ -41,6 +41,8 @@ from .source import CHUNK, Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READABLE = (*STORAGE_DTYPES, torch.float64)
+WORKING, WORKING_QUANTIZED = 5, 30
+"""Bytes for each of a weight's elements, beside the weight and its residual, that a split takes: as measured."""
 COPY_MEMORY = 2 * CHUNK
 SPLIT_COST = 100
 """Times that a byte of a split costs what a copied one does; only which task begins first depends on it."""
@@ -232,7 +234,7 @@ def _split_task(
         B = torch.empty(*stack, out, target.rank, device="meta")
         outputs |= {f"{PREFIX}{key}": kind_of(tensor) for key, tensor in layout.tensors(A, B).items()}
     size = math.prod(shape)
-    memory = size * ((2 if config.quantization is None else 10) * 4) + 2 * entry.nbytes
+    memory = size * (WORKING if config.quantization is None else WORKING_QUANTIZED) + 2 * entry.nbytes
     own = config.for_module(target.rank, target.alpha)
     return Task(target.name, name, outputs, dtype, target, layout, own, SPLIT_COST * size * dtype.itemsize, memory)
 
