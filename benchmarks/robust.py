@@ -124,11 +124,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for panel, values in zip(panels, (errors, times), strict=True):
             panel.plot(ranks, values, marker=marker, label=solver)
     for panel, label in zip(panels, ("mean absolute error / truncated SVD's", "CPU seconds per matrix"), strict=True):
-        panel.set(xlabel="rank", ylabel=label, yscale="log", xscale="log")
+        panel.set(xlabel="rank", ylabel=label, xscale="log")
         panel.set_xticks(ranks, map(str, ranks))
         panel.minorticks_off()
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
+    panels[1].set_yscale("log")
     panels[0].legend(frameon=False)
     figure.savefig(path)
 

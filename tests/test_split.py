@@ -71,7 +71,9 @@ def test_split_reconstructs_weight(case: tuple[tuple[int, int], PissaConfig, tor
 
     whole = split.residual.double() + product(split.A, split.B, split.scale)
     error = float((whole - W.double()).norm() / W.double().norm())
-    noise = 16 * UNIT[torch.float32]
+    # factors of CURA can be far larger than their product, and fp32 rounds in proportion to them
+    size = float(split.scale * split.A.norm() * split.B.norm() / W.float().norm())
+    noise = 16 * UNIT[torch.float32] * max(1.0, size)
     assert error <= UNIT[dtype] + noise
     assert abs(error - split.certificate.rounding) <= noise
     if config.starts_at_zero:

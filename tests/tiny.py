@@ -160,10 +160,7 @@ def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype
         and left[name].shape == right[name].shape
-        and torch.equal(
-            left[name].contiguous().reshape(-1).view(torch.uint8),
-            right[name].contiguous().reshape(-1).view(torch.uint8),
-        )
+        and torch.equal(left[name].reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8))
         for name in left
     )
 

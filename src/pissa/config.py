@@ -142,14 +142,17 @@ class PissaConfig:
     cur_rcond: float | None = None
     """Singular values below this share of the largest count as zero in "cura"'s inverses. None: fp64 rounding."""
     target_modules: str | tuple[str, ...] | list[str] = "all-linear"
-    """"all-linear" (every linear layer but the output head), a list of module names or name endings, or one regular
-    expression that matches whole names."""
+    """"all-linear" (every linear layer, attention and fused expert, but neither the output head nor routers), a list of
+    names or name endings of modules and parameters, or one regular expression that matches whole names."""
     exclude_modules: str | tuple[str, ...] | list[str] = ()
     """Names, name endings or a regular expression of modules that are left alone."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Module name ending or regular expression -> rank, where it differs from `rank`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Module name ending or regular expression -> alpha, where it differs from `alpha`."""
+    rank_budget: int | None = None
+    """Parameters of all adapters together (their factors A and B): the modules then share them out so that together
+    they capture most, each getting from 1 to `rank` components, see `ranks.py`. None: `rank` for every module."""
     use_rslora: bool = False
     """Scale by `alpha / sqrt(rank)` instead of `alpha / rank`; `alpha=None` then means `sqrt(rank)`, scale 1 again."""
     use_dora: bool = False
@@ -193,6 +196,7 @@ class PissaConfig:
             if not (isinstance(alpha, (int, float)) and 0 < alpha < LARGEST_ALPHA):
                 raise ConfigError(f"{where} is {alpha!r}; give a positive number, or leave it out for a scale of 1")
         self._check_names()
+        self._check_budget()
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; allowed: 0 up to, not including, 1")
         if not 0 <= self.tolerance < 1:
@@ -252,6 +256,19 @@ class PissaConfig:
                 'that start at zero (lora-kaiming, lora-gaussian) take "qlora", "pissa" takes "qpissa" or "loftq"'
             )
 
+    def _check_budget(self) -> None:
+        if self.rank_budget is None:
+            return
+        if isinstance(self.rank_budget, bool) or not isinstance(self.rank_budget, int) or self.rank_budget < 1:
+            raise ConfigError(f"rank_budget is {self.rank_budget!r}; give a number of parameters, of at least 1")
+        if self.rank_pattern:
+            raise ConfigError("rank_budget and rank_pattern both say which module gets which rank; leave one out")
+        if not self.takes_principal:
+            raise ConfigError(
+                f"rank_budget weighs principal components, and method {self.method!r} with component "
+                f'{self.component!r} takes others; use method "pissa" with component "principal", or leave it out'
+            )
+
     def _check_variants(self) -> None:
         if not is_number(self.orthogonality) or not 0 <= self.orthogonality < math.inf:
             raise ConfigError(f"orthogonality is {self.orthogonality!r}; give 0 or a positive number")
@@ -261,8 +278,9 @@ class PissaConfig:
             "use_dora (PEFT has no layer that is both)": self.use_dora,
             "quantization (its export to the base could not be checked)": self.quantization is not None,
             'placement "offset"': self.placement == "offset",
-            "rank_pattern and alpha_pattern (PEFT gives all AdaLoRA layers one rank)": self.rank_pattern
-            or self.alpha_pattern,
+            "rank_pattern, alpha_pattern and rank_budget (PEFT gives all AdaLoRA layers one rank)": self.rank_pattern
+            or self.alpha_pattern
+            or self.rank_budget,
             "use_rslora": self.use_rslora,
         }
         wrong = [what for what, given in refused.items() if given]

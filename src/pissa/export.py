@@ -28,7 +28,7 @@ from .checkpoint.gguf_lora import check_gguf_target, write_gguf_lora
 from .checkpoint.hub import first_line
 from .checkpoint.manifest import MANIFEST, package_versions
 from .checkpoint.merge import merge_saved
-from .checkpoint.read import LOSSLESS, SavedAdapter, read_adapter
+from .checkpoint.read import LOSSLESS, SavedAdapter, load, read_adapter
 from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
 from .decompose.dora import rescaled
@@ -50,10 +50,10 @@ from .live.state import (
     has_initial_adapter,
     is_marked_offset,
     is_offset,
+    marks,
     not_plain_lora,
     place_at,
     set_marks,
-    weight_key,
     without_marks,
     without_wrappers,
 )
@@ -76,6 +76,8 @@ class LoraExport(dict[str, Tensor]):
     """"lossless" where the initial adapter can be read back out of it."""
     errors: dict[str, float]
     """Module name -> `‖ΔW − exported ΔW‖ / ‖ΔW‖` (Frobenius); all 0 for a lossless export."""
+    sample: str | None
+    """A few values of the base's weights, by which `load` tells another base of the same shapes."""
     gaps: dict[str, float]
     """Module name -> `‖W − Q − s·B0·A0‖ / ‖W‖`, where the residual Q is quantised: the model was trained as
     `Q + s·B·A`, and on the base W this export is off from that by just this. Empty where it is not quantised."""
@@ -193,6 +195,7 @@ def write_lora(export: LoraExport, directory: Path) -> None:
     manifest = {
         "layout": export.layout,
         "base": export.base,
+        "base_sample": export.sample,
         "largest_error": max(export.errors.values(), default=0.0),
         **gap_figures(export.gaps),
         "versions": package_versions(),
@@ -221,7 +224,7 @@ def export_merged(
 
     Args:
         model_or_dir: an adapted model (left as it is), or a saved run or adapter directory, whose base is read and
-            merged weight by weight and never held.
+            merged weight by weight and never held; one with adapted experts is loaded whole.
         out: directory to write, new or empty.
         base: the base's directory or hub id, for a saved adapter that does not record it.
 
@@ -230,10 +233,9 @@ def export_merged(
         CheckpointError, OutputError: what is read is incomplete, or `out` cannot be written.
     """
     check_free(out)
-    if not isinstance(model_or_dir, PeftModel):
-        merge_saved(model_or_dir, out, base)
+    if not isinstance(model_or_dir, PeftModel) and merge_saved(model_or_dir, out, base):
         return
-    model = model_or_dir
+    model = model_or_dir if isinstance(model_or_dir, PeftModel) else load(model_or_dir, base)
     plain: Any = model.get_base_model()
     if not isinstance(plain, PreTrainedModel):
         raise PissaError(f"{type(plain).__name__} is no transformers model; export_lora works for any module")
@@ -339,7 +341,7 @@ def _as_export(
     config.base_model_name_or_path = saved.base
     config.lora_dropout = 0.0
     export.gaps = {name: gap for name, gap in saved.gaps.items() if name in parts}
-    export.config, export.base, export.layout = config, saved.base, layout
+    export.config, export.base, export.layout, export.sample = config, saved.base, layout, saved.sample
     export.errors = {name: part.error for name, part in parts.items()}
     return export
 
@@ -363,7 +365,7 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     record: Any = getattr(model, "pissa", None)
     base = record.base if record is not None and record.residual else config.base_model_name_or_path
     gaps = {n: c.rounding for n, c in record.certificates.items()} if record is not None and record.quantized else {}
-    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps)
+    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps, sample=marks(config).get("base"))
 
 
 def _unwrapped(layout: Layout) -> Layout:
@@ -372,12 +374,7 @@ def _unwrapped(layout: Layout) -> Layout:
 
 def _whole_factors(layout: Layout, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
     def whole(of: str) -> tuple[Tensor, Tensor]:
-        keys = (key.removesuffix(".weight") for key in layout.keys)
-        endings = (key[len(key.removesuffix(".weight")) :] for key in layout.keys)
-        A, B = (
-            state[f"{PREFIX}{key}.{of}{ending}"].detach().cpu().float()
-            for key, ending in zip(keys, endings, strict=True)
-        )
+        A, B = (state[f"{PREFIX}{key}"].detach().cpu().float() for key in layout.keys(of))
         return layout.kind.unpack(A, B, shards.A.shape[-2])
 
     initial = whole(INITIAL) if shards.A0 is not None else (None, None)
@@ -406,7 +403,7 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     """The base model's state dict with every adapter added to its weight and PEFT's own names taken out."""
     adapter = _exportable(model)
     factors, layers = adapter_factors(model, adapter), adapter_layers(model)
-    adapted = {weight_key(name, layers[name]): name for name in factors}
+    adapted = {place_at(layers[name]).key(name): name for name in factors}
     state: dict[str, Tensor] = {}
     plain = model.get_base_model()
     quantized = {without_wrappers(n): m for n, m in quantized_layers(plain).items()}

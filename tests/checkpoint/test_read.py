@@ -17,7 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from pissa import PissaConfig, adapt, export_lora, load, reference
+from families import FAMILIES, logits
+from pissa import PissaConfig, adapt, export_lora, load, reference, restore, save_residual
 from pissa.checkpoint.hub import looks_like_path
 from pissa.checkpoint.read import check_model_directory, load_base, load_tokenizer, read_adapter
 from pissa.config import METHODS, Method
@@ -464,3 +465,39 @@ def test_a_tokenizer_gets_a_padding_token_and_needs_an_end(tmp_path: Path) -> No
         load_tokenizer(tmp_path / "no-end")
     with pytest.raises(CheckpointError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("placement", ["residual", "offset"])
+def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path, placement: Any) -> None:
+    base = tiny_llama(dtype=torch.float32)
+    model = adapt(tiny_llama(), PissaConfig(4, placement=placement))
+    model.save_pretrained(str(tmp_path / "state"))
+    export_lora(model, tmp_path / "export")
+    export_lora(tmp_path / "state", tmp_path / "again")
+    for saved in ("state", "export", "again"):
+        with pytest.raises(CheckpointError, match="another base than the one given"):
+            load(tmp_path / saved, tiny_llama(seed=1))
+        load(tmp_path / saved, tiny_llama(dtype=torch.bfloat16))  # the same in another dtype
+        load(tmp_path / saved, restore(adapt(tiny_llama(), PissaConfig(8))))  # or up to rounding
+        load(tmp_path / saved, base if saved == "again" else tiny_llama())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["mixtral", "qwen-moe", "gpt-2-embeddings", "bert-embeddings"])
+def test_residuals_of_every_kind_are_saved_and_loaded(tmp_path: Path, family: str) -> None:
+    case = FAMILIES[family]
+    batch = case.batch()
+    model = adapt(case.make(), PissaConfig(2, target_modules=case.targets))
+    expected = logits(model, batch)
+    save_residual(model, tmp_path / "residual")
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.mul_(1.1)
+    trained = logits(model, batch)
+    model.save_pretrained(str(tmp_path / "trained"), save_embedding_layers=False)
+    plain = case.model.from_pretrained(tmp_path / "residual").eval()
+    plain = PeftModel.from_pretrained(plain, tmp_path / "residual", subfolder="pissa_init")
+    torch.testing.assert_close(logits(plain, batch), expected, rtol=1e-4, atol=1e-5)
+    again = load(tmp_path / "trained", case.model.from_pretrained(tmp_path / "residual")).eval()
+    torch.testing.assert_close(logits(again, batch), trained, rtol=1e-4, atol=1e-5)
+    with reference(again):
+        torch.testing.assert_close(logits(again, batch), expected, rtol=1e-4, atol=1e-5)

@@ -93,3 +93,36 @@ def test_wrong_input_is_one_line(flags: list[str], reason: str, model: str, caps
 def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("inspect", "./nowhere") == 2
     assert "./nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_rank_budget_is_planned_shown_and_drawn(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--rank", "24", "--rank-budget", "9000"]
+    assert exit_code("inspect", model, *flags, "--figures", str(tmp_path / "figures"), "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["rank_pattern"]) == 14 and document["parameters"] <= document["budget"] == 9000
+    costs = {layer["name"]: sum(layer["shape"]) for layer in document["layers"]}
+    assert document["parameters"] == sum(rank * costs[name] for name, rank in document["rank_pattern"].items())
+    assert document["uniform_captured"] <= document["captured"] <= document["captured_bound"] <= 100
+    shares = [point["captured"] for point in document["curve"]]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(document["captured"])
+    assert (tmp_path / "figures" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert exit_code("inspect", model, *flags, *NF4) == 0
+    text = capsys.readouterr().out
+    assert "squared error of nf4 in the adapters" in text and "q_proj" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rank-budget", "10"], "rank_budget is 10; 14 weights at rank 1 take"),
+        (["--rank-budget", "9000", "--rank", "4,8"], "rank_budget takes one rank"),
+        (["--rank-budget", "9000", "--methods", "qlora", *NF4], "--rank-budget plans for a format"),
+    ],
+)
+def test_a_budget_that_means_nothing_is_refused_in_one_line(
+    model: str, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("inspect", model, *flags) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]

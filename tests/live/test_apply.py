@@ -306,3 +306,18 @@ def test_a_failure_after_wrapping_leaves_the_model_as_it_was(monkeypatch: pytest
     monkeypatch.undo()
     with pytest.warns(UserWarning, match="untied"):
         adapt(model, PissaConfig(4, target_modules=["q_proj", "lm_head"]))
+
+
+def test_a_weight_of_zeros_is_named_because_its_adapter_cannot_learn() -> None:
+    def model() -> Any:
+        zero: Any = tiny_llama()
+        zero.model.layers[1].mlp.up_proj.weight.data.zero_()
+        return zero
+
+    with pytest.warns(UserWarning, match=r"^model\.layers\.1\.mlp\.up_proj: the weight is zero.* cannot learn"):
+        adapted = adapt(model(), PissaConfig(4))
+    assert largest_difference(logits_of(adapted), logits_of(model())) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapt(model(), PissaConfig(4, method="lora-kaiming"))
+        adapt(tiny_llama(), PissaConfig(4))

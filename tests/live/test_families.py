@@ -1,163 +1,22 @@
-"""One small model with random weights of each family of the paper, and what it takes to give its adapter away."""
+"""A small model of each family of the paper: what it takes to give its adapter away."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from peft import PeftModel
 from torch import Tensor
 
 import pissa
+from families import FAMILIES, logits
 from pissa import PissaConfig, adapt, export_lora, export_merged, reference, restore
-from pissa.live.state import adapter_layers
+from pissa.live.apply import peft_config
+from pissa.live.state import adapter_layers, adapter_layouts, marks, place_at
+from pissa.live.targets import layouts_of, resolve_targets
 from tiny import same_tensors
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
-DECODER: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
-LATENT: dict[str, Any] = {
-    "q_lora_rank": None,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "moe_intermediate_size": 12,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "topk_method": "greedy",
-    "n_group": 1,
-    "topk_group": 1,
-    "num_key_value_heads": 2,
-}
-QWEN_EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "shared_expert_intermediate_size": 20,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model of one family, what to adapt in it and what to feed it."""
-
-    config: Callable[..., Any]
-    model: Any
-    sizes: dict[str, Any]
-    adapted: int
-    """How many weights, or stacks of them, get an adapter."""
-    targets: Any = "all-linear"
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def make(self) -> Any:
-        """The model, in evaluation; always the same."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = self.model(self.config(**self.sizes))
-            for parameter in model.parameters():  # biases and norms that do something
-                parameter.data.add_(0.05 * torch.randn_like(parameter))
-        model.tie_weights()
-        return model.eval()
-
-    def batch(self) -> dict[str, Tensor]:
-        """Keyword arguments of the forward."""
-        generator = torch.Generator().manual_seed(1)
-        if "image_size" in self.sizes or self.model is hf.ResNetForImageClassification:
-            return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
-        return {"input_ids": torch.randint(3, 64, (2, 9), generator=generator)}
-
-
-IMAGES: dict[str, Any] = {"num_labels": 3}
-FAMILIES: dict[str, Family] = {
-    "llama": Family(hf.LlamaConfig, hf.LlamaForCausalLM, DECODER, 2 * 7),
-    "yi": Family(hf.LlamaConfig, hf.LlamaForCausalLM, {**DECODER, "rms_norm_eps": 1e-5, "rope_theta": 5e6}, 2 * 7),
-    "mistral": Family(hf.MistralConfig, hf.MistralForCausalLM, {**DECODER, "sliding_window": 4}, 2 * 7),
-    "gemma": Family(hf.GemmaConfig, hf.GemmaForCausalLM, DECODER, 2 * 7),
-    "gemma3-embedding": Family(hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, DECODER, 2 + 1, ["embed_tokens", "q_proj"]),
-    "qwen": Family(hf.Qwen2Config, hf.Qwen2ForCausalLM, DECODER, 2 * 7),
-    "mixtral": Family(hf.MixtralConfig, hf.MixtralForCausalLM, {**DECODER, "num_local_experts": 4}, 2 * (4 + 2)),
-    "mixtral-router": Family(
-        hf.MixtralConfig, hf.MixtralForCausalLM, {**DECODER, "num_local_experts": 4}, 2 * 3, ["gate", "experts"]
-    ),
-    "qwen-moe": Family(hf.Qwen2MoeConfig, hf.Qwen2MoeForCausalLM, {**DECODER, **QWEN_EXPERTS}, 2 * (4 + 2 + 3)),
-    "deepseek-moe": Family(hf.DeepseekV2Config, hf.DeepseekV2ForCausalLM, {**DECODER, **LATENT}, 2 * 4 + 3 + 2 + 3),
-    "gpt-oss": Family(
-        hf.GptOssConfig,
-        hf.GptOssForCausalLM,
-        {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
-        2 * (4 + 2),
-    ),
-    "deberta-v3": Family(
-        hf.DebertaV2Config,
-        hf.DebertaV2ForSequenceClassification,
-        {
-            **SIZES,
-            "relative_attention": True,
-            "position_buckets": 8,
-            "pos_att_type": ["p2c", "c2p"],
-            "share_att_key": True,
-            "norm_rel_ebd": "layer_norm",
-            "type_vocab_size": 0,
-        },
-        2 * 6 + 1,
-    ),
-    "bert": Family(hf.BertConfig, hf.BertForSequenceClassification, SIZES, 2 * 6 + 1),
-    "bert-embeddings": Family(hf.BertConfig, hf.BertForMaskedLM, SIZES, 3, ["word_embeddings", "query"]),
-    "vit": Family(
-        hf.ViTConfig,
-        hf.ViTForImageClassification,
-        {**SIZES, **IMAGES, "image_size": 16, "patch_size": 8},
-        2 * 6 + 1,
-        r".*(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|fc1|fc2|projection)",
-    ),
-    "gpt-2": Family(
-        hf.GPT2Config,
-        hf.GPT2LMHeadModel,
-        {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
-        2 * 4,
-    ),
-    "gpt-2-embeddings": Family(
-        hf.GPT2Config,
-        hf.GPT2LMHeadModel,
-        {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
-        2 + 2,
-        ["wte", "wpe", "c_attn"],
-    ),
-    "resnet": Family(
-        hf.ResNetConfig,
-        hf.ResNetForImageClassification,
-        {**IMAGES, "embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"},
-        1 + 2 + 3,
-        r".*convolution",
-    ),
-    "convnext": Family(
-        hf.ConvNextConfig,
-        hf.ConvNextForImageClassification,
-        {**IMAGES, "image_size": 16, "patch_size": 2, "hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2},
-        2 + 4,
-        r".*(patch_embeddings|downsampling_layer\.1|pwconv.)",
-    ),
-}
-
-
-def output(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**batch).logits.double()
 
 
 def distance(left: Tensor, right: Tensor) -> float:
@@ -172,30 +31,48 @@ def test_a_family_is_adapted_trained_exported_and_loaded_by_peft_alone(
 ) -> None:
     family = FAMILIES[name]
     batch, base = family.batch(), family.make()
-    expected = output(base, batch)
+    expected = logits(base, batch)
     config = PissaConfig(2, target_modules=family.targets, placement=placement, **family.settings)
     model: Any = adapt(family.make(), config)
     assert len(adapter_layers(model)) == family.adapted, list(adapter_layers(model))
-    assert distance(output(model, batch), expected) < 2e-5
+    assert distance(logits(model, batch), expected) < 2e-5
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     model(**batch).logits.square().mean().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
     optimizer.step()
-    trained = output(model, batch)
+    trained = logits(model, batch)
     assert distance(trained, expected) > 1e-3
     with reference(model):
-        assert distance(output(model, batch), expected) < 2e-5
+        assert distance(logits(model, batch), expected) < 2e-5
 
     export_lora(model, tmp_path / "lora")
     export_lora(tmp_path / "lora", tmp_path / "low", rank=3)
     plain = PeftModel.from_pretrained(family.make(), tmp_path / "lora").eval()
-    assert distance(output(plain, batch), trained) < 2e-5
-    assert distance(output(pissa.load(tmp_path / "lora", family.make()).eval(), batch), trained) < 2e-5
-    low = output(PeftModel.from_pretrained(family.make(), tmp_path / "low").eval(), batch)
-    assert distance(low, output(pissa.load(tmp_path / "low", family.make()).eval(), batch)) < 2e-5
+    assert distance(logits(plain, batch), trained) < 2e-5
+    assert distance(logits(pissa.load(tmp_path / "lora", family.make()).eval(), batch), trained) < 2e-5
+    low = logits(PeftModel.from_pretrained(family.make(), tmp_path / "low").eval(), batch)
+    assert distance(low, logits(pissa.load(tmp_path / "low", family.make()).eval(), batch)) < 2e-5
     export_merged(model, tmp_path / "merged")
     merged = family.model.from_pretrained(tmp_path / "merged").eval()
-    assert distance(output(merged, batch), trained) < 2e-5
+    assert distance(logits(merged, batch), trained) < 2e-5
     assert same_tensors(dict(base.named_parameters()), dict(restore(model, base).named_parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_targets_are_the_same_without_values_and_say_how_peft_will_store_them(name: str) -> None:
+    family = FAMILIES[name]
+    config = PissaConfig(2, target_modules=family.targets)
+    with torch.device("meta"):
+        empty = family.model(family.config(**family.sizes))
+    planned = resolve_targets(empty, config, loaded=False)
+    model = adapt(family.make(), config)
+    assert layouts_of(planned) == adapter_layouts(model)
+    assert {t.name: t.weight_key for t in planned} == {n: place_at(x).key(n) for n, x in adapter_layers(model).items()}
+    assert {t.weight_key for t in planned} <= set(family.make().state_dict())
+    ours, theirs = peft_config(empty, planned, config), model.peft_config["default"]
+    for key in ("target_parameters", "rank_pattern", "fan_in_fan_out", "task_type"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert marks(ours).get("parameters") == marks(theirs).get("parameters")

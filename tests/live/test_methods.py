@@ -111,7 +111,7 @@ def test_trained_saved_loaded_exported_and_merged_it_is_one_function(
         assert largest_difference(logits_of(model), base) <= NOISE[torch.float32]
     assert torch.equal(logits_of(model), trained)
 
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(str(tmp_path / "saved"))
     export = export_lora(model, tmp_path / "lossless")
     state = export_state(model)
     (tmp_path / "state").mkdir()
@@ -168,7 +168,7 @@ def test_dora_computes_the_paper_s_formula_with_the_true_weight_s_magnitudes(pla
 
 
 def test_a_row_of_zeros_which_dora_would_divide_by_is_refused_by_name() -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3] = 0
     with pytest.raises(WeightError, match=r"some are zero in model\.layers\.1\.mlp\.up_proj"):
@@ -178,9 +178,9 @@ def test_a_row_of_zeros_which_dora_would_divide_by_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("variant", ["use_dora", "use_adalora"])
 def test_kinds_of_layers_that_a_variant_does_not_know_are_refused_by_name(variant: str) -> None:
-    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
+    model, settings = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8)), dict[str, Any]({variant: True})
     with pytest.raises(TargetError, match=r"cannot adapt 0 \(Embedding: (DoRA|AdaLoRA) is for linear layers\)"):
-        adapt(model, PissaConfig(2, target_modules=["0", "1"], **{variant: True}))
+        adapt(model, PissaConfig(2, target_modules=["0", "1"], **settings))
 
 
 # AdaLoRA
@@ -209,7 +209,7 @@ def test_adalora_trains_values_apart_and_never_prunes() -> None:
 def test_what_does_not_go_together_is_refused_in_one_line() -> None:
     for settings, said in (
         ({"use_dora": True, "use_adalora": True}, "use_adalora does not go with use_dora"),
-        ({"use_adalora": True, "alpha_pattern": {"q_proj": 2.0}}, "rank_pattern and alpha_pattern"),
+        ({"use_adalora": True, "alpha_pattern": {"q_proj": 2.0}}, "rank_pattern, alpha_pattern and rank_budget"),
         ({"orthogonality": 0.1}, "orthogonality is AdaLoRA's"),
     ):
         with pytest.raises(ConfigError, match=said) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,17 @@ def test_no_optimizer_moves_the_frozen_half(optimizer: Any) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     train_steps(model.train(), 3, optimizer=optimizer(trained, lr=0.1, weight_decay=0.3))
     assert same(halves(model), initial)
+
+
+def test_a_copy_of_a_model_keeps_its_frozen_halves() -> None:
+    model: Any = copy.deepcopy(adapt(tiny_llama(), PissaConfig(rank=2, placement="offset"))).train()
+    initial = halves(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    train_steps(model, 3, optimizer=torch.optim.AdamW(trained, lr=0.1, weight_decay=0.3))
+    assert same(halves(model), initial)
+    for layer in adapter_layers(model).values():
+        holder: Any = layer.lora_A["default"]
+        assert not second_half(holder.weight.grad, 0).any()
 
 
 def test_a_quantised_base_is_refused_elsewhere_with_the_way_out(bases: dict[str, Path]) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import CASES, Attention, Mixture, chain
 from peft import LoraConfig, get_peft_model
 from test_kinds import adapted, output, train
 from torch import Tensor, nn
 
+from kinds import CASES, Attention, Mixture, chain
 from pissa import PissaConfig, adapt
 from pissa.errors import TargetError
 from pissa.live.runtime import taps, with_holes
@@ -170,7 +170,7 @@ def test_all_linear_takes_attentions_and_experts_and_leaves_routers() -> None:
     assert found(chain(mixture)) == [*experts, "0.head"]
     assert found(chain(mixture), target_modules=["gate"]) == ["0.gate"]
     assert found(chain(mixture), exclude_modules=["down_proj"]) == [experts[0], "0.head"]
-    for outputs in (3, 1):  # a router of the usual kind, and the gate of a shared expert
+    for outputs in (5, 1):  # a router of the usual kind, and the gate of a shared expert
         mixture.head = nn.Linear(8, outputs)
         assert found(chain(mixture)) == experts
         assert found(chain(mixture), target_modules=["head"], rank_pattern={"head": 1}) == ["0.head"]

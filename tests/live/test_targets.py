@@ -255,3 +255,9 @@ def test_a_weight_that_is_computed_is_refused_by_name() -> None:
         adapt(model, PissaConfig(2))
     assert same_tensors(before, snapshot(model))
     assert names(model, exclude_modules=["1", "2", "3"]) == ["0"]
+
+
+def test_random_pissa_needs_residual_triplets_to_draw_and_names_every_layer_that_has_too_few() -> None:
+    with pytest.raises(ConfigError, match=r"random_fraction 1 draws more .* in model\.layers\.0\.self_attn\.k_proj \("):
+        resolve_targets(tiny_llama(), PissaConfig(9, method="random-pissa"))
+    resolve_targets(tiny_llama(), PissaConfig(9, method="random-pissa", random_fraction=0.5))

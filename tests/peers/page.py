@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from observed import FAILURES, Failure, Seen  # noqa: E402
 
-for _module in ("starting", "kinds", "converting"):
+for _module in ("starting", "layer_kinds", "converting"):
     importlib.import_module(_module)
 
 HEAD = """# What fails elsewhere, run here

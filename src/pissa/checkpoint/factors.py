@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from ..live.adalora import scale_of
 from ..live.conversion import nesting
 from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
-from ..live.runtime import OUT_PROJ
+from ..live.runtime import OUT_PROJ, TWICE
 from ..live.state import MAGNITUDE, AdapterFactors, Layout, module_path
 from .hub import first_line
 
@@ -79,10 +79,7 @@ def _told_apart(
         A, B = sides[path]["A"], sides[path]["B"]
         if path.endswith(OUT_PROJ) and path.removesuffix(OUT_PROJ) in attentions:
             if A.any() and B.any():
-                raise CheckpointError(
-                    f"{file} adapts {path.replace(OUT_PROJ, '.out_proj')}, which PEFT adds twice or once depending on "
-                    "its version; merge it with the PEFT that trained it"
-                )
+                raise CheckpointError(f"{file}: {path.removesuffix(OUT_PROJ)} {TWICE}")
             continue
         name, pattern = names[path]
         rank = _rank(config, pattern)

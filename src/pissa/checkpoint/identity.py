@@ -65,12 +65,14 @@ def check_base_unchanged(
     touched = {name for name, time in modification_times(source).items() if before.get(name) != time}
     changed = []
     for task in tasks:
-        if task.name in done and source.entries[task.source].file.name in touched:
+        if task.name not in done:
+            continue
+        for name in (name for name in task.sources if source.entries[name].file.name in touched):
             digest = hashlib.sha256()
-            for chunk in source.chunks(task.source):
+            for chunk in source.chunks(name):
                 digest.update(chunk)
-            if digest.hexdigest() != done[task.name]["base"]:
-                changed.append(task.source)
+            if digest.hexdigest() != done[task.name]["base"][name]:
+                changed.append(name)
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise CheckpointError(

@@ -23,7 +23,6 @@ from ..decompose.dora import rescaled
 from ..errors import CheckpointError
 from ..live.layers import Place, combine_each, place_named
 from ..live.state import AdapterFactors, is_marked_offset
-from ..split import combine
 from .dequantized import Dequantized
 from .factors import PREFIX
 from .files import open_plain
@@ -39,8 +38,12 @@ from .work import converted
 from .write import output_directory, write_json
 
 
-def merge_saved(path: str | os.PathLike[str], out: str | os.PathLike[str], base: str | os.PathLike[str] | None) -> None:
+def merge_saved(path: str | os.PathLike[str], out: str | os.PathLike[str], base: str | os.PathLike[str] | None) -> bool:
     """Write the fine-tuned model of a saved adapter as a plain transformers checkpoint.
+
+    Returns:
+        Whether it could be done; not where a weight is several tensors in the base's checkpoint, as experts are: then
+        nothing is written, and the model has to be loaded and merged as a whole.
 
     Args:
         path: a run or an adapter's directory.
@@ -55,7 +58,11 @@ def merge_saved(path: str | os.PathLike[str], out: str | os.PathLike[str], base:
     saved = read_adapter(path)
     place, residual = base_place(path, saved, base)
     with open_source(place) as source:
-        _Merge(path, saved, source, residual).write(out)
+        merge = _Merge(path, saved, source, residual)
+        if not merge.is_possible:
+            return False
+        merge.write(out)
+    return True
 
 
 class _Merge:
@@ -72,6 +79,9 @@ class _Merge:
         self.factors = {name: factors.folded() for name, factors in fitted(path, saved, self.model).items()}
         self.keys = {self._place(name).key(name): name for name in self.factors}
         self.trained_in_full = self._others(path)
+        self.is_possible = all(tensor_of(self.model, self.names, key) is not None for key in self.keys)
+        if not self.is_possible:
+            return
         packed: set[str] = self.source.packed if isinstance(self.source, Dequantized) else set()
         in_few_bits = any(self._tensor(key) in packed for key in self.keys)
         self.offset = is_marked_offset(saved.config) or in_few_bits
@@ -174,7 +184,7 @@ def merged_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bo
         else:
             W = combine_each(W, factors.A0, factors.B0, -scale)
     if factors.magnitude is not None:
-        return rescaled(combine(W.float(), A, B, scale), factors.magnitude).to(W.dtype)
+        return rescaled(combine_each(W.float(), A, B, scale), factors.magnitude).to(W.dtype)
     return combine_each(W, A, B, scale)
 
 
@@ -193,9 +203,9 @@ def _readable(source: Source, model: nn.Module) -> Source:
 
 def _copy(task: Task, source: Source, outputs: Outputs) -> None:
     """Piece by piece, so that no embedding is ever whole in memory."""
-    ((name, _),) = task.outputs.items()
-    stored, done = source.entries[task.source].dtype, 0
-    for chunk in source.chunks(task.source):
+    ((name, _),), (kept,) = task.outputs.items(), task.sources
+    stored, done = source.entries[kept].dtype, 0
+    for chunk in source.chunks(kept):
         data = chunk
         if task.dtype is not None:
             assert stored is not None

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,8 +23,8 @@ from ..config import PissaConfig, Quantization
 from ..errors import CheckpointError, ConfigError
 from ..live.apply import peft_config
 from ..live.quantized import bitsandbytes_config, quantized_layer, require_bitsandbytes
-from ..live.state import INITIAL, Layout, adapter_layouts, set_marks
-from ..live.targets import Target, resolve_targets
+from ..live.state import INITIAL, Layout, set_marks
+from ..live.targets import Target, layouts_of, resolve_targets
 from ..quantize.formats import Packed
 from ..quantize.int8 import PackedInt8
 from ..quantize.nested import NESTED_BLOCK, NestedScales
@@ -54,18 +53,18 @@ class Task:
 
     name: str
     """The module that is split, or the tensor that is copied, by its name in the base."""
-    source: str
-    """The tensor's name in the base."""
+    sources: tuple[str, ...]
+    """The tensor's name in the base; of a parameter that is made from several, theirs."""
     outputs: dict[str, Kind]
     """What is written: tensor name -> kind."""
     dtype: torch.dtype | None
     """What the tensor is converted to first; None for a copy byte for byte."""
     target: Target | None = None
-    """The layer that is split, without its weight; None for a copy."""
+    """What is split, without its values; None for a copy."""
     layout: Layout | None = None
-    """How PEFT stores its adapter; None where there is none."""
+    """How PEFT stores its adapter; None for a copy."""
     config: PissaConfig | None = None
-    """With the layer's own rank and alpha; None for a copy."""
+    """How it is split; None for a copy."""
     cost: int = 0
     """Relative."""
     memory: int = 0
@@ -113,11 +112,8 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     targets = resolve_targets(model, config, loaded=False)
     chosen = DTYPES[dtype] if dtype is not None else loading_dtype(source)
     sources = _sources(model, names, targets, source)
-    layouts = {} if config.starts_at_zero else _layouts(source, targets, config)
-    splits = [
-        _split_task(target, sources[target.name], source, config, chosen, model, layouts.get(target.name))
-        for target in targets
-    ]
+    layouts = layouts_of(targets)
+    splits = [_split_task(t, sources[t.name], layouts[t.name], source, config, chosen, model) for t in targets]
     split_keys = {target.weight_key for target in targets}
     copies = copy_tasks(model, names, split_keys, source, chosen if dtype is not None else None)
     if dtype is None:
@@ -152,6 +148,11 @@ def check_config(config: PissaConfig) -> None:
     if config.needs_gradient or config.use_dora or config.use_adalora:
         what = 'component "scored"' if config.needs_gradient else "DoRA" if config.use_dora else "AdaLoRA"
         raise ConfigError(f"{what} needs the model itself: give it to pissa train, which adapts in memory")
+    if config.rank_budget is not None:
+        raise ConfigError(
+            "rank_budget looks at every weight before the first is split, which streaming does not: take the ranks of "
+            "pissa inspect --rank-budget as rank_pattern"
+        )
     if config.quantization is None:
         return
     if config.quantization.format == "gptq":
@@ -211,43 +212,34 @@ def packed_parts(module: nn.Module, name: str, packed: Packed) -> dict[str, Tens
 
 def _split_task(
     target: Target,
-    name: str,
+    sources: tuple[str, ...],
+    layout: Layout,
     source: Source,
     config: PissaConfig,
     dtype: torch.dtype,
     model: PreTrainedModel,
-    layout: Layout | None,
 ) -> Task:
-    entry = source.entries[name]
-    if entry.dtype not in READABLE:
-        raise CheckpointError(f"{source.path}: {name} is {entry.kind}; only F32, F16, BF16 and F64 can be split")
+    entries = [source.entries[name] for name in sources]
+    for name, entry in zip(sources, entries, strict=True):
+        if entry.dtype not in READABLE:
+            raise CheckpointError(f"{source.path}: {name} is {entry.kind}; only F32, F16, BF16 and F64 can be split")
     dtype = task_dtype(model, target.name, dtype)
-    shape = target.place.matrix_shape
+    *stack, out, columns = target.place.matrix_shape
     if config.quantization is None:
-        outputs = {target.weight_key: Kind(KIND_OF[dtype], entry.shape)}
+        outputs = {target.weight_key: Kind(KIND_OF[dtype], target.place.shape)}
     else:
-        empty = _empty_packed(_two(shape), config.quantization, dtype)
+        empty = _empty_packed((out, columns), config.quantization, dtype)
         outputs = {k: kind_of(tensor) for k, tensor in packed_parts(target.module, target.name, empty).items()}
-    if layout is not None:
-        *stack, out, columns = shape
-        A = torch.empty(*stack, target.rank, columns, device="meta")
-        B = torch.empty(*stack, out, target.rank, device="meta")
+    if not config.starts_at_zero:
+        with torch.device("meta"):
+            A, B = torch.empty(*stack, target.rank, columns), torch.empty(*stack, out, target.rank)
         outputs |= {f"{PREFIX}{key}": kind_of(tensor) for key, tensor in layout.tensors(A, B).items()}
-    size = math.prod(shape)
-    memory = size * (WORKING if config.quantization is None else WORKING_QUANTIZED) + 2 * entry.nbytes
+    count, size = math.prod(stack), out * columns
+    whole = sum(entry.nbytes for entry in entries) * (2 if len(entries) == 1 else 3)
+    memory = size * (WORKING if config.quantization is None else WORKING_QUANTIZED) + whole
+    cost = SPLIT_COST * count * size * dtype.itemsize
     own = config.for_module(target.rank, target.alpha)
-    return Task(target.name, name, outputs, dtype, target, layout, own, SPLIT_COST * size * dtype.itemsize, memory)
-
-
-def _layouts(source: Source, targets: list[Target], config: PissaConfig) -> dict[str, Layout]:
-    """How PEFT would store each target's adapter: it wraps a model of its own, again without weights."""
-    model = build(source)
-    return adapter_layouts(get_peft_model(model, peft_config(model, targets, config), low_cpu_mem_usage=True))
-
-
-def _two(shape: tuple[int, ...]) -> tuple[int, int]:
-    out, columns = shape
-    return out, columns
+    return Task(target.name, sources, outputs, dtype, target, layout, own, cost, memory)
 
 
 def copy_tasks(
@@ -259,22 +251,24 @@ def copy_tasks(
 ) -> list[Task]:
     """Everything that is not split, under the model's own names where the model has it."""
     wanted: dict[str, str] = {}
+    untied = any(is_tied(model, key) for key in split_keys)  # one setting ties all there is, and it has to go
     for key in model.state_dict():
         if key in split_keys:
             continue
         kept = model.all_tied_weights_keys.get(key, key)
-        if _tied(model, key) & split_keys:
+        if untied and is_tied(model, key):
             wanted[key] = tensor_of(model, names, key) or ""
         elif key in names.plain:
             # a shared weight goes by the name that the model keeps
             wanted[key if kept in names.plain else kept] = names.plain[key]
-    wanted |= {name: name for name in (*names.converted, *names.unknown)}
+    parts = [name for name, key in names.converted.items() if key not in split_keys]
+    wanted |= {name: name for name in (*parts, *names.unknown)}
     tasks = []
     for key, name in wanted.items():
         entry = source.entries[name]
         to = _conversion(model, key, entry, dtype)
         kind = Kind(KIND_OF[to], entry.shape) if to is not None else Kind(entry.kind, entry.shape)
-        tasks.append(Task(f"copy of {key}", name, {key: kind}, to, cost=entry.nbytes, memory=COPY_MEMORY))
+        tasks.append(Task(f"copy of {key}", (name,), {key: kind}, to, cost=entry.nbytes, memory=COPY_MEMORY))
     return tasks
 
 
@@ -310,20 +304,23 @@ def task_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.d
     return torch.float32 if any(f".{key}." in f".{name}." for key in kept) else dtype
 
 
-def _sources(model: PreTrainedModel, names: Names, targets: list[Target], source: Source) -> dict[str, str]:
-    """Target -> the tensor that holds its weight.
+def _sources(model: PreTrainedModel, names: Names, targets: list[Target], source: Source) -> dict[str, tuple[str, ...]]:
+    """Target -> the tensors that hold its weight: one, or those of each expert.
 
     Raises:
         CheckpointError: naming every target that has none of its own.
     """
-    found = {target.name: tensor_of(model, names, target.weight_key) for target in targets}
-    missing = [name for name, tensor in found.items() if tensor is None]
+    found: dict[str, tuple[str, ...]] = {}
+    for target in targets:
+        plain = tensor_of(model, names, target.weight_key)
+        found[target.name] = (plain,) if plain is not None else names.fused.get(target.weight_key, ())
+    missing = [name for name, tensors in found.items() if not tensors]
     if missing:
         raise CheckpointError(
             f"{source.path} holds no tensor for {', '.join(missing[:20])}{' …' if len(missing) > 20 else ''}: "
             "transformers makes it from others while it loads; name the modules in exclude_modules, or use pissa train"
         )
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return found
 
 
 def _broken_ties(model: PreTrainedModel, split_keys: set[str]) -> bool:
@@ -339,7 +336,7 @@ def _broken_ties(model: PreTrainedModel, split_keys: set[str]) -> bool:
 
 def _warn_of_rounding(source: Source, splits: list[Task], dtype: torch.dtype) -> None:
     """Say that weights are stored more finely than config.json lets them be loaded."""
-    finer = [task.source for task in splits if _bits(source.entries[task.source].dtype) > _bits(task.dtype)]
+    finer = [n for task in splits for n in task.sources if _bits(source.entries[n].dtype) > _bits(task.dtype)]
     if finer:
         warnings.warn(
             f"config.json has the model loaded in {dtype}, and {len(finer)} weights are stored in more than that: they "
@@ -381,7 +378,7 @@ def _configurations(
         settings.tie_word_embeddings = False
     lora = replace(peft_config(model, targets, config), lora_dropout=0.0)
     if config.quantization is not None:
-        empty = _empty_packed(_two(targets[0].place.matrix_shape), config.quantization, dtype)
+        empty = _empty_packed(targets[0].place.matrix_shape, config.quantization, dtype)
         settings.quantization_config = bitsandbytes_config(model, [t.name for t in targets], empty, dtype)
         set_marks(lora, residual=config.quantization.format)
         warn_of_uneven({t.name: t.place.matrix_shape[-2] for t in targets}, config.quantization.format)
@@ -393,7 +390,7 @@ def _configurations(
     return documents
 
 
-def _empty_packed(shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> Packed:
+def _empty_packed(shape: tuple[int, ...], quantization: Quantization, dtype: torch.dtype) -> Packed:
     """A quantised matrix of this shape with no values: its memory is never touched, and so costs none."""
     out, columns = shape
     if quantization.format == "int8":
@@ -404,4 +401,4 @@ def _empty_packed(shape: tuple[int, int], quantization: Quantization, dtype: tor
         codes, absmax = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
         scales = NestedScales(codes, absmax, torch.zeros(()))
     packed = torch.empty((-(-out * columns // 2), 1), dtype=torch.uint8)
-    return PackedNF4(packed, scales, shape, dtype, quantization.block_size)
+    return PackedNF4(packed, scales, (out, columns), dtype, quantization.block_size)

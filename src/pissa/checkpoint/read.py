@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, MissingExtraError
 from ..live.apply import attach, attach_offset
+from ..live.identity import is_other_base
 from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.quantized import keep_unpacked, quantized_layers, remember_dtype
-from ..live.runtime import holes, taps, with_holes
+from ..live.runtime import UNDILATED, holes, is_dilated, taps, with_holes
 from ..live.state import (
     INITIAL,
     TRAINABLE,
@@ -70,6 +71,8 @@ class SavedAdapter:
     """The residual on disk that the adapter is for; None where it is computed from the base."""
     gaps: dict[str, float] = field(default_factory=dict)
     """Module name -> relative distance of the base from residual + initial adapter, where the residual is quantised."""
+    sample: str | None = None
+    """A few values of the base's weights, see `live.identity`."""
 
 
 def load(
@@ -94,6 +97,11 @@ def load(
     saved = read_adapter(path)
     model, residual = _base_or_residual(path, saved, base)
     adapters = fitted(path, saved, model)
+    if residual is None and is_other_base(saved.sample, model, adapters):
+        raise CheckpointError(
+            f"{path} was trained on another base than the one given: shapes agree, values do not; load it on "
+            f"{saved.base or 'the model that it was adapted from'}"
+        )
     has_initial = any(factors.A0 is not None for factors in adapters.values())
     in_few_bits = any(name in adapters for name in quantized_layers(model))
     offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
@@ -274,7 +282,9 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     reason = not_plain_lora(config, initial_known=any(f.A0 is not None for f in factors.values()))
     if reason:
         raise CheckpointError(f"the adapter in {directory} {reason}")
-    return SavedAdapter(factors, layouts, config, base, others, residual, residual.gaps if residual is not None else {})
+    gaps = residual.gaps if residual is not None else {}
+    sample = manifest.get("base_sample") or marks(config).get("base")
+    return SavedAdapter(factors, layouts, config, base, others, residual, gaps, sample)
 
 
 def _with_initial(
@@ -336,7 +346,10 @@ def fitted(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module) 
         place = place_named(model, name)
         if place is None:
             continue
-        factors = _without_holes(factors, saved.layouts[name], place)
+        if place.kind is CONVOLUTION and is_dilated(place.module):
+            if saved.layouts[name].shape == place.shape:
+                raise CheckpointError(f"{path}: {name} {UNDILATED}")
+            factors = _without_holes(factors, saved.layouts[name], place)
         stack = place.matrix_shape[:-2] == (1,) and factors.A.ndim == 2  # a single expert
         factors = _each(factors, lambda tensor: tensor[None]) if stack else factors
         if place.matrix_shape == (*factors.A.shape[:-2], factors.B.shape[-2], factors.A.shape[-1]):
@@ -355,10 +368,7 @@ def _each(factors: AdapterFactors, change: Callable[[Tensor], Tensor], sides: st
 
 def _without_holes(factors: AdapterFactors, layout: Layout, place: Place) -> AdapterFactors:
     """The factors of a dilated convolution, whose kernels are saved with holes, with their taps alone."""
-    if place.kind is not CONVOLUTION or layout.shape == place.shape:
-        return factors
-    dilation = holes(place.module)
-    kernel = layout.shape[1:]
+    kernel, dilation = layout.shape[1:], holes(place.module)
     if with_holes(place.weight.new_zeros(1, *place.shape[1:]), dilation).shape[1:] != kernel:
         return factors
     return _each(factors, lambda A: A.reshape(-1, *kernel)[taps(dilation)].flatten(1), "A")

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
-from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, without_wrappers
+from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, set_marks, without_wrappers
 from .factors import WEIGHTS
 from .manifest import MANIFEST, package_versions, read_manifest
 from .seal import described, write_sealed
@@ -108,6 +108,7 @@ def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str 
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS, {"format": "pt"})
     config: Any = deepcopy(model.peft_config[adapter])
+    set_marks(config, base=None)  # it is for this residual and no other model
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(directory))
 

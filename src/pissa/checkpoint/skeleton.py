@@ -1,8 +1,8 @@
 """A model without its weights: built from config.json on the meta device, with what each weight is called on the disk.
 
 Module names, ties, and the names that transformers gives to a checkpoint's tensors while it loads are transformers'
-own; nothing is guessed. A tensor that is merged with others while it is loaded (experts that are fused, for example)
-has no module of its own and can be copied, not split.
+own; nothing is guessed. Tensors that are merged into one parameter while they are loaded (experts, for example) are
+split as that parameter; one that becomes several parameters can be copied, not split.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Names:
     """Model's name -> checkpoint's, one to one."""
     converted: dict[str, str]
     """Checkpoint's name -> the model's parameter that it becomes a part of."""
+    fused: dict[str, tuple[str, ...]]
+    """Model's name -> the checkpoint's tensors that become this parameter and nothing else, in order."""
     unknown: tuple[str, ...]
     """Names in the checkpoint that the model does not have."""
 
@@ -83,6 +85,7 @@ def checkpoint_names(model: PreTrainedModel, source: Source) -> Names:
     converters: Any = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     plain: dict[str, str] = {}
     converted: dict[str, str] = {}
+    fused: dict[str, tuple[str, ...]] = {}
     unknown, twice, supplied = [], [], set()
     for name in sorted(source.entries, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
@@ -93,6 +96,8 @@ def checkpoint_names(model: PreTrainedModel, source: Source) -> Names:
         elif pattern is not None:
             converted[name] = key
             converter = next(c for c in converters if pattern in c.source_patterns)
+            if len(converter.target_patterns) == 1:
+                fused[key] = (*fused.get(key, ()), name)
             supplied |= {key.replace(converter.target_patterns[0], target) for target in converter.target_patterns}
         elif key in plain:
             twice.append(f"{plain[key]} and {name}")
@@ -100,7 +105,7 @@ def checkpoint_names(model: PreTrainedModel, source: Source) -> Names:
             plain[key] = name
     if twice:
         raise CheckpointError(f"{source.path} holds {_listed(twice)}, which are one parameter of the model")
-    names = Names(plain, converted, tuple(unknown))
+    names = Names(plain, converted, fused, tuple(unknown))
     _check_complete(model, source, names, supplied)
     return names
 

@@ -226,7 +226,7 @@ class _Run:
         waiting = next(queue, None)
         while waiting is not None or running:
             while waiting is not None and self._fits(waiting, running):
-                running[pool.submit(do, waiting, self.source, outputs, computing)] = waiting
+                running[pool.submit(do, waiting, self.plan.model, self.source, outputs, computing)] = waiting
                 waiting = next(queue, None)
             finished, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -256,7 +256,7 @@ class _Run:
         self.progress(Step(task.name, certificate, len(self.done), count, self.size, self.whole))
 
     def _size(self, task: Task) -> int:
-        return self.source.entries[task.source].nbytes
+        return sum(self.source.entries[name].nbytes for name in task.sources)
 
     def _what_is_saved(self) -> str:
         saved = len(self.workspace.finished_tasks(self.plan))

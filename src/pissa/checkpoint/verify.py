@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
-from ..live.layers import KINDS
+from ..live.layers import KINDS, Kind
 from ..live.runtime import taps
 from ..quantize.int8 import PackedInt8
 from ..quantize.nested import NestedScales
@@ -30,7 +31,9 @@ from .layout import raw_bytes
 from .manifest import MANIFEST
 from .residual import QUANT_STATE
 from .seal import DIGEST, is_intact, is_unsealed_name, plain_file
+from .skeleton import build
 from .source import Source, open_source
+from .work import read_weight
 
 CHUNK = 1 << 24
 SLACK = 1e-3, 1e-6
@@ -167,20 +170,20 @@ class _Reader:
             done += count
         return memory.view(entry.dtype).view(entry.shape)
 
-    def residual(self, module: str, key: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """A module's weight as it is stored, and False; or, of a quantised one, what it dequantises to, (out, in), and
-        True."""
+    def residual(self, key: str, dtype: torch.dtype, kind: Kind) -> Tensor:
+        """A weight's matrices (…, out, in); of a quantised one, what it dequantises to."""
+        module = key.removesuffix(".weight")
         if f"{module}.SCB" in self.entries:
-            return PackedInt8(self.tensor(key), self.tensor(f"{module}.SCB"), dtype).dequantize(), True
+            return PackedInt8(self.tensor(key), self.tensor(f"{module}.SCB"), dtype).dequantize()
         if f"{key}{QUANT_STATE}" not in self.entries:
-            return self.tensor(key), False
+            return kind.matrices(self.tensor(key))
         state = json.loads(bytes(self.tensor(f"{key}{QUANT_STATE}").numpy()))
         absmax: Any = self.tensor(f"{key}.absmax")
         if "nested_offset" in state:
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
             absmax = NestedScales(absmax, self.tensor(f"{key}.nested_absmax"), offset)
         out, columns = state["shape"]
-        return PackedNF4(self.tensor(key), absmax, (out, columns), dtype, state["blocksize"]).dequantize(), True
+        return PackedNF4(self.tensor(key), absmax, (out, columns), dtype, state["blocksize"]).dequantize()
 
     def _show(self, what: str, size: int) -> None:
         self._read += size
@@ -199,8 +202,9 @@ def _compare(manifest: Mapping[str, Any], reader: _Reader, base: Source) -> tupl
         if reader.digest(name) != _copied(base, source, reader.entries[name]):
             problems.append(f"{name} is not a copy of the base's {source}")
     errors = {}
+    model = build(base)
     for module, described in manifest["modules"].items():
-        error = _split_error(module, described, reader, base)
+        error = _split_error(described, reader, base, model)
         errors[module] = error
         if not error <= described["rounding"] * (1 + SLACK[0]) + SLACK[1]:
             problems.append(f"{module}: residual + adapter is off by {error:.3g} and not {described['rounding']:.3g}")
@@ -233,24 +237,20 @@ def _copied(base: Source, name: str, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _split_error(module: str, described: Mapping[str, Any], reader: _Reader, base: Source) -> float:
-    """`‖W − (residual + s·B·A)‖ / ‖W‖`; of a stack of experts, the largest."""
-    weight = base.read(described["tensor"])
-    dtype = getattr(torch, described["dtype"])
+def _split_error(described: Mapping[str, Any], reader: _Reader, base: Source, model: PreTrainedModel) -> float:
+    """`‖W − (residual + s·B·A)‖ / ‖W‖`; of experts, the largest."""
     kind = next(kind for kind in KINDS if kind.title == described["kind"])
-    residual, is_packed = reader.residual(module, described["weight"], dtype)
-    residual = residual if is_packed else kind.matrices(residual)
-    weight = kind.matrices(weight.to(dtype))
+    dtype = getattr(torch, described["dtype"])
+    weight = kind.matrices(read_weight(described["tensors"], dtype, model, base)[0])
+    residual = reader.residual(described["weight"], dtype, kind)
     if "factors" in described:
         A, B = (reader.tensor(f"{PREFIX}{key}") for key in described["factors"])
         A = A[taps(tuple(described["dilation"]))] if "dilation" in described else A
         A, B = kind.unpack(A, B, described["rank"])
     else:
-        A, B = weight.new_zeros(1, weight.shape[-1]), weight.new_zeros(weight.shape[-2], 1)
-    if weight.ndim == 2:
-        return residual_error(weight, residual, A, B, described["scale"])
-    each = zip(weight, residual, A, B, strict=True)
-    return max(residual_error(*expert, described["scale"]) for expert in each)
+        A, B = torch.zeros(*weight.shape[:-2], 1, weight.shape[-1]), torch.zeros(*weight.shape[:-1], 1)
+    every = [(weight, residual, A, B)] if weight.ndim == 2 else zip(weight, residual, A, B, strict=True)
+    return max(residual_error(*each, described["scale"]) for each in every)
 
 
 def _extra_files(path: Path, described: Mapping[str, Any]) -> list[str]:

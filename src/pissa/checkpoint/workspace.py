@@ -162,16 +162,22 @@ class Workspace:
     ) -> dict[str, Any]:
         modules, tensors, copies = {}, {}, {}
         for task in sorted(plan.tasks, key=lambda task: task.name):
-            entry, record = source.entries[task.source], done[task.name]
-            tensors[task.source] = {"dtype": entry.kind, "shape": list(entry.shape), "sha256": record["base"]}
-            if task.config is None:
-                copies |= dict.fromkeys(task.outputs, task.source)
+            record = done[task.name]
+            for name in task.sources:
+                entry = source.entries[name]
+                tensors[name] = {"dtype": entry.kind, "shape": list(entry.shape), "sha256": record["base"][name]}
+            if task.target is None or task.layout is None or task.config is None:
+                copies |= dict.fromkeys(task.outputs, task.sources[0])
             else:
-                scale = task.config.scale(task.config.rank, task.config.alpha)
-                dtype = str(task.dtype).removeprefix("torch.")
-                modules[task.name] = {"tensor": task.source, "dtype": dtype, "rank": task.config.rank, "scale": scale}
-                modules[task.name] |= _place(task)
-                modules[task.name] |= record["certificate"]
+                rank, alpha = task.target.rank, task.target.alpha
+                modules[task.name] = {
+                    "tensors": [*task.sources],
+                    "dtype": str(task.dtype).removeprefix("torch."),
+                    "rank": rank,
+                    "scale": task.config.scale(rank, alpha),
+                    **_place(task),
+                    **record["certificate"],
+                }
         return {
             "layout": RESIDUAL,
             "base": self.identity["base"],
@@ -221,10 +227,10 @@ class Workspace:
 
 def _place(task: Task) -> dict[str, Any]:
     """Where a split's weight and factors lie, for `verify`."""
-    assert task.target is not None
+    assert task.target is not None and task.layout is not None and task.config is not None
     described: dict[str, Any] = {"kind": task.target.kind.title, "weight": task.target.weight_key}
-    if task.layout is not None:
-        described["factors"] = list(task.layout.keys)
+    if not task.config.starts_at_zero:
+        described["factors"] = list(task.layout.keys())
         if task.layout.dilation:
             described["dilation"] = list(task.layout.dilation)
     return described

@@ -11,6 +11,13 @@ import typer
 def command(
     model: Annotated[str, typer.Argument(help="A directory or hub id of any transformers model.")],
     rank: Annotated[str, typer.Option(help="Components per adapter; several, separated by commas, for curves.")] = "16",
+    rank_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Parameters of all adapters, to share out among the layers: shows and, with --figures, draws the "
+            "plan; --rank is then the largest rank. With --quantize for that format's error."
+        ),
+    ] = None,
     quantize: Annotated[
         str | None, typer.Option(help="nf4, int8 or gptq. Without it: ranks and energies of the plain split.")
     ] = None,
@@ -36,10 +43,13 @@ def command(
         str, typer.Option(help='"all-linear", names separated by commas, or a regular expression.')
     ] = "all-linear",
     max_layers: Annotated[int | None, typer.Option(help="Only so many of the model's blocks, evenly spread.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Directory for reduction.png and singular_values.png.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Directory for reduction.png and singular_values.png, or ranks.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show what splitting and quantising MODEL would cost, layer kind by layer kind."""
+    from ..config import quantization_preset
     from ..errors import ConfigError
     from ..lab.inspect import inspect, inspection_table
     from ..lab.variants import CALIBRATED, PUBLISHED, variants
@@ -56,7 +66,12 @@ def command(
     if calibration is not None and methods is None:
         names += CALIBRATED if quantize != "int8" else CALIBRATED[:1]
     chosen = []
-    if quantize is not None:
+    budgeted = None
+    if quantize is not None and rank_budget is not None:
+        if methods is not None:
+            raise ConfigError("--rank-budget plans for a format, not for --methods; leave either out")
+        budgeted = quantization_preset("ours-1", format=quantize, double_quant=double_quant, block_size=block_size)
+    elif quantize is not None:
         settings = {"format": quantize, "double_quant": double_quant, "block_size": block_size}
         chosen = variants(names, calibrated=calibration is not None, **settings)
     targets: str | list[str] = target_modules
@@ -74,6 +89,8 @@ def command(
             norms=[norm] if norm else ["nuclear", "frobenius"],  # pyright: ignore[reportArgumentType]
             target_modules=targets,
             max_layers=max_layers,
+            rank_budget=rank_budget,
+            quantization=budgeted,
             figures=figures,
             progress=progress,
         )

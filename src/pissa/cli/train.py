@@ -44,6 +44,10 @@ def command(
     modules_to_save: Annotated[
         str | None, typer.Option(help="Modules trained in full beside the adapters: names separated by commas.")
     ] = None,
+    rank_budget: Annotated[
+        int | None,
+        typer.Option(help="Parameters of all adapters, shared out to capture most; --rank is then the largest rank."),
+    ] = None,
     use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = None,
     quantize: Annotated[str | None, typer.Option(help="Frozen weights in few bits: nf4 or int8.")] = None,
     quantize_method: Annotated[
@@ -139,4 +143,4 @@ def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:
             f"an adapter for the quantised residual {place}; `pissa export` makes a LoRA for "
             f"{results['base']} (off by {100 * gap:.1f} % of its weights on average) or a merged model"
         )
-    return f"a LoRA for {results['base']}; plain PEFT loads it"
+    return f"a {'DoRA' if 'dora' in recipe.method else 'LoRA'} for {results['base']}; plain PEFT loads it"

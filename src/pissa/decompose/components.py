@@ -72,16 +72,21 @@ def random_triplets(W: Tensor, rank: int, fraction: float, seed: int) -> Truncat
         ConfigError: W has fewer triplets beyond the r largest than are to be drawn.
     """
     start = time.perf_counter()
-    drawn, beyond = round(fraction * rank), min(W.shape) - rank
+    drawn, beyond = slots_drawn(rank, fraction), min(W.shape) - rank
     if drawn > beyond:
         raise ConfigError(
             f"random_fraction {fraction:g} of rank {rank} draws {drawn} triplets, and a weight of shape "
-            f"{tuple(W.shape)} has {beyond} beyond the {rank} largest; lower the rank or random_fraction"
+            f"{tuple(W.shape)} has {beyond} beyond the {rank} largest; lower random_fraction or the rank"
         )
     whole = truncated_svd(W, min(W.shape), algorithm="exact")
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randperm(beyond, generator=generator)[:drawn].sort().values + rank
     return _taken(whole, torch.cat([torch.arange(rank - drawn), picked]).to(W.device), start)
+
+
+def slots_drawn(rank: int, fraction: float) -> int:
+    """How many of r triplets Random PiSSA draws."""
+    return round(fraction * rank)
 
 
 def scores(whole: TruncatedSVD, gradient: Tensor) -> Tensor:

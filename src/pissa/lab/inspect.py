@@ -11,6 +11,7 @@ factors are from the best ones.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -25,18 +26,22 @@ from torch import Tensor, nn
 from ..calibrate.moments import Moment, second_moments
 from ..calibrate.text import calibration_batches
 from ..checkpoint.manifest import hardware, package_versions
-from ..config import PissaConfig
+from ..config import PissaConfig, Quantization
 from ..errors import ConfigError
-from ..live.layers import weight_matrix
+from ..live.budget import parameters_per_rank, target_gains, target_total
+from ..live.layers import LINEAR, TRANSPOSED
 from ..live.targets import Target, resolve_targets
 from ..quantize.error import matrix_norm, output_error, split_error
 from ..quantize.formats import quantize_matrix
+from ..ranks import plan_ranks, uniform_plan
 from ..split import split_weight
 from ..train.run import quieten
 from .load import load_any_tokenizer, load_model
 from .variants import Variant
 
 Measure = Literal["nuclear", "frobenius", "output"]
+CURVE_POINTS = 12
+"""Budgets in a curve."""
 HELD_OUT_SHARE = 5
 """One window in so many is held out where no other text is given."""
 
@@ -106,14 +111,13 @@ def inspect_quantized(
     Raises:
         PissaError: a layer that cannot be split, a rank too large, text too short.
     """
-    targets = select_targets(model, max(ranks), target_modules, max_layers)
+    targets = select_targets(model, _config(max(ranks), target_modules), max_layers)
     measures: list[Measure] = [*norms, *(["output"] if calibration is not None else [])]  # pyright: ignore[reportAssignmentType]
     task = None if progress is None else progress.add_task("splitting", total=len(targets), note="")
     found: list[Measurement] = []
     for target, fit, held_out in with_moments(model, targets, calibration):
-        found += measure_weight(
-            target.name, weight_matrix(target.module), variants, ranks, measures, fit, held_out, seed
-        )
+        for name, W in matrices_of(target):
+            found += measure_weight(name, W, variants, ranks, measures, fit, held_out, seed)
         if progress is not None and task is not None:
             progress.update(task, advance=1, note=target.name)
     rows = [
@@ -143,19 +147,19 @@ def inspect_split(
         adapter, percent), `captured_energy_loss` with its `bound`, `rounding`, `algorithm`, `seconds`; `rows`: the same
         by kind, as `inspect_quantized` gives them, with `captured` in the place of the reduction.
     """
-    targets = select_targets(model, rank, target_modules, max_layers)
-    task = None if progress is None else progress.add_task("splitting", total=len(targets), note="")
+    targets = select_targets(model, _config(rank, target_modules), max_layers)
+    count = sum(math.prod(target.place.matrix_shape[:-2]) for target in targets)
+    task = None if progress is None else progress.add_task("splitting", total=count, note="")
     layers = []
-    for target in targets:
-        W = weight_matrix(target.module)
-        split = split_weight(W, PissaConfig(rank=rank), name=target.name)
+    for name, W in (each for target in targets for each in matrices_of(target)):
+        split = split_weight(W, PissaConfig(rank=rank), name=name)
         certificate = split.certificate
         total = float(W.double().square().sum())
         captured = float((split.B.mT @ split.B * (split.A @ split.A.mT)).double().sum()) * split.scale**2
         layers.append(
             {
-                "name": target.name,
-                "kind": kind_of(target.name),
+                "name": name,
+                "kind": kind_of(name),
                 "shape": list(W.shape),
                 "rank": rank,
                 "captured": 100 * captured / total if total > 0 else 0.0,
@@ -167,7 +171,7 @@ def inspect_split(
             }
         )
         if progress is not None and task is not None:
-            progress.update(task, advance=1, note=target.name)
+            progress.update(task, advance=1, note=name)
     row = {
         "method": "pissa",
         "rank": rank,
@@ -177,6 +181,74 @@ def inspect_split(
         "seconds": sum(layer["seconds"] for layer in layers),
     }
     return {"layers": layers, "rows": [row]}
+
+
+def inspect_budget(
+    model: nn.Module,
+    rank: int,
+    budget: int,
+    *,
+    quantization: Quantization | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    max_layers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """How a budget of parameters is best shared out (`ranks.py`), beside the largest uniform rank that it pays for.
+
+    Args:
+        model, target_modules, max_layers, progress: see `inspect_quantized`.
+        rank: the largest rank that a layer may get.
+        budget: parameters of all adapters together.
+        quantization: a format whose error is to be captured; None for the energy of the weights.
+
+    Returns:
+        `layers`: for each `name`, `kind`, `shape`, `rank`, `uniform_rank`; `rank_pattern`: name -> rank, as PEFT takes
+        it; `budget`, `parameters`; `captured` and `uniform_captured`: shares of the whole energy (or squared error),
+        percent, and `captured_bound`, which no plan can exceed; `curve`: the same three for shares of the budget.
+    """
+    chosen = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    config = PissaConfig(rank=rank, target_modules=chosen, rank_budget=budget, quantization=quantization)
+    targets = select_targets(model, config, max_layers)
+    task = None if progress is None else progress.add_task("spectra", total=len(targets), note="")
+    gains, total = {}, 0.0
+    for target in targets:
+        gains[target.name] = target_gains(target, config, None)
+        total += target_total(target, config)
+        if progress is not None and task is not None:
+            progress.update(task, advance=1, note=target.name)
+    costs = {target.name: parameters_per_rank(target) for target in targets}
+    plan, uniform = plan_ranks(gains, costs, budget), uniform_plan(gains, costs, budget)
+    layers = [
+        {
+            "name": target.name,
+            "kind": kind_of(target.name),
+            "shape": list(target.place.matrix_shape),
+            "rank": plan.ranks[target.name],
+            "uniform_rank": uniform.ranks[target.name],
+        }
+        for target in targets
+    ]
+    unit = 100 / total if total > 0 else 0.0
+    return {
+        "layers": layers,
+        "rank_pattern": plan.ranks,
+        "budget": budget,
+        "parameters": plan.cost,
+        "captured": unit * plan.captured,
+        "captured_bound": unit * plan.bound,
+        "uniform_captured": unit * uniform.captured,
+        "uniform_parameters": uniform.cost,
+        "curve": [
+            {"budget": part, "captured": unit * best.captured, "uniform_captured": unit * alike.captured}
+            for part in budgets(sum(costs.values()), budget)
+            for best, alike in [(plan_ranks(gains, costs, part), uniform_plan(gains, costs, part))]
+        ],
+    }
+
+
+def budgets(least: int, most: int) -> list[int]:
+    """Some budgets up to `most`, evenly spaced on a logarithmic axis."""
+    return sorted({round(least * (most / least) ** (i / CURVE_POINTS)) for i in range(CURVE_POINTS + 1)})
 
 
 def measure_weight(
@@ -239,6 +311,9 @@ def with_moments(
     if calibration is None:
         yield from ((target, None, None) for target in targets)
         return
+    others = [target.name for target in targets if target.kind not in (LINEAR, TRANSPOSED)]
+    if others:
+        raise ConfigError(f"only linear layers have a second moment of their input; leave out {', '.join(others)}")
     named = {target.name: target for target in targets}
     pairs: Iterator[tuple[Moment, Moment]] = zip(
         second_moments(model, calibration.fit, named),
@@ -287,12 +362,14 @@ def read_calibration(
     return Calibration(fit, rest, {**files, "length": length, "windows": count[0], "held_out_windows": count[1]})
 
 
-def select_targets(
-    model: nn.Module, rank: int, target_modules: str | Sequence[str], max_layers: int | None
-) -> list[Target]:
-    """The targets, of some blocks only where `max_layers` says so."""
+def _config(rank: int, target_modules: str | Sequence[str]) -> PissaConfig:
     chosen = target_modules if isinstance(target_modules, str) else tuple(target_modules)
-    targets = resolve_targets(model, PissaConfig(rank=rank, target_modules=chosen))
+    return PissaConfig(rank=rank, target_modules=chosen)
+
+
+def select_targets(model: nn.Module, config: PissaConfig, max_layers: int | None) -> list[Target]:
+    """The targets, of some blocks only where `max_layers` says so."""
+    targets = resolve_targets(model, config)
     if max_layers is None:
         return targets
     blocks = list(dict.fromkeys(block for target in targets if (block := block_of(target.name))))
@@ -301,6 +378,14 @@ def select_targets(
     count = min(max_layers, len(blocks))
     kept = {blocks[i * len(blocks) // count] for i in range(count)}
     return [target for target in targets if block_of(target.name) in kept]
+
+
+def matrices_of(target: Target) -> list[tuple[str, Tensor]]:
+    """A target's matrix (out, in) under its name, or those of its experts, numbered."""
+    matrices = target.place.matrices()
+    if matrices.ndim == 2:
+        return [(target.name, matrices)]
+    return [(f"{target.name}[{i}]", matrix) for i, matrix in enumerate(matrices)]
 
 
 def block_of(name: str) -> str | None:
@@ -312,7 +397,7 @@ def block_of(name: str) -> str | None:
 def kind_of(name: str) -> str:
     """What a layer is called within its block: `q_proj`, or more of its name where that alone would not tell
     (`attention.output.dense`)."""
-    parts = re.split(r"(?:^|\.)\d+\.", name)[-1].split(".")
+    parts = re.split(r"(?:^|\.)\d+\.", name.partition("[")[0])[-1].split(".")
     return parts[-1] if parts[-1] not in ("dense", "linear", "weight", "c_proj") else ".".join(parts)
 
 
@@ -328,6 +413,8 @@ def inspect(
     norms: Sequence[Measure] = ("nuclear", "frobenius"),
     target_modules: str | Sequence[str] = "all-linear",
     max_layers: int | None = None,
+    rank_budget: int | None = None,
+    quantization: Quantization | None = None,
     figures: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -339,10 +426,13 @@ def inspect(
         variants: quantised methods; none to inspect the plain split.
         calibration, held_out, length, windows: see `read_calibration`.
         norms, target_modules, max_layers, progress: see `inspect_quantized`.
+        rank_budget: parameters to share out among the layers, in place of a split at one rank.
+        quantization: with a budget, the format whose error is to be captured.
         figures: a directory for figures.
 
     Returns:
-        What `inspect_quantized` or `inspect_split` returns, with model, settings, versions and hardware.
+        What `inspect_quantized`, `inspect_split` or `inspect_budget` returns, with model, settings, versions and
+        hardware.
 
     Raises:
         PissaError: the input is wrong.
@@ -350,7 +440,9 @@ def inspect(
     wrong = [norm for norm in norms if norm not in get_args(Measure)[:2]]
     if wrong or not norms or not ranks or min(ranks) < 1:
         raise ConfigError(f"norms are {list(norms)}, ranks {list(ranks)}; allowed: nuclear, frobenius; ranks from 1 on")
-    if not variants and (calibration is not None or figures is not None or len(ranks) > 1):
+    if rank_budget is not None and (variants or calibration is not None or len(ranks) > 1):
+        raise ConfigError("rank_budget takes one rank, the largest; no methods, no calibration")
+    if not variants and rank_budget is None and (calibration is not None or figures is not None or len(ranks) > 1):
         raise ConfigError("without --quantize, inspect shows the plain split at one rank: no calibration, no figures")
     if held_out is not None and calibration is None:
         raise ConfigError("held-out text is for methods with calibration; give --calibration FILE")
@@ -359,6 +451,13 @@ def inspect(
     head: dict[str, Any] = {"model": source, "parameters": sum(p.numel() for p in model.parameters())}
     common: dict[str, Any] = {"target_modules": target_modules, "max_layers": max_layers, "progress": progress}
     tail = {"versions": package_versions(), "hardware": hardware()}
+    if rank_budget is not None:
+        result = inspect_budget(model, ranks[0], rank_budget, quantization=quantization, **common)
+        if figures is not None:
+            from .inspect_figures import draw_plan
+
+            result["figures"] = [str(draw_plan(result, figures))]
+        return {**head, "quantize": quantization.format if quantization else None, **result, **tail}
     if not variants:
         return {**head, **inspect_split(model, ranks[0], **common), **tail}
     text = None
@@ -380,6 +479,8 @@ def inspect(
 
 def inspection_table(document: dict[str, Any]) -> str:
     """An inspection for people: a table for each norm and rank, a line for each method."""
+    if "rank_pattern" in document:
+        return plan_table(document)
     layers = document["layers"]
     count = layers if isinstance(layers, int) else len(layers)
     lines = [f"{document['model']}: {count} layers"]
@@ -398,6 +499,30 @@ def inspection_table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plan_table(document: dict[str, Any]) -> str:
+    """A rank plan for people: the ranks of each kind of layer, and what they capture."""
+    kinds: dict[str, list[int]] = {}
+    for layer in document["layers"]:
+        kinds.setdefault(layer["kind"], []).append(layer["rank"])
+    what = f"squared error of {document['quantize']}" if document["quantize"] else "energy"
+    lines = [
+        f"{document['model']}: {len(document['layers'])} layers, {document['parameters']} of {document['budget']} "
+        "parameters",
+        "",
+        *table_of(
+            [["kind", "least", "mean", "most"]]
+            + [
+                [kind, str(min(ranks)), f"{statistics.fmean(ranks):.1f}", str(max(ranks))]
+                for kind, ranks in kinds.items()
+            ]
+        ),
+        "",
+        f"{what} in the adapters: {document['captured']:.2f} % (no plan has more than "
+        f"{document['captured_bound']:.2f} %), at a uniform rank {document['uniform_captured']:.2f} %",
+    ]
+    return "\n".join(lines)
+
+
 def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Rows as lines with columns of equal width."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["by_kind"]))
@@ -405,6 +530,11 @@ def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         numbers = [*(row["by_kind"][kind] for kind in kinds), row["mean"], row["seconds"]]
         cells.append([row["method"], *(f"{number:.1f}" for number in numbers)])
+    yield from table_of(cells)
+
+
+def table_of(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of text as lines; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *rest in cells:
         yield "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from ..checkpoint.write import explained
 from ..config import PissaConfig
 from ..errors import MissingExtraError
-from ..live.layers import weight_matrix
 from ..live.targets import Target
 from ..quantize.error import split_error
 from ..quantize.formats import quantize_matrix
 from ..split import split_weight
 from .figures import COLOURS
-from .inspect import inspect_quantized, kind_of, select_targets
+from .inspect import inspect_quantized, kind_of, matrices_of, select_targets
 from .variants import Variant
 
 HALVINGS = 4
@@ -66,13 +65,54 @@ def draw_inspection(
         rows = inspect_quantized(
             model, unaware, halves, target_modules=target_modules, norms=["nuclear"], max_layers=1, progress=progress
         )["rows"]
-    targets = select_targets(model, max(ranks), target_modules, 1)
+    chosen = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    targets = select_targets(model, PissaConfig(rank=max(ranks), target_modules=chosen), 1)
     paths = [directory / "reduction.png", directory / "singular_values.png"]
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
         draw_reduction(rows, paths[0])
         draw_spectra(targets, variants[-1], max(ranks), paths[1])
     return paths
+
+
+def draw_plan(document: dict[str, Any], directory: Path) -> Path:
+    """Ranks by layer and kind, and what a budget captures, planned and uniform, as PNG.
+
+    Args:
+        document: what `inspect_budget` found.
+        directory: made where it does not exist.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the directory cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
+    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
+    ranks, curve = figure.subplots(1, 2)
+    kinds: dict[str, list[int]] = {}
+    for layer in document["layers"]:
+        kinds.setdefault(layer["kind"], []).append(layer["rank"])
+    for number, (kind, values) in enumerate(kinds.items()):
+        style = "-" if number < len(COLOURS) else "--"
+        ranks.plot(range(len(values)), values, style, label=kind, color=COLOURS[number % len(COLOURS)])
+    ranks.set(xlabel="layer", ylabel="rank", yscale="log")
+    ranks.yaxis.set_major_formatter("{x:.0f}")
+    parts = [point["budget"] / 1e6 for point in document["curve"]]
+    for key, label, colour in (("captured", "planned", COLOURS[0]), ("uniform_captured", "uniform", COLOURS[1])):
+        curve.plot(parts, [point[key] for point in document["curve"]], label=label, color=colour)
+    curve.set(xlabel="million parameters", ylabel="captured (%)")
+    decorate(ranks)
+    decorate(curve)
+    curve.legend(frameon=False)
+    ranks.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    path = directory / "ranks.png"
+    with explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    return path
 
 
 def draw_reduction(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -114,9 +154,10 @@ def draw_spectra(targets: Sequence[Target], variant: Variant, rank: int, path: P
 
 
 def spectra(target: Target, variant: Variant, rank: int) -> dict[str, Tensor]:
-    """Name -> singular values, descending."""
-    W = weight_matrix(target.module).float()
-    residual = split_weight(W, PissaConfig(rank=rank), name=target.name).residual
+    """Name -> singular values, descending; of a stack of experts, the first one's."""
+    name, W = matrices_of(target)[0]
+    W = W.float()
+    residual = split_weight(W, PissaConfig(rank=rank), name=name).residual
     config = variant.plain
     kind = config.format.upper()
     matrices = {
@@ -126,10 +167,8 @@ def spectra(target: Target, variant: Variant, rank: int) -> dict[str, Tensor]:
         f"W_res − {kind}(W_res)": residual - quantize_matrix(residual, config, W.dtype).dequantize(),
     }
     if not variant.aware:
-        matrices[f"error of {variant.name}"] = split_error(
-            W, split_weight(W, variant.config(rank, 0), name=target.name)
-        )
-    return {name: positive(torch.linalg.svdvals(matrix)) for name, matrix in matrices.items()}
+        matrices[f"error of {variant.name}"] = split_error(W, split_weight(W, variant.config(rank, 0), name=name))
+    return {label: positive(torch.linalg.svdvals(matrix)) for label, matrix in matrices.items()}
 
 
 def positive(values: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ schedule is set such that `update_and_allocate`, which no trainer needs to call,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ def penalty(model: PeftModel, adapter: str) -> Tensor | None:
     A model that is given labels adds PEFT's own, which is the root of this, to the loss that it returns.
     """
     config = model.peft_config[adapter]
-    layers: Iterable[Any] = (layer for layer in model.modules() if is_adalora(layer))
+    layers: list[Any] = [layer for layer in model.modules() if is_adalora(layer)]
     found = [orthogonality(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in layers if adapter in layer.lora_A]
     if not found or not isinstance(config, AdaLoraConfig):
         return None

@@ -32,8 +32,10 @@ from ..errors import ConfigError, DataError, PissaError
 from ..quantize.formats import Packed
 from ..split import Split, Weight, derive_seed, split_each
 from .adalora import adalora_config, layer_scale
-from .conversion import settle_names
+from .budget import with_planned_ranks
+from .conversion import NESTING, settle_names
 from .guards import guard
+from .identity import base_sample
 from .layers import LINEAR, TRANSPOSED, combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import (
@@ -101,8 +103,9 @@ def adapt(
         model: a model without adapters, usually from transformers. It is changed: its target layers are wrapped and
             their weights replaced by residuals. `restore` undoes that.
         config: rank, method, targets, quantisation, placement.
-        moments: second moments of the targets' inputs, for a quantisation that minimises output error: module name ->
-            (in, in), or `calibrate.second_moments` as it streams, so that a few of them are in memory at a time.
+        moments: second moments of the targets' inputs, for a quantisation that minimises output error (and a rank
+            budget that counts energy as outputs have it): module name -> (in, in), or `calibrate.second_moments` as it
+            streams, so that a few of them are in memory at a time.
         batches: keyword arguments of the model's forward, with labels, from the data that it is to learn: what
             component "scored" chooses by.
         progress: called with (module name, how many are done, how many there are) after each split.
@@ -128,7 +131,10 @@ def adapt(
             else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
         )
     targets = resolve_targets(model, config)
-    warn_of_peft(model, {target.name: target.kind for target in targets})
+    if config.rank_budget is not None:
+        targets = with_planned_ranks(targets, config, moments)
+        moments = moments if config.quantization is not None else None
+    warn_of_peft(model, {target.name: target.kind for target in targets}, config.dropout)
     factors: dict[str, tuple[Tensor, ...]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
@@ -142,6 +148,7 @@ def adapt(
         if progress is not None:
             progress(target.name, done, len(targets))
 
+    _warn_of_dead(factors)
     if config.use_adalora:
         factors = {
             name: random_factors(A, B, derive_seed(config.seed, name))
@@ -156,6 +163,17 @@ def adapt(
     record: Any = adapted.pissa
     record.config, record.certificates, record.quantization = config, certificates, config.quantization
     return adapted
+
+
+def _warn_of_dead(factors: Mapping[str, tuple[Tensor, ...]]) -> None:
+    """Say where both factors are zero: then so are both gradients, for ever."""
+    dead = [name for name, (A, B, *_) in factors.items() if not bool((A.any(-1).any(-1) | B.any(-1).any(-1)).all())]
+    if dead:
+        warnings.warn(
+            f"{', '.join(dead)}: the weight is zero, so its adapter starts at zero and cannot learn; give it a "
+            "method that starts at random factors, such as lora-kaiming, or leave it out by exclude_modules",
+            stacklevel=3,
+        )
 
 
 def _splits(
@@ -338,6 +356,8 @@ def _attach(
     ties, tied_before = _declare_untied(model, shared) if shared else ({}, None)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     base = getattr(model, "name_or_path", None) or None
+    if not ready and (sample := base_sample(model, initial)) is not None:
+        set_marks(lora_config, base=sample)
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
@@ -367,7 +387,8 @@ def _attach(
         if subtract:
             set_factors(layer, INITIAL, *factors, trainable=False)
         if subtract and not packed and not ready:
-            A0, B0 = factors[0], factors[1] * factors[2] if len(factors) > 2 else factors[1]
+            A0, B0, *E0 = factors
+            B0 = B0 * E0[0] if E0 else B0
             place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
     keep_slow_path(adapted)
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
@@ -420,11 +441,12 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     alphas = {target.peft_name: _lora_alpha(config, target.rank, target.alpha) for target in targets}
     keys = pattern_keys([*alphas])
     linear = [t.kind for t in targets if t.kind in (LINEAR, TRANSPOSED)]
+    parameters = [t.weight_key for t in targets if t.kind.bare]
     result = LoraConfig(
         r=config.rank,
         lora_alpha=default_alpha,  # pyright: ignore[reportArgumentType] -- PEFT computes with floats as well
         target_modules=peft_targets(model, [t.name for t in targets if not t.kind.bare]),
-        target_parameters=[t.weight_key for t in targets if t.kind.bare] or None,
+        target_parameters=parameters or None,
         rank_pattern={keys[t.peft_name]: t.rank for t in targets if t.rank != config.rank},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != default_alpha},
         use_rslora=config.use_rslora,
@@ -435,6 +457,8 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
         init_lora_weights=True,
         task_type=_task_type(model),
     )
+    if parameters:
+        set_marks(result, **{NESTING: parameters})
     return adalora_config(result, config.orthogonality) if config.use_adalora else result
 
 

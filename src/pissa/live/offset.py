@@ -30,6 +30,8 @@ from .state import TRAINABLE, adapter_layers, config_with_ranks, parameters_of, 
 
 FROZEN = "_pissa_frozen_half"
 """A parameter's attribute: (dimension that is cut in halves, stacks along it, the second halves as they must stay)."""
+GUARDED = "_pissa_guarded"
+"""A layer's attribute: (its identity, the adapters whose second halves are frozen)."""
 _watching: list[Any] = []
 
 
@@ -53,12 +55,28 @@ def concatenated(
 def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:
     """Keep the second half of every factor of an adapter as it is, whatever is trained."""
     for name, layer in adapter_layers(model).items():
-        A, B = parameters_of(layer, adapter)
-        rank = layer.r[adapter]
-        if rank % 2:
-            raise PissaError(f"{name}: an offset adapter has an even rank, this one {rank}")
-        _freeze(A, 0, place_at(layer).kind.stacks(A, rank))
-        _freeze(B, 1)
+        if layer.r[adapter] % 2:
+            raise PissaError(f"{name}: an offset adapter has an even rank, this one {layer.r[adapter]}")
+        _freeze_layer(layer, adapter)
+        runtime: Any = layer
+        if not hasattr(layer, GUARDED):
+            runtime.register_forward_pre_hook(_freeze_copy)
+        setattr(layer, GUARDED, (id(layer), {*getattr(layer, GUARDED, (0, ()))[1], adapter}))
+
+
+def _freeze_copy(layer: Any, *_: Any) -> None:
+    """Freeze in a copy of a layer, whose parameters are its own, what is frozen in the original."""
+    original, adapters = getattr(layer, GUARDED)
+    if original != id(layer):
+        setattr(layer, GUARDED, (id(layer), adapters))
+        for adapter in adapters & {*layer.r}:
+            _freeze_layer(layer, adapter)
+
+
+def _freeze_layer(layer: Any, adapter: str) -> None:
+    A, B = parameters_of(layer, adapter)
+    _freeze(A, 0, place_at(layer).kind.stacks(A, layer.r[adapter]))
+    _freeze(B, 1)
 
 
 def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:
@@ -69,7 +87,9 @@ def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:
             second_half(accumulated.grad, dimension, stacks).zero_()
 
     if not hasattr(parameter, FROZEN):
-        parameter.register_post_accumulate_grad_hook(drop_gradient)
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(drop_gradient)  # torch hooks no others
+        parameter.requires_grad_(trained)
     setattr(parameter, FROZEN, (dimension, stacks, second_half(parameter.detach(), dimension, stacks).clone()))
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_put_back))

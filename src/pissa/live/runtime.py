@@ -21,13 +21,17 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from .layers import ATTENTION, CONVOLUTION, EMBEDDING, MODULES, Kind, kind_of
 
 OUT_PROJ = ".base_layer.out_proj"
 """Where PEFT puts the adapter of an attention's out_proj, below that of the attention."""
+TWICE = (
+    "adapts out_proj, which PEFT adds twice or once depending on its version; merge it with the PEFT that trained it"
+)
+UNDILATED = "adapts a convolution without its dilation, as PEFT does; only PEFT can run it"
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -50,6 +54,22 @@ def why_not(module: nn.Module) -> str | None:
     elif isinstance(module, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
         return "kdim or vdim differs from embed_dim, so it has three weights where PEFT's layer expects one"
     return None
+
+
+def foreign(layer: LoraLayer, adapter: str) -> str | None:
+    """Why an adapter that PEFT alone made is something else than its factors say; None where it is what they say."""
+    runtime: Any = layer
+    module = runtime.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        return None
+    if isinstance(layer, MultiheadAttention):
+        out_proj: Any = module.out_proj
+        pair = [holder[adapter].weight for holder in (out_proj.lora_A, out_proj.lora_B) if adapter in holder]
+        if all(bool(factor.any()) for factor in pair) and pair:
+            return TWICE
+    elif kind_of(module) is CONVOLUTION and runtime.lora_A[adapter].dilation != module.dilation and is_dilated(module):
+        return UNDILATED
+    return why_not(module)
 
 
 def holes(module: nn.Module) -> tuple[int, ...]:
@@ -75,7 +95,7 @@ def mend(layer: LoraLayer, adapter: str) -> None:
     """Make an adapter of PEFT's layer compute what its factors say."""
     runtime: Any = layer
     module = runtime.get_base_layer()
-    if kind_of(module) is CONVOLUTION and _is_dilated(module):
+    if kind_of(module) is CONVOLUTION and is_dilated(module):
         _dilate(runtime.lora_A[adapter], module)
     if isinstance(layer, MultiheadAttention):
         _silence(layer, adapter)
@@ -94,8 +114,15 @@ def keep_slow_path(model: nn.Module) -> None:
                 adapted[0].register_forward_hook(_look_on)
 
 
-def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
+def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind], dropout: float) -> None:
     """Say what PEFT's layers leave out, and what it would take to use an export with PEFT alone."""
+    undropped = [name for name, kind in kinds.items() if dropout > 0 and kind in (EMBEDDING, ATTENTION)]
+    if undropped:
+        warnings.warn(
+            f"{', '.join(undropped)}: PEFT applies no dropout in layers of this kind, so dropout {dropout:g} has no "
+            "effect there",
+            stacklevel=3,
+        )
     attentions = [f"{name}.out_proj" for name, kind in kinds.items() if kind is ATTENTION]
     if attentions:
         warnings.warn(
@@ -114,7 +141,7 @@ def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
             "torch.backends.mha.set_fastpath_enabled(False), or merge it",
             stacklevel=3,
         )
-    dilated = [name for name, kind in kinds.items() if kind is CONVOLUTION and _is_dilated(model.get_submodule(name))]
+    dilated = [name for name, kind in kinds.items() if kind is CONVOLUTION and is_dilated(model.get_submodule(name))]
     if dilated:
         warnings.warn(
             f"{', '.join(dilated)}: PEFT alone drops the dilation of an adapter and refuses to load this one; load it "
@@ -123,7 +150,8 @@ def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
         )
 
 
-def _is_dilated(module: nn.Module) -> bool:
+def is_dilated(module: nn.Module) -> bool:
+    """Whether there are holes between the taps of a convolution's kernel."""
     return any(step > 1 for step in holes(module))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import PissaError
 from .adalora import layer_scale, set_rank, set_singular_values, singular_values
 from .layers import ATTENTION, CONVOLUTION, EMBEDDING, LINEAR, TRANSPOSED, Kind, Place, kind_of, kind_of_parameter
-from .runtime import OUT_PROJ, holes, mend, with_holes
+from .runtime import OUT_PROJ, foreign, holes, mend, with_holes
 
 TRAINABLE = "default"
 INITIAL = "pissa_init"
@@ -82,11 +82,11 @@ class Layout:
         """The name of DoRA's magnitudes in PEFT's files."""
         return f"{self.path}.{MAGNITUDE}"
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """The names of A and B in PEFT's files, without their common beginning."""
+    def keys(self, adapter: str | None = None) -> tuple[str, str]:
+        """The names of A and B in PEFT's files, without their common beginning; with an adapter's name, in a model."""
         ending = "" if self.kind is EMBEDDING else ".weight"  # PEFT holds these two as bare parameters
-        A, B = (f"{self.path}.{side}{ending}" for side in self.kind.sides)
+        inserted = f".{adapter}" if adapter else ""
+        A, B = (f"{self.path}.{side}{inserted}{ending}" for side in self.kind.sides)
         return A, B
 
     def tensors(self, A: Tensor, B: Tensor, E: Tensor | None = None) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class Layout:
         A_stored, B_stored = self.kind.pack(A, B, self.shape)
         if self.dilation:
             A_stored = with_holes(A_stored, self.dilation)
-        entries = dict(zip(self.keys, (A_stored, B_stored), strict=True))
+        entries = dict(zip(self.keys(), (A_stored, B_stored), strict=True))
         if self.kind is ATTENTION:
             rank, width = A.shape
             below = f"{self.path}{OUT_PROJ}.lora"
@@ -132,13 +132,6 @@ def module_path(path: str) -> str:
     while path.endswith(WRAPPED):
         path = path.removesuffix(WRAPPED)
     return path
-
-
-def weight_key(name: str, layer: LoraLayer) -> str:
-    """The name in the base's state dict of the weight that an adapted layer goes by in `adapter_layers`."""
-    if isinstance(layer, ParamWrapper):
-        return name if layer.parameter_name != "weight" else f"{name}.weight"
-    return f"{name}.{place_at(layer).parameter}"
 
 
 def without_wrappers(key: str) -> str:
@@ -197,16 +190,18 @@ def marks(config: Any) -> dict[str, Any]:
     """What pissa notes in an adapter's own configuration, so that it is not lost when PEFT or Trainer saves it.
 
     "placement": "offset", where the adapter's second half is frozen; "residual": the format, where the adapter fits
-    only a quantised residual; "parameters": see `conversion.py`. `auto_mapping` is the one field of a PeftConfig that
-    holds any dict.
+    only a quantised residual; "parameters": see `conversion.py`; "base": see `identity.py`. `auto_mapping` is the one
+    field of a PeftConfig that holds any dict.
     """
     mapping = getattr(config, "auto_mapping", None) or {}
     return mapping.get(MARKS, {}) if isinstance(mapping, dict) else {}
 
 
 def set_marks(config: Any, **values: Any) -> None:
-    """Note something in an adapter's configuration, see `marks`."""
-    config.auto_mapping = {**(config.auto_mapping or {}), MARKS: {**marks(config), **values}}
+    """Note something in an adapter's configuration, see `marks`; None takes a note away."""
+    noted = {key: value for key, value in {**marks(config), **values}.items() if value is not None}
+    rest = {key: value for key, value in (config.auto_mapping or {}).items() if key != MARKS}
+    config.auto_mapping = {**rest, MARKS: noted} if noted else rest or None
 
 
 def without_marks(config: LoraConfig) -> LoraConfig:
@@ -256,13 +251,19 @@ def adapter_factors(model: PeftModel, adapter: str | None = None, *, split: bool
         model: an adapted model.
         adapter: the adapter's name; None for the active one.
         split: whether the two halves of an offset adapter are told apart, which in a sharded model every process has
-            to do together.
+             to do together.
+
+    Raises:
+        PissaError: PEFT's layer computes something else from these factors than their product.
     """
     adapter = adapter or active_adapter_name(model)
-    factors = {}
+    factors, others = {}, []
     for name, layer in adapter_layers(model).items():
         held = holders(layer)[0]
         if adapter not in held:
+            continue
+        if reason := foreign(layer, adapter):
+            others.append(f"{name} {reason}")
             continue
         A, B = _pair(layer, adapter)
         found = AdapterFactors(
@@ -274,6 +275,8 @@ def adapter_factors(model: PeftModel, adapter: str | None = None, *, split: bool
             A0, B0 = _pair(layer, INITIAL)
             found = replace(found, A0=A0, B0=B0, E0=singular_values(layer, INITIAL))
         factors[name] = found
+    if others:
+        raise PissaError(f"adapter {adapter!r}: {'; '.join(others)}")
     return factors
 
 

@@ -6,11 +6,11 @@ weight is too small for, a weight that is not finite: every offender is gathered
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -18,63 +18,16 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
+from ..decompose.components import slots_drawn
 from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
-from .conversion import is_rewritten
-from .layers import ATTENTION, LINEAR, PARAMETER, TRANSPOSED, Kind, Place, is_linear, kind_of, kind_of_parameter
+from .layers import CONVOLUTION, LINEAR, TRANSPOSED
 from .quantized import bits_of, check_quantizable
-from .runtime import why_not
-
-EXPERTS_NAME = "experts"
-"""What transformers calls the module that holds a layer's experts."""
-CLASSIFICATION_HEADS = ("classifier", "score")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One weight that gets an adapter."""
-
-    name: str
-    """The full name of its module in the model; of a bare parameter, unless that is called "weight", its own."""
-    module: nn.Module
-    """That holds the weight."""
-    kind: Kind
-    parameter: str
-    """The weight's name in the module."""
-    rank: int = 0
-    alpha: float | None = None
-    """None: scale 1."""
-
-    @property
-    def place(self) -> Place:
-        """Where the weight lies."""
-        return Place(self.module, self.kind, self.parameter)
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether the weight is a stack of matrices, one for each expert."""
-        return len(self.place.shape) == 3 and self.kind.bare
-
-    @property
-    def module_name(self) -> str:
-        """The full name of the module that holds the weight."""
-        return self.name.rpartition(".")[0] if self.is_named_parameter else self.name
-
-    @property
-    def weight_key(self) -> str:
-        """The weight's name in the model's state dict."""
-        return self.place.key(self.name)
-
-    @property
-    def peft_name(self) -> str:
-        """What PEFT matches patterns with."""
-        return self.weight_key if self.kind.bare else self.name
-
-    @property
-    def is_named_parameter(self) -> bool:
-        """Whether the name is the parameter's, not the module's."""
-        return self.kind.bare and self.parameter != "weight"
+from .runtime import holes, why_not
+from .selection import Target as Target
+from .selection import listed, select_weights
+from .state import WRAPPED, Layout
 
 
 def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = True) -> list[Target]:
@@ -101,7 +54,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
             "unload) first, or load the base again"
         )
     modules = dict(model.named_modules())
-    found = _select(model, modules, config)
+    found = select_weights(model, modules, config)
     _check_carried(model, modules, found, config)
     _check_parametrized(found)
     _check_shared(model, modules, list(dict.fromkeys(target.module_name for target in found)))
@@ -110,7 +63,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
     _check_quantized(targets, config)
     if loaded:
         _check_loaded(targets)
-    _check_shapes(targets)
+    _check_shapes(targets, config)
     if loaded:
         _check_finite(targets)
     if loaded and config.use_dora:
@@ -121,20 +74,20 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
     return targets
 
 
-def _candidates(modules: Mapping[str, nn.Module]) -> dict[str, Target]:
-    """All weights of a model that could be adapted, by name, in its order."""
-    found = {}
-    for name, module in modules.items():
-        kind = kind_of(module)
-        if kind is not None:
-            found[name] = Target(name, module, kind, kind.parameter)
-            continue
-        for key, parameter in module._parameters.items():
-            kind = kind_of_parameter(module, parameter.shape) if parameter is not None else None
-            if kind is not None and parameter is not None and parameter.is_floating_point():
-                own = ".".join(part for part in (name, "" if key == "weight" else key) if part)
-                found[own] = Target(own, module, kind, key)
-    return found
+def layouts_of(targets: Sequence[Target]) -> dict[str, Layout]:
+    """How PEFT will store each target's adapter, by name; no live layers are needed.
+
+    Args:
+        targets: in the model's order.
+    """
+    around = Counter(target.module_name for target in targets)
+    layouts = {}
+    for target in targets:
+        around[target.module_name] -= 1  # the last parameter of a module is wrapped last, and so outermost
+        place, path = target.place, target.module_name + WRAPPED * around[target.module_name]
+        dilation = holes(place.module) if place.kind is CONVOLUTION else ()
+        layouts[target.name] = Layout(path, place.kind, place.shape, dilation)
+    return layouts
 
 
 def _check_carried(
@@ -153,29 +106,22 @@ def _check_carried(
                 reason = "PEFT adapts it as a bare parameter, with no dropout inside: set dropout 0"
             elif config.quantization is not None or bits_of(target.module) is not None:
                 reason = "PEFT adapts it as a bare parameter, which bitsandbytes' layers do not have"
-            elif (
-                sum(
-                    target.module._parameters[target.parameter] is p
-                    for m in modules.values()
-                    for p in m._parameters.values()
-                )
-                > 1
-            ):
+            elif _owners(modules, target.module._parameters[target.parameter]) > 1:
                 reason = "a bare parameter that another module shares"
         if reason is not None:
             wrong.append(f"{target.name} ({type(target.module).__name__}: {reason})")
     if wrong:
-        raise TargetError(f"cannot adapt {_listed(wrong)}; name them in exclude_modules, or narrow target_modules")
+        raise TargetError(f"cannot adapt {listed(wrong)}; name them in exclude_modules, or narrow target_modules")
     inner = [t.name for t in targets if isinstance(modules.get(t.name.rpartition(".")[0]), nn.MultiheadAttention)]
     if inner:
         raise TargetError(
-            f"cannot adapt {_listed(inner)}: nn.MultiheadAttention reads its out_proj's weight without calling it; "
+            f"cannot adapt {listed(inner)}: nn.MultiheadAttention reads its out_proj's weight without calling it; "
             "name the attention itself, whose in_proj is adapted, or name them in exclude_modules"
         )
     bare, transposed = ([t.name for t in targets if of(t.kind)] for of in (lambda k: k.bare, lambda k: k is TRANSPOSED))
     if bare and transposed:
         raise TargetError(
-            f"PEFT cannot adapt bare parameters ({_listed(bare, 5)}) beside Conv1D layers ({_listed(transposed, 5)}): "
+            f"PEFT cannot adapt bare parameters ({listed(bare, 5)}) beside Conv1D layers ({listed(transposed, 5)}): "
             "leave one or the other out by exclude_modules"
         )
 
@@ -189,7 +135,7 @@ def _check_parametrized(targets: list[Target]) -> None:
     computed = [t.name for t in targets if is_parametrized(t.module) or t.module._parameters.get(t.parameter) is None]
     if computed:
         raise TargetError(
-            f"cannot adapt {_listed(computed)}: the weight is computed by a parametrisation (torch.nn.utils' "
+            f"cannot adapt {listed(computed)}: the weight is computed by a parametrisation (torch.nn.utils' "
             "parametrize, weight_norm, spectral_norm); remove it first, as with remove_parametrizations or "
             "remove_weight_norm, or name them in exclude_modules"
         )
@@ -205,17 +151,9 @@ def _check_shared(model: nn.Module, modules: dict[str, nn.Module], names: list[s
     shared = [" = ".join(known[id(modules[name])]) for name in names if len(known[id(modules[name])]) > 1]
     if shared:
         raise TargetError(
-            f"cannot adapt {_listed(shared)}: one module under several names; give each name a module of its own "
+            f"cannot adapt {listed(shared)}: one module under several names; give each name a module of its own "
             "(copy.deepcopy), or name them in exclude_modules"
         )
-
-
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """Whether a module's name is meant: a string is one regular expression for whole names, a list holds names or
-    name endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def peft_targets(model: nn.Module, names: list[str]) -> list[str] | str:
@@ -241,137 +179,12 @@ def _proper_endings(name: str) -> Iterable[str]:
         yield name
 
 
-def _select(model: nn.Module, modules: dict[str, nn.Module], config: PissaConfig) -> list[Target]:
-    saved = _saved_in_full(modules, config.modules_to_save)
-    candidates = _candidates(modules)
-    names = dict.fromkeys([*modules, *candidates])
-    if config.exclude_modules:
-        _check_all_matched([*names], modules, config.exclude_modules, "exclude_modules: ")
-    if config.target_modules == "all-linear":
-        chosen = [name for name in _all_linear(model, modules, candidates) if not _lies_in(name, saved)]
-    else:
-        chosen = [name for name in names if name and matches(name, config.target_modules)]
-        _check_all_matched(chosen, modules, config.target_modules)
-    found = _expanded(chosen, modules, candidates)
-    left = [t for t in found if not (config.exclude_modules and _excluded(t, config.exclude_modules))]
-    unsupported = [f"{t.name} ({type(t.module).__name__})" for t in left if t.name not in candidates]
-    if unsupported:
-        raise TargetError(
-            f"cannot adapt {_listed(unsupported)}: only linear layers, Conv1D, embeddings, convolutions, "
-            "nn.MultiheadAttention and parameters of 2 or 3 dimensions can be; name them in exclude_modules, or narrow "
-            "target_modules"
-        )
-    both = [target.name for target in left if _lies_in(target.name, saved)]
-    if both:
-        raise TargetError(
-            f"{_listed(both)}: target and modules_to_save at once; take them from one of the two, or exclude_modules"
-        )
-    left = [replace(t, kind=PARAMETER) if t.kind is LINEAR and is_rewritten(model, t.name) else t for t in left]
-    if not left:
-        raise TargetError(
-            f"no module matches target_modules={config.target_modules!r}"
-            + (f" once exclude_modules={config.exclude_modules!r} is taken away" if chosen else "")
-            + f"; the model's linear layers end in: {', '.join(_linear_endings(modules)) or 'it has none'}"
-        )
-    return left
-
-
-def _expanded(chosen: list[str], modules: Mapping[str, nn.Module], candidates: Mapping[str, Target]) -> list[Target]:
-    """The targets of these names: a module without a kind of its own stands for its parameters of three dimensions."""
-    found: dict[str, Target] = {}
-    for name in chosen:
-        if name in candidates:
-            found[name] = candidates[name]
-            continue
-        inside = [t for t in candidates.values() if t.module_name == name and t.place.weight.ndim == 3]
-        for target in inside or [Target(name, modules[name], LINEAR, "weight")]:
-            found[target.name] = target
-    return list(found.values())
-
-
-def _excluded(target: Target, patterns: str | Iterable[str]) -> bool:
-    return matches(target.name, patterns) or matches(target.module_name, patterns)
-
-
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module], candidates: Mapping[str, Target]) -> Iterable[str]:
-    """Linear layers, attentions and fused experts; not the output head, and not what chooses among experts."""
-    heads = _output_heads(model, modules)
-    for name, target in candidates.items():
-        parent = name.rpartition(".")[0]
-        if target.kind.bare:
-            if target.is_stack and _inside(target.module_name, EXPERTS_NAME):
-                yield name
-        elif target.kind is ATTENTION or (
-            is_linear(target.module)
-            and name not in heads
-            and not isinstance(modules.get(parent), nn.MultiheadAttention)
-            and not _chooses(target, modules.get(f"{parent}.{EXPERTS_NAME}".removeprefix(".")))
-        ):
-            yield name
-
-
-def _chooses(target: Target, experts: nn.Module | None) -> bool:
-    """Whether a linear layer beside experts is their router: one output for each, or one for a shared expert."""
-    if experts is None:
-        return False
-    stacks = [p.shape[0] for p in experts._parameters.values() if p is not None and p.ndim == 3]
-    count = stacks[0] if stacks else len(experts._modules)
-    return target.place.matrix_shape[0] in (1, count)
-
-
-def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """The output projection of a language model, or the head of a classifier: "all-linear" leaves them alone."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    head = get_output() if callable(get_output) else None
-    heads = {name for name, module in modules.items() if head is not None and module is head}
-    if not heads:
-        heads = {name for name in modules if any(_inside(name, head) for head in CLASSIFICATION_HEADS)}
-    return heads
-
-
-def _saved_in_full(modules: dict[str, nn.Module], wanted: Sequence[str]) -> set[str]:
-    """The modules that PEFT takes for `modules_to_save`: all whose name ends in one of these strings."""
-    missing = [key for key in wanted if not any(name.endswith(key) for name in modules if name)]
-    if missing:
-        endings = {name.rpartition(".")[2] for name in modules if name}
-        close = [c for key in missing for c in difflib.get_close_matches(key.rpartition(".")[2], endings, n=3)]
-        raise TargetError(
-            f"modules_to_save: no module's name ends in {_listed([repr(key) for key in missing])}; "
-            f"closest names: {', '.join(dict.fromkeys(close)) or 'none'}"
-        )
-    return {name for name in modules if name and any(name.endswith(key) for key in wanted)}
-
-
-def _lies_in(name: str, ancestors: set[str]) -> bool:
-    return any(name == ancestor or name.startswith(f"{ancestor}.") for ancestor in ancestors)
-
-
-def _inside(name: str, ancestor: str) -> bool:
-    return f".{ancestor}." in f".{name}."
-
-
-def _check_all_matched(
-    chosen: list[str], modules: dict[str, nn.Module], patterns: str | Sequence[str], where: str = ""
-) -> None:
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    missing = [p for p in wanted if not any(matches(name, p if isinstance(patterns, str) else [p]) for name in chosen)]
-    if missing:
-        endings = _linear_endings(modules)
-        close = [c for p in missing for c in difflib.get_close_matches(p.rpartition(".")[2], endings, n=3, cutoff=0.4)]
-        raise TargetError(
-            f"{where}no module matches {_listed([repr(p) for p in missing])}; closest names: "
-            f"{', '.join(dict.fromkeys(close)) or ', '.join(endings) or 'none, the model has no linear layer'}"
-        )
-
-
-def _linear_endings(modules: dict[str, nn.Module]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
-
-
 def _with_rank(target: Target, config: PissaConfig) -> Target:
     name = target.name
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
+    if config.rank_budget is not None:
+        rank = max(1, min(rank, *target.place.matrix_shape[-2:]))
     return replace(target, rank=rank, alpha=alpha)
 
 
@@ -383,7 +196,7 @@ def _check_patterns(names: list[str], config: PissaConfig) -> None:
         if not any(get_pattern_key([key], name) == key for name in names)
     ]
     if unused:
-        raise ConfigError(f"{_listed(unused)} matches no target; the targets are {_listed(names)}")
+        raise ConfigError(f"{listed(unused)} matches no target; the targets are {listed(names)}")
 
 
 def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
@@ -396,17 +209,34 @@ def _check_quantized(targets: list[Target], config: PissaConfig) -> None:
         if config.quantization is not None
         else 'set placement="offset" (--placement offset), which leaves the base as it is, or load it unquantised'
     )
-    raise WeightError(f"cannot split {_listed(already)}: already quantised; {remedy}")
+    raise WeightError(f"cannot split {listed(already)}: already quantised; {remedy}")
 
 
-def _check_shapes(targets: list[Target]) -> None:
+def _check_shapes(targets: list[Target], config: PissaConfig) -> None:
     low = []
     for target in targets:
         shape = target.place.matrix_shape[-2:]
         if 0 < min(shape) < target.rank:
             low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
     if low:
-        raise ConfigError(f"rank exceeds the smaller side of {_listed(low)}; lower rank, or set rank_pattern for these")
+        raise ConfigError(f"rank exceeds the smaller side of {listed(low)}; lower rank, or set rank_pattern for these")
+    if config.method == "random-pissa":
+        _check_residual_triplets(targets, config.random_fraction)
+
+
+def _check_residual_triplets(targets: list[Target], fraction: float) -> None:
+    """Refuse to draw more triplets beyond the largest than there are."""
+    few = []
+    for target in targets:
+        shape = target.place.matrix_shape[-2:]
+        drawn, beyond = slots_drawn(target.rank, fraction), min(shape) - target.rank
+        if drawn > max(beyond, 0):
+            few.append(f"{target.name} {shape}: {drawn} of {beyond}")
+    if few:
+        raise ConfigError(
+            f"random_fraction {fraction:g} draws more triplets beyond the largest than there are in {listed(few)}; "
+            "lower random_fraction, or set rank_pattern for these"
+        )
 
 
 def _check_loaded(targets: list[Target]) -> None:
@@ -418,7 +248,7 @@ def _check_loaded(targets: list[Target]) -> None:
             unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
     if unready:
         raise WeightError(
-            f"cannot split {_listed(unready)}: weights must be loaded whole in float32, bfloat16 or float16 "
+            f"cannot split {listed(unready)}: weights must be loaded whole in float32, bfloat16 or float16 "
             "(a base that is sharded, or quantised by other means than bitsandbytes, cannot be split)"
         )
 
@@ -428,7 +258,7 @@ def _check_finite(targets: list[Target]) -> None:
     plain = [target for target in targets if bits_of(target.module) is None]
     bad = [target.name for target in plain if not math.isfinite(magnitude(target.place.weight))]
     if bad:
-        raise WeightError(f"NaN or Inf in the weight of {_listed(bad)}: repair or reload the checkpoint")
+        raise WeightError(f"NaN or Inf in the weight of {listed(bad)}: repair or reload the checkpoint")
 
 
 def _check_rows(targets: list[Target]) -> None:
@@ -436,12 +266,6 @@ def _check_rows(targets: list[Target]) -> None:
     empty = [t.name for t in targets if not bool(t.place.matrices().any(dim=-1).all())]
     if empty:
         raise WeightError(
-            f"DoRA divides each output's weights by their norm, and some are zero in {_listed(empty)}: name these in "
+            f"DoRA divides each output's weights by their norm, and some are zero in {listed(empty)}: name these in "
             "exclude_modules, or train without use_dora"
         )
-
-
-def _listed(items: Sequence[str], most: int = 300) -> str:
-    """All the items in one line; a very long list is cut with the count of the rest."""
-    rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

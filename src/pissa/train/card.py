@@ -47,10 +47,12 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
         if worst == 0
         else f"the best approximation of its rank; largest relative error of a module's update: {worst:.2e}"
     )
+    variant = "DoRA" if export.config.use_dora else "LoRA"
+    ranks = f"ranks up to {export.config.r}" if export.config.rank_pattern else f"rank {export.config.r}"
     body = [
-        "# LoRA for the untouched base",
+        f"# {variant} for the untouched base",
         "",
-        f"Fine-tuned with pissa. This directory is an ordinary LoRA of rank {export.config.r} for `{base}`, {kind}.",
+        f"Fine-tuned with pissa. This directory is an ordinary {variant} of {ranks} for `{base}`, {kind}.",
         "",
         *filter(None, facts),
         "",

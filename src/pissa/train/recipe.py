@@ -76,6 +76,8 @@ class Recipe:
     """Name ending or regular expression -> rank, where it differs from `rank`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Name ending or regular expression -> alpha, where it differs from `alpha`."""
+    rank_budget: int | None = None
+    """Parameters of all adapters together, shared out so that they capture most; each module gets at most `rank`."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     quantize: Literal["nf4", "int8"] | None = None
@@ -194,6 +196,7 @@ class Recipe:
             modules_to_save=tuple(self.modules_to_save),
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
+            rank_budget=self.rank_budget,
             use_rslora=self.use_rslora,
             use_dora=self.method in ("dora", "pissa+dora"),
             use_adalora=self.method in ("adalora", "pissa+adalora"),
@@ -312,7 +315,7 @@ def _check_unused(recipe: Recipe) -> None:
     names = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
     names += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
     names += ("component", "scored_examples", "random_fraction", "cur_core", "cur_rcond")
-    names += ("orthogonality", "loraplus_ratio")
+    names += ("orthogonality", "loraplus_ratio", "rank_budget")
     given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) not in (f.default, {})]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
@@ -346,6 +349,11 @@ def _quantize_method(method: str) -> str:
 
 def _check_calibration(recipe: Recipe) -> None:
     quantization = recipe.quantization
+    if recipe.calibration is not None and recipe.rank_budget is not None:
+        raise ConfigError(
+            "rank_budget and calibration each go through all the calibration's moments; leave one out, or pass moments "
+            "as a mapping to pissa.adapt"
+        )
     if recipe.calibration is None:
         if recipe.rounding == "gptq":
             raise ConfigError('rounding "gptq" needs text to see what the layers see; add calibration (--calibration)')
@@ -375,7 +383,7 @@ def _check_choices(recipe: Recipe) -> None:
 
 def _check_ranges(recipe: Recipe) -> None:
     counts = ("batch_size", "micro_batch_size", "save_every", "max_steps", "export_rank", "iterations")
-    counts += ("calibration_windows", "calibration_length", "scored_examples")
+    counts += ("calibration_windows", "calibration_length", "scored_examples", "rank_budget")
     for name in (*counts, "max_length"):
         value, least = getattr(recipe, name), 2 if name == "max_length" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

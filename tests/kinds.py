@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 class Experts(nn.Module):
     """Fused experts; each token goes through one of them."""
 
-    def __init__(self, *, transposed: bool = False, experts: int = 3) -> None:
+    def __init__(self, *, transposed: bool = False, experts: int = 5) -> None:
         super().__init__()
         self.is_transposed = transposed
         shapes = [(experts, 12, 8), (experts, 8, 6)]
@@ -36,7 +36,7 @@ class Mixture(nn.Module):
     class Router(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.empty(3, 8))
+            self.weight = nn.Parameter(torch.empty(5, 8))
 
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.weight.T
