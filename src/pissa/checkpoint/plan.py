@@ -40,6 +40,8 @@ from .source import CHUNK, Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READABLE = (*STORAGE_DTYPES, torch.float64)
+WORKING, WORKING_QUANTIZED = 5, 30
+"""Bytes for each of a weight's elements, beside the weight and its residual, that a split takes: as measured."""
 COPY_MEMORY = 2 * CHUNK
 SPLIT_COST = 100
 """Times that a byte of a split costs what a copied one does; only which task begins first depends on it."""
@@ -234,7 +236,7 @@ def _split_task(
         outputs |= {f"{PREFIX}{key}": kind_of(tensor) for key, tensor in layout.tensors(A, B).items()}
     count, size = math.prod(stack), out * columns
     whole = sum(entry.nbytes for entry in entries) * (2 if len(entries) == 1 else 3)
-    memory = size * ((2 if config.quantization is None else 10) * 4) + whole
+    memory = size * (WORKING if config.quantization is None else WORKING_QUANTIZED) + whole
     cost = SPLIT_COST * count * size * dtype.itemsize
     own = config.for_module(target.rank, target.alpha)
     return Task(target.name, sources, outputs, dtype, target, layout, own, cost, memory)
