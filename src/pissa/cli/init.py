@@ -17,7 +17,16 @@ def command(
     out: Annotated[Path, typer.Argument(help="Directory to write; new, empty, or that of the same run.")],
     rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
-    method: Annotated[str | None, typer.Option(help="pissa, qpissa, loftq or qlora. [pissa]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="pissa, random-pissa, cura, robust-pissa, qpissa, loftq or qlora. [pissa]"),
+    ] = None,
+    component: Annotated[str | None, typer.Option(help="Of pissa: principal, medium or minor. [principal]")] = None,
+    random_fraction: Annotated[
+        float | None, typer.Option(help="Of random-pissa: share of the components that are drawn. [1]")
+    ] = None,
+    cur_core: Annotated[str | None, typer.Option(help="Of cura: optimal or intersection. [optimal]")] = None,
+    cur_rcond: Annotated[float | None, typer.Option(help="Of cura: cut-off of its inverses. [rounding]")] = None,
     target_modules: Annotated[
         str | None,
         typer.Option(help='"all-linear", names or name endings separated by commas, or one regular expression.'),
@@ -47,7 +56,7 @@ def command(
     on when the same command is given again; several processes (torchrun) share the work.
     """
     names = ("rank", "alpha", "method", "target_modules", "exclude_modules", "use_rslora", "quantize")
-    names += ("quantize_method", "iterations", "seed")
+    names += ("quantize_method", "iterations", "seed", "component", "random_fraction", "cur_core", "cur_rcond")
     values = locals()
     flags = {name: values[name] for name in names if values[name] is not None}
     from ..checkpoint.stream import Step, init_checkpoint
