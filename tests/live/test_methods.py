@@ -233,3 +233,43 @@ def test_lora_plus_gives_b_its_own_rate_and_every_parameter_one_group(name: str)
         for parameter in group["params"]:
             assert (group["lr"] == 16e-3) == (".lora_B." in names[parameter])
             assert (group["weight_decay"] == 0) == ("magnitude" in names[parameter])
+
+
+def test_a_base_in_4_bits_takes_dora_and_adalora_and_one_in_8_bits_adalora_alone(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    tiny_llama(hidden=64).save_pretrained(str(tmp_path / "base"))
+
+    def base(bits: int) -> Any:
+        options: dict[str, Any] = (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+            if bits == 4
+            else {"load_in_8bit": True}
+        )
+        settings = BitsAndBytesConfig(**options)
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=settings, dtype=torch.float32
+        )
+
+    cases: list[tuple[int, dict[str, Any]]] = [
+        (4, {"use_dora": True, "placement": "offset"}),
+        (4, {"use_dora": True, "method": "lora-kaiming"}),
+        (4, {"use_adalora": True, "method": "lora-kaiming"}),
+        (8, {"use_adalora": True, "method": "lora-kaiming"}),
+    ]
+    for number, (bits, settings) in enumerate(cases):
+        model = adapt(base(bits), PissaConfig(4, **settings))
+        with reference(model):
+            start = logits_of(model)
+        assert largest_difference(logits_of(model), start) < 1e-5
+        train_steps(model.train(), 3)
+        trained = logits_of(model.eval())
+        assert largest_difference(trained, start) > 1e-4
+        export_lora(model, tmp_path / f"export-{number}")
+        assert (
+            largest_difference(logits_of(pissa.load(tmp_path / f"export-{number}", base(bits)).eval()), trained) < 1e-5
+        )
+    for settings in ({"placement": "offset"}, {"method": "lora-kaiming"}):
+        with pytest.raises(WeightError, match=r"PEFT has no DoRA of 8-bit layers \(model\.layers\.0"):
+            adapt(base(8), PissaConfig(4, use_dora=True, **settings))  # pyright: ignore

@@ -262,7 +262,12 @@ def _check_finite(targets: list[Target]) -> None:
 
 
 def _check_rows(targets: list[Target]) -> None:
-    """Refuse rows of zeros, which DoRA would divide by."""
+    """Refuse rows of zeros, which DoRA would divide by, and weights whose norms PEFT cannot take."""
+    eight = [t.name for t in targets if bits_of(t.module) == 8]
+    if eight:
+        raise WeightError(
+            f"PEFT has no DoRA of 8-bit layers ({_listed(eight)}); load the base in 4 bits, or unquantised"
+        )
     empty = [t.name for t in targets if not bool(t.place.matrices().any(dim=-1).all())]
     if empty:
         raise WeightError(
