@@ -266,7 +266,7 @@ def _check_rows(targets: list[Target]) -> None:
     eight = [t.name for t in targets if bits_of(t.module) == 8]
     if eight:
         raise WeightError(
-            f"PEFT has no DoRA of 8-bit layers ({_listed(eight)}); load the base in 4 bits, or unquantised"
+            f"PEFT has no DoRA of 8-bit layers ({listed(eight)}); load the base in 4 bits, or unquantised"
         )
     empty = [t.name for t in targets if not bool(t.place.matrices().any(dim=-1).all())]
     if empty:
