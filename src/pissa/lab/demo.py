@@ -29,14 +29,14 @@ from ..checkpoint.read import check_model_directory, load_base, load_tokenizer
 from ..checkpoint.write import explained, output_files, write_json
 from ..errors import DataError, OutputError
 from ..evaluate.generate import ExactMatch, exact_match
+from ..evaluate.loss import held_out_loss
 from ..train.data import read_examples
-from ..train.encode import Collator, encode, token_ids
+from ..train.encode import token_ids
 from ..train.progress import make_progress
 from ..train.prompts import prompt_text
 from ..train.recipe import Recipe
 from ..train.rows import Example, examples_from_rows
 from ..train.run import RunResult, quieten, train
-from ..train.trainer import response_loss
 from .arithmetic import make_problems
 from .figures import draw_curves
 from .models import smollm2
@@ -226,18 +226,7 @@ def _scores(
         progress=lambda done, _: progress.update(bar, completed=done),
     )
     progress.update(bar, note=f"{match.fraction:.0%} right")
-    return match, _held_out_loss(model, tokenizer, task)
-
-
-def _held_out_loss(model: Any, tokenizer: Any, task: Task) -> float:
-    encoded = encode(task.held_out, tokenizer, template="alpaca", max_length=512)
-    collate, total, count = Collator(tokenizer.pad_token_id), 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(encoded), 8):
-            batch = collate([encoded[i] for i in range(start, min(start + 8, len(encoded)))])
-            loss, tokens = response_loss(model, model.get_output_embeddings(), batch)
-            total, count = total + float(loss), count + tokens
-    return total / count
+    return match, held_out_loss(model, tokenizer, task.held_out).mean
 
 
 def _run_record(

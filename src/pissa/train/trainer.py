@@ -54,13 +54,26 @@ def response_loss(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tup
     Returns:
         The sum in nats, fp32, and the number of tokens it runs over.
     """
+    losses, _ = token_losses(model, head, inputs)
+    return losses.sum(), len(losses)
+
+
+def token_losses(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every labelled token, with logits computed nowhere else.
+
+    Args:
+        model, head, inputs: see `response_loss`.
+
+    Returns:
+        The losses in nats, fp32, and the row of the batch that each belongs to; both (tokens,).
+    """
     labels = inputs["labels"]
     targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
     learned = targets != IGNORED
     with _only_at(head, learned):
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    loss = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[learned], reduction="sum")
-    return loss, int(learned.sum())
+    losses = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[learned], reduction="none")
+    return losses, learned.nonzero()[:, 0]
 
 
 def check_trainer() -> None:
