@@ -264,11 +264,6 @@ def test_a_quantised_model_is_pushed_with_its_residual_wherever_that_lies(
     assert torch.equal(logits_of(load("me/mine")), logits_of(model))
     card = ModelCard.load(hub / "mine" / "README.md").text
     assert 'place + "/residual"' in card and "method: qpissa, rank 4" in card
-    # transformers alone takes the model that the configuration names, in the subfolder that it is given
-    monkeypatch.chdir(hub.parent)
-    whole = AutoModelForCausalLM.from_pretrained("me/mine", subfolder="residual").eval()
-    keep_unpacked(whole)
-    assert torch.equal(logits_of(whole), logits_of(model))
 
 
 def test_cards_name_a_base_that_the_hub_knows_and_the_error_that_a_rank_costs(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
     body = [
         f"# {variant} for the untouched base",
         "",
-        f"Fine-tuned with pissa. This directory is an ordinary {variant} of {ranks_of(export.config)} for `{base}`, {kind}.",
+        f"Fine-tuned with pissa. This directory is an ordinary {variant} of {ranks_of(export.config)} for `{base}`, "
+        f"{kind}.",
         "",
         *filter(None, facts),
         "",
