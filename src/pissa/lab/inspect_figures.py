@@ -23,7 +23,8 @@ from ..quantize.error import split_error
 from ..quantize.formats import quantize_matrix
 from ..split import split_weight
 from .figures import COLOURS
-from .inspect import inspect_quantized, kind_of, matrices_of, select_targets
+from .inspect import inspect_quantized
+from .inspect_layers import kind_of, matrices_of, select_targets
 from .variants import Variant
 
 HALVINGS = 4
