@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from ..errors import PissaError
-from . import demo, export, init, inspect, train, verify
+from . import demo, export, init, inspect, study, train, verify
 
 app = typer.Typer(
     name="pissa",
@@ -91,3 +91,4 @@ _add("export", export.command)
 _add("verify", verify.command)
 _add("inspect", inspect.command)
 _add("demo", demo.command)
+_add("study", study.command)
