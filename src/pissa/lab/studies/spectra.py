@@ -21,7 +21,7 @@ from ...quantize.error import matrix_norm
 from ...quantize.formats import quantize_matrix
 from ...split import split_weight
 from ..figures import COLOURS, new_figure
-from ..inspect import kind_of, matrices_of, select_targets
+from ..inspect_layers import kind_of, matrices_of, select_targets
 from ..load import load_model
 from ..models import cache_directory, smollm2
 from .language import RUNS, tiny_model
