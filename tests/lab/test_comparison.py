@@ -165,7 +165,7 @@ def test_other_settings_and_other_rows_are_refused(model: str, data: str, tmp_pa
     with pytest.raises(OutputError, match="steps: 1 then, 2 now"):
         compare(model, data, out, plan(methods=("lora",), steps=2), quiet=True)
     Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows(61)))
-    with pytest.raises(OutputError, match="are not those that .* was started with"):
+    with pytest.raises(OutputError, match=r"are not those that .* was started with"):
         compare(model, data, out, plan(methods=("lora",), steps=1), quiet=True)
     with pytest.raises(OutputError, match="already holds something else"):
         compare(model, data, tmp_path, plan(), quiet=True)
