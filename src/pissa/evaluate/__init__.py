@@ -1,1 +1,1 @@
-"""Judging models: answers.py reads a final number, generate.py writes solutions and counts the right ones."""
+"""Judging models: tasks.py has the tasks by name; each reads problems from a file and gives one figure and its samples."""
