@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,15 @@ from ..train.rows import Example, RowError, unusable_rows
 from .answers import extract_answer, same_answer
 
 Progress = Callable[[int, int], None]
+
+
+class Continuation(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    """Without special tokens."""
+    ended: bool
+    """Whether the model, or a stop, ended it; False where it was cut for its length."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ def generate(
     )
     with closing(batches):
         for indices, written in batches:
-            for index, text in zip(indices, written, strict=True):
-                texts[index] = text
+            for index, continuation in zip(indices, written, strict=True):
+                texts[index] = continuation.text
             done += len(indices)
             if progress is not None:
                 progress(done, len(prompts))
@@ -104,7 +113,7 @@ def continuations(
     add_bos: bool = True,
     stop: Sequence[str] = (),
     skip: Container[int] = (),
-) -> Generator[tuple[list[int], list[str]], None, None]:
+) -> Generator[tuple[list[int], list[Continuation]], None, None]:
     """As `generate`, batch by batch, each with the numbers of its prompts.
 
     Which prompts share a batch depends on the prompts alone and not on `skip`, so that whoever leaves out what was
@@ -131,8 +140,13 @@ def continuations(
             if all(index in skip for index in batch):
                 continue
             written = _continue(model, [ids[i] for i in batch], settings, extra)
-            texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-            yield batch, [cut(text, stop) for text in texts]
+            yield batch, [_continuation(tokenizer, *pair, stop) for pair in written]
+
+
+def _continuation(tokenizer: Any, tokens: list[int], ended: bool, stop: Sequence[str]) -> Continuation:
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = cut(whole, stop)
+    return Continuation(text, ended or text != whole)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -246,11 +260,11 @@ def _continue(model: Any, prompts: list[list[int]], settings: Any, extra: dict[s
     return [_until_stop(row, settings.eos_token_id or []) for row in written[:, width:].tolist()]
 
 
-def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
+def _until_stop(tokens: list[int], stops: list[int]) -> tuple[list[int], bool]:
     for position, token in enumerate(tokens):
         if token in stops:
-            return tokens[:position]
-    return tokens
+            return tokens[:position], True
+    return tokens, False
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..train.data import read_examples
 from ..train.prompts import Template, check_template, prompt_text
 from ..train.rows import Example, RowError, unusable_rows
-from .generate import continuations
+from .generate import Continuation, continuations
 from .samples import SampleLog
 from .task import DEFAULTS, Evaluation, Options, Progress, Task, accuracy
 
@@ -62,26 +62,35 @@ class GenerativeTask(Task):
         template = options.template or self.template
         check_template(template, tokenizer)
         posed = self._posed(problems, tokenizer, template)
+        limit = options.max_new_tokens or self.max_new_tokens
         batches = continuations(
             model,
             tokenizer,
             [p.prompt for p in posed],
-            max_new_tokens=options.max_new_tokens or self.max_new_tokens,
+            max_new_tokens=limit,
             batch_size=options.batch_size,
             add_bos=template != "chat",
             stop=self.stops(template),
             skip=log,
         )
         with closing(batches):
-            for indices, texts in batches:
+            for indices, written in batches:
                 log.add(
-                    self._sample(index, problems[index], posed[index], text)
-                    for index, text in zip(indices, texts, strict=True)
+                    self._sample(index, problems[index], posed[index], continuation)
+                    for index, continuation in zip(indices, written, strict=True)
                     if index not in log
                 )
                 if progress is not None:
                     progress(len(log), len(posed))
-        return accuracy(self.metric, log.in_order())
+        samples = log.in_order()
+        return accuracy(self.metric, samples, self.notes(samples, limit))
+
+    def notes(self, samples: list[dict[str, Any]], limit: int) -> tuple[str, ...]:
+        """What a reader of the figure has to know: here, how many continuations were cut at `limit` tokens."""
+        unended = sum(not sample["ended"] for sample in samples)
+        if not unended:
+            return ()
+        return (f"{unended} of {len(samples)} continuations were cut at {limit} tokens; --max-new-tokens allows more",)
 
     def _posed(self, problems: Sequence[Any], tokenizer: Any, template: Template) -> list[Posed]:
         if not problems:
@@ -97,9 +106,10 @@ class GenerativeTask(Task):
             raise unusable_rows("the problems", offenders, len(problems), f"A row of {self.name} is {self.data_format}")
         return posed
 
-    def _sample(self, index: int, problem: Any, posed: Posed, generated: str) -> dict[str, Any]:
-        facts = {"index": index, "where": where(problem), "prompt": posed.prompt, "generated": generated}
-        return {**facts, **posed.facts, **self.judge(problem, posed, generated)}
+    def _sample(self, index: int, problem: Any, posed: Posed, written: Continuation) -> dict[str, Any]:
+        facts = {"index": index, "where": where(problem), "prompt": posed.prompt}
+        facts |= {"generated": written.text, "ended": written.ended}
+        return {**facts, **posed.facts, **self.judge(problem, posed, written.text)}
 
 
 def where(problem: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,6 +58,8 @@ class Evaluation:
     """False for a loss and what derives from it."""
     others: dict[str, float] = field(default_factory=dict)
     """Further metrics of the same samples, by name."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the figure has to know."""
 
 
 class Task(ABC):
@@ -69,6 +71,21 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = 0
     data_format: ClassVar[str]
     """What a row of the data looks like, for messages."""
+    settings: ClassVar[tuple[str, ...]] = ("template", "batch_size", "max_new_tokens")
+    """The options that this task has a use for, besides `limit`."""
+
+    def check(self, options: Options) -> None:
+        """Refuse options that this task has no use for, before anything is loaded.
+
+        Raises:
+            ConfigError: naming them.
+        """
+        usual = Options()
+        used = {"limit", "template", *self.settings}
+        idle = [f.name for f in fields(options) if f.name not in used]
+        idle = [name for name in idle if getattr(options, name) != getattr(usual, name)]
+        if idle:
+            raise ConfigError(f"task {self.name} has no use for {', '.join(idle)}; leave that out")
 
     @abstractmethod
     def load(self, data: str | Path, limit: int | None = None) -> list[Any]:
@@ -101,7 +118,7 @@ class Task(ABC):
         """
 
 
-def accuracy(metric: str, samples: list[dict[str, Any]], **others: float) -> Evaluation:
+def accuracy(metric: str, samples: list[dict[str, Any]], notes: tuple[str, ...] = ()) -> Evaluation:
     """The share of correct samples, with Wilson's interval."""
     correct = sum(bool(sample["correct"]) for sample in samples)
-    return Evaluation(metric, correct / len(samples), wilson(correct, len(samples)), samples, others=others)
+    return Evaluation(metric, correct / len(samples), wilson(correct, len(samples)), samples, notes=notes)

@@ -27,6 +27,7 @@ class PerplexityTask(Task):
 
     name = "perplexity"
     metric = "perplexity"
+    settings = ("template", "batch_size", "window")
     data_format = "plain text (.txt, .txt.gz), or a row of training data"
 
     def load(self, data: str | Path, limit: int | None = None) -> list[str] | list[Example]:
