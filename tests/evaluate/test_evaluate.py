@@ -76,7 +76,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_files(
 def test_another_evaluation_is_refused(model: str, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate(model, "gsm8k", data, out, SMALL)
-    with pytest.raises(OutputError, match="another evaluation .limit: None then, 2 now"):
+    with pytest.raises(OutputError, match=r"another evaluation \(limit: None then, 2 now"):
         evaluate(model, "gsm8k", data, out, Options(limit=2, batch_size=2, max_new_tokens=4, template="alpaca"))
     (out / "results.json").unlink()
     tiny_llama(seed=1).save_pretrained(model)
@@ -131,7 +131,7 @@ def test_a_model_saved_in_full_is_a_subject_with_its_template(model: str, data: 
 
 
 def test_what_holds_no_model_is_named(tmp_path: Path, model: str) -> None:
-    with pytest.raises(CheckpointError, match="neither a model .* nor an adapter"):
+    with pytest.raises(CheckpointError, match=r"neither a model .* nor an adapter"):
         load_subject(tmp_path)
     (tmp_path / "run" / "state").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="a run that has not finished"):

@@ -138,6 +138,11 @@ def test_progress_counts_prompts(model: Any) -> None:
 
 def test_chat_prompts_get_no_second_bos(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[int]] = []
+
+    def record(_: Any, prompts: list[list[int]], *settings: Any) -> list[tuple[list[int], bool]]:
+        given.extend(prompts)
+        return [([], True)] * len(prompts)
+
     monkeypatch.setattr(
         module, "_continue", lambda _, prompts, *__: given.extend(prompts) or [([], True)] * len(prompts)
     )

@@ -1,1 +1,1 @@
-"""Judging models: tasks.py has the tasks by name; each reads problems from a file and gives one figure and its samples."""
+"""Judging models: a task (tasks.py) reads problems from a file and gives one figure and every sample."""

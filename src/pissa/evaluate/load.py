@@ -86,6 +86,4 @@ def _nothing_in(path: Path) -> str:
         return f"{path} is a run that has not finished; finish it, or give one of its checkpoints in {path / 'state'}"
     manifest = read_manifest(path)
     kind = f" (its pissa.json says {manifest['layout']!r})" if manifest and "layout" in manifest else ""
-    return (
-        f"{path} holds neither a model (config.json) nor an adapter ({CONFIG}){kind}; give a model, a run or an export"
-    )
+    return f"{path} holds neither a model (config.json) nor an adapter ({CONFIG}){kind}; give one of them, or a run"

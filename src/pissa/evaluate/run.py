@@ -59,7 +59,7 @@ def evaluate(
     usual = options.template is None and recorded is None and found.template != "none"
     options = replace(options, template=options.template or recorded or found.template)
     found.check(options)
-    problems = found.load(data, options.limit)
+    problems = found.load(Path(data), options.limit)
     settings = {"model": absolute(model), "base": base, "task": task, "data": str(Path(data).absolute())}
     settings |= {name: value for name, value in asdict(options).items() if name in ("limit", *found.settings)}
     bar = progress or make_progress()

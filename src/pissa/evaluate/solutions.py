@@ -35,3 +35,12 @@ class Gsm8k(GenerativeTask):
         answer = extract_answer(generated)
         correct = same_answer(answer, extract_answer(problem.response))
         return {"answer": None if answer is None else str(answer), "correct": correct}
+
+    def notes(self, samples: list[dict[str, Any]], limit: int) -> tuple[str, ...]:
+        """Also how many continuations state no answer at all."""
+        return (*super().notes(samples, limit), *_unanswered(samples, '"#### N" or "The answer is: N"'))
+
+
+def _unanswered(samples: list[dict[str, Any]], wanted: str) -> tuple[str, ...]:
+    silent = sum(sample["answer"] is None for sample in samples)
+    return (f"{silent} of {len(samples)} continuations state no answer as {wanted}",) if silent else ()
