@@ -447,7 +447,7 @@ def _whole_factors(
     if missing:
         raise PissaError(
             f"the state dict lacks {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}: gather the "
-            "whole model, frozen parameters included"
+            'whole model, frozen parameters included (with ZeRO-3 Trainer leaves them out: use placement "offset")'
         )
     return factors
 

@@ -49,6 +49,9 @@ from .live.state import (
     place_at,
 )
 
+CLOSE = 1e-5
+"""Relative distance of two starting products that are the same."""
+
 # The functions have the names of PEFT's methods, so that a copied or unpickled model finds them, or PEFT's.
 
 
@@ -210,7 +213,7 @@ def _take_over(model: PeftModel, path: Any, saved: SavedAdapter, adapter: str) -
     found = fitted(path, saved, model, {name: place_at(layer) for name, layer in layers.items()})
     if found.keys() != initial.keys():
         raise CheckpointError(f"{path} adapts other modules: {', '.join(sorted(found.keys() ^ initial.keys())[:20])}")
-    other = [name for name, f in found.items() if not _same_start(f, initial[name])]
+    other = [name for name, f in found.items() if not _is_same_start(f, initial[name])]
     if other:
         raise CheckpointError(
             f"{path} started from other components than this model at {', '.join(other[:5])}"
@@ -232,11 +235,23 @@ def _take_over(model: PeftModel, path: Any, saved: SavedAdapter, adapter: str) -
         set_peft_model_state_dict(model, dict(saved.others), adapter_name=adapter)
 
 
-def _same_start(saved: AdapterFactors, own: AdapterFactors) -> bool:
+def _is_same_start(saved: AdapterFactors, own: AdapterFactors) -> bool:
+    """Whether two adapters of one shape started at the same product, up to the rounding of another machine."""
+    if (saved.A.shape, saved.B.shape) != (own.A.shape, own.B.shape) or (saved.A0 is None) != (own.A0 is None):
+        return False
     if not math.isclose(saved.scale, own.scale):  # rsLoRA's root loses a last bit when the rank is doubled and halved
         return False
-    pairs = ((saved.A0, own.A0), (saved.B0, own.B0), (saved.E0, own.E0))
-    return all(
-        (a is None) == (b is None) and (a is None or b is None or (a.shape == b.shape and torch.equal(a, b.to(a))))
-        for a, b in pairs
-    ) and (saved.A.shape, saved.B.shape) == (own.A.shape, own.B.shape)
+    starts = [
+        (f.A0.double(), f.B0.double()) for f in (saved.folded(), own.folded()) if f.A0 is not None and f.B0 is not None
+    ]
+    if not starts:
+        return True
+    (A, B), (A_own, B_own) = starts
+    A_own, B_own = A_own.to(A), B_own.to(B)
+    apart = _square_norm(torch.cat([A, A_own], dim=-2), torch.cat([B, -B_own], dim=-1))
+    return bool(apart <= CLOSE**2 * _square_norm(A, B))
+
+
+def _square_norm(A: Tensor, B: Tensor) -> Tensor:
+    """‖B·A‖², of all matrices together, without the product."""
+    return ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)

@@ -10,7 +10,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import deepspeed
+import deepspeed  # pyright: ignore[reportMissingImports]
 import torch
 import torch.distributed as dist
 

@@ -163,7 +163,7 @@ def write_trained(
     }
     write_json(directory / MANIFEST, manifest)
     config: Any = model.peft_config[adapter or active_adapter_name(model)]
-    beside = None if relative == RESIDUAL else place
+    beside = None if named is not None or relative == RESIDUAL else place
     write_card(directory, residual_adapter_card(config, record.base, record.method, beside))
 
 
