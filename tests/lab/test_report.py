@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pissa.lab.report import demo_report, final_loss, wilson
+from pissa.lab.report import demo_report, final_loss
+from pissa.lab.statistics import wilson
 
 
 def results(**after: float) -> dict[str, Any]:
