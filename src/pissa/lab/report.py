@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .statistics import wilson
+from ..evaluate.intervals import wilson
 
 LAST = 10
 LEVEL = 0.05

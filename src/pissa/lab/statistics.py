@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..evaluate.intervals import wilson
 from .student_t import quantile, two_sided_tail
 
 POWER = 0.8
@@ -164,20 +165,6 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
         return Estimate(centre, math.inf, 1.0, 1)
     variance = math.fsum((value - centre) ** 2 for value in values) / (count - 1) / count
     return Estimate(centre, math.sqrt(variance), count - 1.0, count)
-
-
-def wilson(successes: float, count: float, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share (JASA 22, 1927); 95 % for z = 1.96.
-
-    Raises:
-        DataError: no trials, or more successes than trials.
-    """
-    if count <= 0 or not 0 <= successes <= count:
-        raise DataError(f"{successes} successes of {count}; give a count above 0 and 0 to that many successes")
-    p = successes / count
-    centre, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    low, high = (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
-    return max(low, 0.0), min(high, 1.0)
 
 
 def share_interval(correct: Any, error: float = 0.05) -> tuple[float, float]:
