@@ -84,7 +84,7 @@ def train(
         data: a file or hub id, see `read_examples`; or the rows themselves.
         out: the run's directory: new, empty, or that of the same run.
         recipe: all settings.
-        label: the run's name on the bar.
+        label: the run's name on the bar, where it is one of several: what would be said of each is then not said.
         progress: a bar to use; None for one of its own.
         quiet: no bar at all.
         callbacks: called at every step after the run's own; what they do must leave the model as it is.
@@ -152,7 +152,7 @@ def _train(
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
-    if progress is not None:
+    if progress is not None and label is None:
         progress.console.print(encoded.summary, markup=False, highlight=False, soft_wrap=True)
     # nobody writes before everybody has looked
     PartialState().wait_for_everyone()

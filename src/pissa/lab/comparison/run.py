@@ -129,6 +129,9 @@ class _Session:
 
     def run(self) -> None:
         """Everything that is not done yet."""
+        task = self.scorer.task
+        parts = f"{len(task.train)} rows to learn from, {len(task.validation)} for validation, {len(task.test)} to test"
+        self._say(f"{task.name}: {parts}" + (f"; {task.removed} removed from training" if task.removed else ""))
         self._say(self.plan.describe())
         if not self.directory.base.is_file():
             write_json(self.directory.base, self._base())

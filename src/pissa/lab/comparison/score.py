@@ -12,9 +12,9 @@ from ...calibrate.text import texts_of
 from ...errors import ConfigError, DataError
 from ...evaluate.generate import exact_match
 from ...evaluate.loss import HeldOutLoss, held_out_loss
+from ...evaluate.perplexity import perplexity
 from ...live.state import is_offset
 from ...train.recipe import Recipe
-from ..perplexity import perplexity
 from .plan import Plan
 from .task import Task
 

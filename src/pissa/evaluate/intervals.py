@@ -1,0 +1,45 @@
+"""How sure a figure is: 95 % intervals over the problems that it was measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+Z = 1.96
+RESAMPLES = 2000
+
+
+def wilson(successes: float, count: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share."""
+    p = successes / count
+    centre, half = p + Z * Z / (2 * count), Z * sqrt(p * (1 - p) / count + Z * Z / (4 * count * count))
+    low, high = (centre - half) / (1 + Z * Z / count), (centre + half) / (1 + Z * Z / count)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def bootstrap(
+    rows: Sequence[Any], statistic: Callable[[list[Any]], float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of a statistic over resampled rows.
+
+    Args:
+        rows: one per problem.
+        statistic: of a list of rows; a resample for which it is not finite is left out.
+        seed: of the resamples.
+        resamples: how many.
+
+    Returns:
+        The interval; None for fewer than two rows, or where over half of the resamples have no finite value.
+    """
+    if len(rows) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    values = [statistic([rows[i] for i in generator.integers(0, len(rows), len(rows))]) for _ in range(resamples)]
+    finite = [value for value in values if np.isfinite(value)]
+    if 2 * len(finite) < resamples:
+        return None
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return float(low), float(high)

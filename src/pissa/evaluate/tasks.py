@@ -1,0 +1,37 @@
+"""The tasks by name.
+
+task = find_task("gsm8k")
+problems = task.load("test.jsonl", limit=100)
+evaluation = task.run(model, tokenizer, problems)       # .metric .value .interval .samples
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ..errors import ConfigError
+from .task import Evaluation, Options, Task
+
+__all__ = ["Evaluation", "Options", "Task", "find_task", "task_names"]
+
+_PLACES = {
+    "gsm8k": ("solutions", "Gsm8k"),
+    "perplexity": ("text", "PerplexityTask"),
+}
+
+
+def task_names() -> list[str]:
+    """All names that `find_task` knows."""
+    return [*_PLACES]
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _PLACES:
+        raise ConfigError(f"no task is called {name!r}; allowed: {', '.join(task_names())}")
+    module, kind = _PLACES[name]
+    return getattr(import_module(f".{module}", __package__), kind)()
