@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .comparisons import ERROR, FEWEST_SEEDS, METRICS, Metric, finished, outcomes
-from .statistics import Estimate, difference_moments, holm, wilson
+from ...evaluate.intervals import wilson
+from ..statistics import Estimate, difference_moments, holm
+from .verdict import ERROR, FEWEST_SEEDS, METRICS, Metric, finished, outcomes
 
 RESAMPLES = 1000
 

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import DataError
-from .statistics import Estimate, difference, holm, mcnemar
+from ...errors import DataError
+from ...train.recipe import QUANTIZED_METHODS
+from ..statistics import Estimate, difference, holm, mcnemar
 
 ERROR = 0.04
 """Nominal probability of one or more false calls. With three seeds the true one is up to a fifth higher, so that the
 tests are run at 4 % to stay below 5 %."""
 FEWEST_SEEDS = 3
 """Fewer finished runs of a method do not tell how much its seeds differ."""
-QUANTISED = ("qlora", "qpissa", "loftq")
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,21 @@ def outcomes(runs: Sequence[Mapping[str, Any]], metric: Metric) -> list[list[flo
     return found or None
 
 
+def reference_of(methods: Sequence[str]) -> str | None:
+    """What the others are compared with: `lora`, or the first method where there is no lora; None of none."""
+    return "lora" if "lora" in methods else next(iter(methods), None)
+
+
 def pairs_of(methods: Sequence[str]) -> list[tuple[str, str]]:
     """(method, what it is compared with), in the order of the methods.
 
     Args:
         methods: names, as the user gave them.
     """
-    if not methods:
-        return []
-    reference = "lora" if "lora" in methods else methods[0]
-    pairs = [(method, reference) for method in methods if method != reference]
+    reference = reference_of(methods)
+    pairs = [(method, reference) for method in methods if reference is not None and method != reference]
     if "qlora" in methods and reference != "qlora":
-        pairs += [(method, "qlora") for method in methods if method in QUANTISED and method != "qlora"]
+        pairs += [(method, "qlora") for method in methods if method in QUANTIZED_METHODS and method != "qlora"]
     return pairs
 
 
