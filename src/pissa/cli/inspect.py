@@ -51,7 +51,8 @@ def command(
     """Show what splitting and quantising MODEL would cost, layer kind by layer kind."""
     from ..config import quantization_preset
     from ..errors import ConfigError
-    from ..lab.inspect import inspect, inspection_table
+    from ..lab.inspect import inspect
+    from ..lab.inspect_tables import inspection_table
     from ..lab.variants import CALIBRATED, PUBLISHED, variants
     from ..train.progress import make_progress
     from .main import show

@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from ..errors import PissaError
-from . import demo, eval, export, init, inspect, train, verify
+from . import compare, demo, eval, export, init, inspect, study, train, verify
 
 app = typer.Typer(
     name="pissa",
@@ -91,4 +91,6 @@ _add("eval", eval.command)
 _add("export", export.command)
 _add("verify", verify.command)
 _add("inspect", inspect.command)
+_add("compare", compare.command)
 _add("demo", demo.command)
+_add("study", study.command)

@@ -35,7 +35,7 @@ from ..train.encode import token_ids
 from ..train.progress import make_progress
 from ..train.prompts import prompt_text
 from ..train.recipe import Recipe
-from ..train.rows import Example, examples_from_rows
+from ..train.rows import Example, examples_from_rows, row_of
 from ..train.run import RunResult, quieten, train
 from .arithmetic import make_problems
 from .figures import draw_curves
@@ -201,14 +201,8 @@ def _task(data: str | None, plan: Plan, seed: int) -> Task:
     examples = read_examples(data)
     if len(examples) < plan.held_out + plan.batch_size:
         raise DataError(f"{data} has {len(examples)} rows; the demo needs {plan.held_out + plan.batch_size} or more")
-    rows = [_as_row(example) for example in examples[: -plan.held_out]]
+    rows = [row_of(example) for example in examples[: -plan.held_out]]
     return Task(Path(data).name, rows, examples[-plan.held_out :])
-
-
-def _as_row(example: Example) -> dict[str, Any]:
-    if example.input:
-        return {"instruction": example.messages[0].content, "input": example.input, "output": example.response}
-    return {"messages": [{"role": message.role, "content": message.content} for message in example.messages]}
 
 
 def _scores(

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import MissingExtraError
 
 COLOURS = ("#d1495b", "#2e86ab", "#66a182", "#8d6a9f", "#e8a33d", "#4a4e69")
+METHOD_COLOURS = {
+    "pissa": COLOURS[0],
+    "lora": COLOURS[1],
+    "full": COLOURS[2],
+    "random-pissa": COLOURS[3],
+    "dora": COLOURS[4],
+    "base": COLOURS[5],
+    "qpissa": "#f28482",
+    "qlora": "#84bcda",
+    "loftq": "#8d6a9f",
+    "ours": "#e8a33d",
+    "robust-pissa": "#b56576",
+    "cura": "#5f9ea0",
+    "adalora": "#a3b18a",
+    "pissa+dora": "#bc4b51",
+    "pissa+adalora": "#e07a5f",
+    "lora-gaussian": "#1b4965",
+}
+"""A method has one colour in all figures."""
 
 
 def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
@@ -41,3 +61,47 @@ def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(path)
+
+
+def colour_of(method: str, number: int = 0) -> str:
+    """A method's own colour; for a name with iterations or settings (`qpissa-5`) its family's, else the number's."""
+    family = method.rpartition("-")[0] if method.rpartition("-")[2].isdigit() else method
+    return METHOD_COLOURS.get(family, COLOURS[number % len(COLOURS)])
+
+
+def new_figure(lines: int = 1, columns: int = 1, *, width: float = 5.0, height: float = 4.2) -> tuple[Any, list[Any]]:
+    """An empty figure in the house style.
+
+    Args:
+        lines, columns: of panels.
+        width, height: of a panel, in inches.
+
+    Returns:
+        The matplotlib Figure and its panels, line by line.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
+    figure = Figure(figsize=(width * columns, height * lines), dpi=130, layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flatten())
+    for panel in panels:
+        decorate(panel)
+    return figure, panels
+
+
+def decorate(panel: Any) -> None:
+    """A faint grid, and no frame above and on the right."""
+    panel.grid(alpha=0.25, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def band(panel: Any, x: Sequence[float], curves: Sequence[Sequence[float]], *, label: str, colour: str) -> None:
+    """The mean of some curves (one a seed) over x, with the range they span."""
+    columns = list(zip(*curves, strict=True))
+    panel.plot(x, [sum(column) / len(column) for column in columns], label=label, color=colour, linewidth=1.6)
+    if len(curves) > 1:
+        panel.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)

@@ -12,7 +12,6 @@ factors are from the best ones.
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,39 +22,23 @@ from typing import Any, Literal, get_args
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..calibrate.moments import Moment, second_moments
-from ..calibrate.text import calibration_batches
 from ..checkpoint.manifest import hardware, package_versions
 from ..config import PissaConfig, Quantization
 from ..errors import ConfigError
 from ..live.budget import parameters_per_rank, target_gains, target_total
-from ..live.layers import LINEAR, TRANSPOSED
-from ..live.targets import Target, resolve_targets
 from ..quantize.error import matrix_norm, output_error, split_error
 from ..quantize.formats import quantize_matrix
 from ..ranks import plan_ranks, uniform_plan
 from ..split import split_weight
 from ..train.run import quieten
+from .inspect_layers import kind_of, matrices_of, select_targets
+from .inspect_text import Calibration, read_calibration, with_moments
 from .load import load_any_tokenizer, load_model
 from .variants import Variant
 
 Measure = Literal["nuclear", "frobenius", "output"]
 CURVE_POINTS = 12
 """Budgets in a curve."""
-HELD_OUT_SHARE = 5
-"""One window in so many is held out where no other text is given."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text that says which directions matter."""
-
-    fit: Sequence[dict[str, Tensor]]
-    """Batches that aware methods are fitted to."""
-    held_out: Sequence[dict[str, Tensor]]
-    """Batches that the output error is measured on."""
-    description: dict[str, Any]
-    """For the results: files, windows, length."""
 
 
 @dataclass(frozen=True)
@@ -304,101 +287,9 @@ def mean_by_kind(values: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {kind: statistics.fmean(found) for kind, found in by_kind.items()}
 
 
-def with_moments(
-    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None
-) -> Iterator[tuple[Target, Tensor | None, Tensor | None]]:
-    """(target, moment to fit, held-out moment), both texts side by side; no moments without calibration."""
-    if calibration is None:
-        yield from ((target, None, None) for target in targets)
-        return
-    others = [target.name for target in targets if target.kind not in (LINEAR, TRANSPOSED)]
-    if others:
-        raise ConfigError(f"only linear layers have a second moment of their input; leave out {', '.join(others)}")
-    named = {target.name: target for target in targets}
-    pairs: Iterator[tuple[Moment, Moment]] = zip(
-        second_moments(model, calibration.fit, named),
-        second_moments(model, calibration.held_out, named),
-        strict=True,
-    )
-    for fit, held_out in pairs:
-        assert fit.names == held_out.names
-        yield from ((named[name], fit.matrix, held_out.matrix) for name in fit.names)
-
-
-def read_calibration(
-    source: str | Path,
-    tokenizer: Any,
-    *,
-    held_out: str | Path | None = None,
-    length: int = 256,
-    windows: int = 80,
-) -> Calibration:
-    """Calibration text, a part of it held out.
-
-    Args:
-        source: a .txt or .jsonl file, each also as .gz.
-        tokenizer: the model's.
-        held_out: another such file, measured on; None holds out the last fifth of the windows.
-        length: tokens per window.
-        windows: in all.
-
-    Raises:
-        DataError: a text that cannot be read or is too short.
-        ConfigError: fewer than two windows.
-    """
-    if windows < 2:
-        raise ConfigError(f"{windows} calibration windows: give at least 2, one to fit and one to measure on")
-    tested = max(1, windows // HELD_OUT_SHARE)
-    size = min(4, tested)
-    if held_out is None:
-        batches = calibration_batches(source, tokenizer, length, windows, batch_size=size)
-        split = len(batches) - -(-tested // size)
-        fit, rest = batches[:split], batches[split:]
-    else:
-        fit = calibration_batches(source, tokenizer, length, windows - tested, batch_size=size)
-        rest = calibration_batches(held_out, tokenizer, length, tested, batch_size=size)
-    count = [sum(len(batch["input_ids"]) for batch in part) for part in (fit, rest)]
-    files = {"file": str(source), "held_out_file": str(held_out or source)}
-    return Calibration(fit, rest, {**files, "length": length, "windows": count[0], "held_out_windows": count[1]})
-
-
 def _config(rank: int, target_modules: str | Sequence[str]) -> PissaConfig:
     chosen = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     return PissaConfig(rank=rank, target_modules=chosen)
-
-
-def select_targets(model: nn.Module, config: PissaConfig, max_layers: int | None) -> list[Target]:
-    """The targets, of some blocks only where `max_layers` says so."""
-    targets = resolve_targets(model, config)
-    if max_layers is None:
-        return targets
-    blocks = list(dict.fromkeys(block for target in targets if (block := block_of(target.name))))
-    if max_layers < 1 or not blocks:
-        raise ConfigError(f"max_layers is {max_layers}; the model's blocks with targets are {len(blocks)}")
-    count = min(max_layers, len(blocks))
-    kept = {blocks[i * len(blocks) // count] for i in range(count)}
-    return [target for target in targets if block_of(target.name) in kept]
-
-
-def matrices_of(target: Target) -> list[tuple[str, Tensor]]:
-    """A target's matrix (out, in) under its name, or those of its experts, numbered."""
-    matrices = target.place.matrices()
-    if matrices.ndim == 2:
-        return [(target.name, matrices)]
-    return [(f"{target.name}[{i}]", matrix) for i, matrix in enumerate(matrices)]
-
-
-def block_of(name: str) -> str | None:
-    """`model.layers.3.mlp.up_proj` -> `model.layers.3`; None outside of numbered blocks."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
-    return found.group() if found else None
-
-
-def kind_of(name: str) -> str:
-    """What a layer is called within its block: `q_proj`, or more of its name where that alone would not tell
-    (`attention.output.dense`)."""
-    parts = re.split(r"(?:^|\.)\d+\.", name.partition("[")[0])[-1].split(".")
-    return parts[-1] if parts[-1] not in ("dense", "linear", "weight", "c_proj") else ".".join(parts)
 
 
 def inspect(
@@ -475,69 +366,3 @@ def inspect(
         paths = draw_inspection(model, variants, ranks, result["rows"], figures, **common)
         result["figures"] = [str(path) for path in paths]
     return {**head, **result, **tail}
-
-
-def inspection_table(document: dict[str, Any]) -> str:
-    """An inspection for people: a table for each norm and rank, a line for each method."""
-    if "rank_pattern" in document:
-        return plan_table(document)
-    layers = document["layers"]
-    count = layers if isinstance(layers, int) else len(layers)
-    lines = [f"{document['model']}: {count} layers"]
-    for norm, rank in dict.fromkeys((row["norm"], row["rank"]) for row in document["rows"]):
-        rows = [row for row in document["rows"] if (row["norm"], row["rank"]) == (norm, rank)]
-        title = (
-            f"{TITLES[norm]} of {document['quantize']} reduced by"
-            if "quantize" in document
-            else "energy in the adapter"
-        )
-        lines += ["", f"{title} (%), rank {rank}", *aligned(rows)]
-    if not isinstance(layers, int):
-        worst = max(layers, key=lambda layer: layer["captured_energy_loss"])
-        loss = f"{worst['captured_energy_loss']:.1e} ({worst['bound']})"
-        lines += ["", f"largest captured-energy loss {loss} at {worst['name']}"]
-    return "\n".join(lines)
-
-
-def plan_table(document: dict[str, Any]) -> str:
-    """A rank plan for people: the ranks of each kind of layer, and what they capture."""
-    kinds: dict[str, list[int]] = {}
-    for layer in document["layers"]:
-        kinds.setdefault(layer["kind"], []).append(layer["rank"])
-    what = f"squared error of {document['quantize']}" if document["quantize"] else "energy"
-    lines = [
-        f"{document['model']}: {len(document['layers'])} layers, {document['parameters']} of {document['budget']} "
-        "parameters",
-        "",
-        *table_of(
-            [["kind", "least", "mean", "most"]]
-            + [
-                [kind, str(min(ranks)), f"{statistics.fmean(ranks):.1f}", str(max(ranks))]
-                for kind, ranks in kinds.items()
-            ]
-        ),
-        "",
-        f"{what} in the adapters: {document['captured']:.2f} % (no plan has more than "
-        f"{document['captured_bound']:.2f} %), at a uniform rank {document['uniform_captured']:.2f} %",
-    ]
-    return "\n".join(lines)
-
-
-def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Rows as lines with columns of equal width."""
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row["by_kind"]))
-    cells = [["method", *kinds, "mean", "seconds"]]
-    for row in rows:
-        numbers = [*(row["by_kind"][kind] for kind in kinds), row["mean"], row["seconds"]]
-        cells.append([row["method"], *(f"{number:.1f}" for number in numbers)])
-    yield from table_of(cells)
-
-
-def table_of(cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of text as lines; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for first, *rest in cells:
-        yield "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-
-
-TITLES = {"nuclear": "nuclear-norm error", "frobenius": "Frobenius error", "output": "held-out output error"}

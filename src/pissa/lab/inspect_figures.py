@@ -22,8 +22,9 @@ from ..live.targets import Target
 from ..quantize.error import split_error
 from ..quantize.formats import quantize_matrix
 from ..split import split_weight
-from .figures import COLOURS
-from .inspect import inspect_quantized, kind_of, matrices_of, select_targets
+from .figures import COLOURS, decorate
+from .inspect import inspect_quantized
+from .inspect_layers import kind_of, matrices_of, select_targets
 from .variants import Variant
 
 HALVINGS = 4
@@ -174,9 +175,3 @@ def spectra(target: Target, variant: Variant, rank: int) -> dict[str, Tensor]:
 def positive(values: Tensor) -> Tensor:
     """What a logarithmic axis can show: not the zeros at the end of a low-rank or split matrix."""
     return values[values > 1e-6 * values[0]] if values[0] > 0 else values[:0]
-
-
-def decorate(panel: Any) -> None:
-    """A faint grid, and no frame above and on the right."""
-    panel.grid(alpha=0.25, which="both")
-    panel.spines[["top", "right"]].set_visible(False)

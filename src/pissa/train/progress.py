@@ -58,7 +58,7 @@ class StepLog(TrainerCallback):
         self.trainer.take_tokens_per_second()
         if not state.is_world_process_zero:
             return
-        self._keep_up_to(state.global_step)
+        keep_up_to(self.path, state.global_step)
         if self.progress is not None:
             self.task = self.progress.add_task(
                 self.label, total=state.max_steps, completed=state.global_step, note="", start=True
@@ -89,14 +89,6 @@ class StepLog(TrainerCallback):
             raise OutputError(f"{self.path} cannot be written: {error.strerror}; make room and run again") from error
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step, note=_note(record))
-
-    def _keep_up_to(self, step: int) -> None:
-        """Leave the lines of the steps up to this one, in one stroke."""
-        kept = [record for record in read_log(self.path) if record["step"] <= step]
-        partial = self.path.with_name(f"{TEMPORARY_PREFIX}{self.path.name}")
-        with explained(self.path):
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            partial.replace(self.path)
 
 
 class StopAtStepEnd(TrainerCallback):
@@ -153,6 +145,15 @@ def read_log(path: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return records
+
+
+def keep_up_to(path: Path, step: int) -> None:
+    """Leave a log's lines of the steps up to this one, in one stroke."""
+    kept = [record for record in read_log(path) if record["step"] <= step]
+    partial = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    with explained(path):
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial.replace(path)
 
 
 def _note(record: dict[str, float]) -> str:

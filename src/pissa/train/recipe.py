@@ -36,6 +36,11 @@ QUANTIZED_METHODS = ("qlora", "loftq", "qpissa")
 ITERATIONS = {"loftq": 5, "qpissa": 10}
 """Where nothing else is said."""
 YAML_ONLY = ("rank_pattern", "alpha_pattern")
+ADAPTER_ONLY = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
+ADAPTER_ONLY += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
+ADAPTER_ONLY += ("component", "scored_examples", "random_fraction", "cur_core", "cur_rcond")
+ADAPTER_ONLY += ("orthogonality", "loraplus_ratio", "rank_budget")
+"""Settings that full fine-tuning would ignore, and therefore refuses."""
 PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 ALL_LINEAR = "all-linear"
 
@@ -312,11 +317,8 @@ def _check_pattern(name: str, value: Any) -> None:
 
 def _check_unused(recipe: Recipe) -> None:
     """Refuse what full fine-tuning would ignore."""
-    names = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
-    names += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
-    names += ("component", "scored_examples", "random_fraction", "cur_core", "cur_rcond")
-    names += ("orthogonality", "loraplus_ratio", "rank_budget")
-    given = [f.name for f in fields(recipe) if f.name in names and getattr(recipe, f.name) not in (f.default, {})]
+    only = [f for f in fields(recipe) if f.name in ADAPTER_ONLY]
+    given = [f.name for f in only if getattr(recipe, f.name) not in (f.default, {})]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
 

@@ -78,6 +78,13 @@ def example_from_row(row: Any, where: str = "") -> Example:
     return Example((Message("user", prompt), Message("assistant", response)), second if second.strip() else "", where)
 
 
+def row_of(example: Example) -> dict[str, Any]:
+    """An example as a row that `example_from_row` reads as the same one."""
+    if example.input:
+        return {"instruction": example.messages[0].content, "input": example.input, "output": example.response}
+    return {"messages": [{"role": message.role, "content": message.content} for message in example.messages]}
+
+
 def unusable_rows(source: str, offenders: list[str], total: int, remedy: str) -> DataError:
     """One error for all rows that cannot be used: how many, the first few with place and reason, what to do."""
     shown = "; ".join(offenders[:SHOWN_OFFENDERS])

@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from array import array
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.progress import Progress
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ..checkpoint.manifest import MANIFEST, hardware, package_versions
 from ..checkpoint.read import check_model_directory, load_tokenizer
@@ -74,6 +75,7 @@ def train(
     label: str | None = None,
     progress: Progress | None = None,
     quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Fine-tune a model; continue where an earlier run of the same settings stopped.
 
@@ -82,9 +84,10 @@ def train(
         data: a file or hub id, see `read_examples`; or the rows themselves.
         out: the run's directory: new, empty, or that of the same run.
         recipe: all settings.
-        label: the run's name on the bar.
+        label: the run's name on the bar, where it is one of several: what would be said of each is then not said.
         progress: a bar to use; None for one of its own.
         quiet: no bar at all.
+        callbacks: called at every step after the run's own; what they do must leave the model as it is.
 
     Raises:
         PissaError: the input or the settings are wrong, before anything is written.
@@ -120,7 +123,8 @@ def train(
         return RunResult(directory.path, finished, None)
     try:
         with nullcontext() if progress is not None or not visible else bar:
-            return _train(model, data, directory, recipe, arguments, settings, bar if visible else None, label)
+            shown = bar if visible else None
+            return _train(model, data, directory, recipe, arguments, settings, shown, label, callbacks)
     except KeyboardInterrupt:
         raise Interrupted(directory.what_is_saved) from None
 
@@ -134,6 +138,7 @@ def _train(
     settings: dict[str, Any],
     progress: Progress | None,
     label: str | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
     check_model_directory(model)
     set_seed(recipe.seed)
@@ -147,7 +152,7 @@ def _train(
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
-    if progress is not None:
+    if progress is not None and label is None:
         progress.console.print(encoded.summary, markup=False, highlight=False, soft_wrap=True)
     # nobody writes before everybody has looked
     PartialState().wait_for_everyone()
@@ -158,7 +163,7 @@ def _train(
             if recipe.quantization is not None and prepared.split is not None and prepared.model.pissa.residual is None:
                 save_residual(prepared.model, directory.residual, tokenizer=tokenizer)
         log = StepLog(directory.log, progress=progress, label=label or recipe.method)
-        trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log)
+        trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log, callbacks)
         trained = trainer.accelerator.unwrap_model(trainer.model).eval()
         whole = trainer.whole_state()
         results = _results(recipe, settings, encoded, fingerprints, split, trained, read_log(directory.log))
@@ -178,6 +183,7 @@ def _run(
     arguments: TrainingArguments,
     checkpoint: Path | None,
     log: StepLog,
+    callbacks: Sequence[TrainerCallback],
 ) -> ResponseTrainer:
     """Train to the last step.
 
@@ -194,7 +200,7 @@ def _run(
         lengths=encoded.lengths,
         batch_size=recipe.batch_size,
         loraplus_ratio=recipe.loraplus_ratio,
-        callbacks=[log, stop],
+        callbacks=[log, *callbacks, stop],
     )
     log.trainer = trainer
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:

@@ -1,0 +1,76 @@
+"""`pissa study`: a claim of the paper or the report, measured again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    name: Annotated[str | None, typer.Argument(help="The study; see --list.")] = None,
+    out: Annotated[Path, typer.Option(help="Where NAME.json and NAME.png go, and what is finished of them.")] = Path(
+        "runs/studies"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A pass of seconds, which decides nothing.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The whole grid.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds. [3; quick 2, full 5]")] = None,
+    model: Annotated[str | None, typer.Option(help="A directory or hub id instead of the study's own model.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show all studies with their runtimes.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Write README.md of the results in this directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Run a claim's experiment: the numbers, a figure, and whether the claim holds here."""
+    from ..errors import ConfigError
+
+    if sum([name is not None, show_list, page is not None]) != 1:
+        raise ConfigError("give one of: a study's NAME, --list, or --page DIR")
+    if show_list:
+        _list(as_json)
+    elif page is not None:
+        _page(page, as_json)
+    else:
+        assert name is not None
+        _run(name, out, quick, full, seeds, model, as_json)
+
+
+def _run(name: str, out: Path, quick: bool, full: bool, seeds: int | None, model: str | None, as_json: bool) -> None:
+    from ..errors import ConfigError
+    from ..lab.studies.registry import find_study
+    from ..lab.studies.study import Settings, run_study
+    from ..train.progress import make_progress
+    from ..train.run import quieten
+    from .main import show
+
+    if quick and full:
+        raise ConfigError("--quick and --full exclude each other")
+    study = find_study(name)
+    count = seeds if seeds is not None else 2 if quick else 5 if full else 3
+    quieten()
+    with make_progress() as progress:
+        scale = "quick" if quick else "full" if full else "default"
+        document = run_study(study, Settings(out, scale, tuple(range(count)), model, progress=progress))
+    text = (
+        f"{document['verdict']}: {document['claim']}\n{document['figures']}\nwritten to {out}: {name}.json, {name}.png"
+    )
+    show(document, text, as_json=as_json)
+
+
+def _list(as_json: bool) -> None:
+    from ..lab.studies.registry import find_study, study_names
+    from .main import show
+
+    studies = [find_study(name) for name in study_names()]
+    width = max(len(study.name) for study in studies)
+    lines = [f"{study.name.ljust(width)}  {study.minutes:3.0f} min  {study.claim}" for study in studies]
+    listed = [{"name": study.name, "minutes": study.minutes, "claim": study.claim} for study in studies]
+    show({"studies": listed}, "\n".join(lines), as_json=as_json)
+
+
+def _page(directory: Path, as_json: bool) -> None:
+    from ..lab.studies.page import write_page
+    from .main import show
+
+    written = write_page(directory)
+    show({"page": str(written)}, f"written: {written}", as_json=as_json)

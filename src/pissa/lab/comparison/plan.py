@@ -1,0 +1,214 @@
+"""What is compared, and how many runs of how many steps that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from ...errors import ConfigError
+from ...train.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
+from .search import FIRST
+
+MOST_SEARCH_RUNS = 12
+"""Of rung 0: after as many the gaps are below 5 %."""
+OWN = {"method": "methods", "learning_rate": "rates (--lrs)", "max_steps": "steps", "epochs": "steps", "seed": "seed"}
+"""Settings of a run that a comparison chooses itself, and what it is told instead."""
+NULL_METHOD = "lora"
+NULL_SEED = 500
+SEARCH_SEED = 1000
+"""Added to the comparison's seed: no run shares its seed with one of another purpose."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison's settings.
+
+    Raises:
+        ConfigError: a value out of its range, a method that the recipe does not fit, or a budget that is too small.
+    """
+
+    methods: tuple[str, ...] = ("lora", "pissa")
+    """What is compared, in the order of the report."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """What all runs share; its method, learning rate, steps and seed are the comparison's to choose."""
+    steps: int = 100
+    """Of every run that is reported."""
+    seeds: int = 5
+    """Runs per method that are reported."""
+    rates: tuple[float, ...] | None = None
+    """Learning rates: None searches each method's own; several are the grid for all; a single one is fixed."""
+    search_runs: int = 6
+    """Runs per method in the search's first rung; half as many in each further one."""
+    rungs: int = 2
+    """Of the search; the last is half as long as a reported run, each earlier one half as long as the next."""
+    null: bool = True
+    """Also run one method again under as many other seeds, and compare it with itself."""
+    validation_rows: int = 100
+    """By which learning rates are chosen."""
+    test_rows: int = 200
+    """On which the runs are reported."""
+    accuracy_problems: int | None = None
+    """How many test problems are solved by generating; None for all where every answer is marked, else none."""
+    new_tokens: int = 256
+    """Of a generated solution."""
+    curve_points: int = 4
+    """How often a reported run's test loss is measured while it trains; 0 for never."""
+    curve_problems: int = 32
+    """Test problems for that."""
+    forgetting: str | None = None
+    """Text whose perplexity is measured before and after; .txt or .jsonl, each also as .gz."""
+    seed: int = 0
+    """Of the parts of the data, and the first of the runs."""
+    keep_runs: bool = False
+    """Keep the runs' weights and checkpoints."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_methods(self)
+        if self.rates is not None:
+            object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
+        recipes = [self.run_recipe(method, 1e-5, self.steps, self.seed) for method in self.methods]
+        assert len(recipes) == len(self.methods)  # each has checked itself
+
+    @property
+    def searches(self) -> bool:
+        """Whether a learning rate is to be chosen at all."""
+        return self.rates is None or len(self.rates) > 1
+
+    @property
+    def rung_runs(self) -> tuple[int, ...]:
+        """Runs per method in each rung of the search."""
+        first = self.search_runs if self.rates is None else len(self.rates)
+        return tuple(max(1, first // 2**rung) for rung in range(self.rungs)) if self.searches else ()
+
+    @property
+    def rung_steps(self) -> tuple[int, ...]:
+        """Steps of a run in each rung."""
+        return tuple(math.ceil(self.steps / 2 ** (self.rungs - rung)) for rung in range(len(self.rung_runs)))
+
+    @property
+    def budget(self) -> int:
+        """Steps of the search, for each method."""
+        return sum(runs * steps for runs, steps in zip(self.rung_runs, self.rung_steps, strict=True))
+
+    @property
+    def null_method(self) -> str | None:
+        """What is compared with itself; None for nothing."""
+        if not self.null:
+            return None
+        return NULL_METHOD if NULL_METHOD in self.methods else self.methods[0]
+
+    @property
+    def total_steps(self) -> int:
+        """Of all runs together."""
+        arms = len(self.methods) + (self.null_method is not None)
+        return len(self.methods) * self.budget + arms * self.seeds * self.steps
+
+    def run_recipe(self, method: str, rate: float, steps: int, seed: int) -> Recipe:
+        """One run's recipe; full fine-tuning leaves out what only adapters have."""
+        usual = Recipe()
+        unused = {name: getattr(usual, name) for name in ADAPTER_ONLY} if method == "full" else {}
+        own: dict[str, Any] = {"method": method, "learning_rate": rate, "max_steps": steps, "seed": seed}
+        return replace(self.recipe, **{**unused, **own})
+
+    def search_seed(self, rung: int) -> int:
+        """Of the runs of a rung; all methods share it."""
+        return self.seed + SEARCH_SEED * (rung + 1)
+
+    def final_seeds(self) -> Iterator[int]:
+        """Of the reported runs."""
+        yield from range(self.seed, self.seed + self.seeds)
+
+    def null_seeds(self) -> Iterator[int]:
+        """Of the null arm."""
+        yield from range(self.seed + NULL_SEED, self.seed + NULL_SEED + self.seeds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The whole plan in a line or two, for people."""
+        names = ", ".join(self.methods)
+        if self.searches:
+            rungs = zip(self.rung_runs, self.rung_steps, strict=True)
+            parts = " and ".join(f"{runs} runs of {steps} steps" for runs, steps in rungs)
+            search = f"search, for each method: {parts} ({self.budget} steps)"
+        else:
+            search = f"learning rate {(self.rates or (0,))[0]:g} for all, no search"
+        null = f"; {self.null_method} again under {self.seeds} other seeds" if self.null_method else ""
+        final = f"then {self.seeds} runs of {self.steps} steps each{null}"
+        return f"{names} | {search} | {final} | {self.total_steps} steps in all"
+
+
+def search_runs_within(budget: int, steps: int, rungs: int) -> int:
+    """How many runs the first rung may have so that a method's search takes at most `budget` steps.
+
+    Raises:
+        ConfigError: too few steps for the smallest search.
+    """
+    for runs in range(MOST_SEARCH_RUNS, FIRST - 1, -1):
+        if Plan(steps=steps, rungs=rungs, search_runs=runs).budget <= budget:
+            return runs
+    least = Plan(steps=steps, rungs=rungs, search_runs=FIRST).budget
+    raise ConfigError(
+        f"a budget of {budget} steps per method is too small for a search over runs of {steps} steps; give at least "
+        f"{least}, or name the learning rates"
+    )
+
+
+def read_rates(text: str) -> tuple[float, ...] | None:
+    """Learning rates as they are given on the command line: `auto`, or numbers separated by commas.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text.strip() == "auto":
+        return None
+    try:
+        rates = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(f"learning rates {text!r}; give auto, or positive numbers separated by commas (1e-4,3e-4)")
+    return rates
+
+
+def _check_numbers(plan: Plan) -> None:
+    least = {"accuracy_problems": 0, "curve_points": 0, "seed": 0, "validation_rows": 1, "test_rows": 2}
+    for setting in fields(plan):
+        value = getattr(plan, setting.name)
+        if str(setting.type) not in ("int", "int | None") or value is None:
+            continue
+        bound = least.get(setting.name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise ConfigError(f"{setting.name} is {value!r}; give a whole number of at least {bound}")
+    if not FIRST <= plan.search_runs <= MOST_SEARCH_RUNS:
+        raise ConfigError(f"search_runs is {plan.search_runs}; allowed: {FIRST} to {MOST_SEARCH_RUNS}")
+    if plan.seeds > NULL_SEED:
+        raise ConfigError(f"seeds is {plan.seeds}; allowed: up to {NULL_SEED}")
+    if plan.rungs > 4:
+        raise ConfigError(f"rungs is {plan.rungs}; allowed: 1 to 4")
+    for rate in plan.rates or ():
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"learning rate {rate!r}; give positive numbers")
+    if plan.rates is not None and not plan.rates:
+        raise ConfigError("no learning rate is given; name some, or leave them out to have them searched")
+
+
+def _check_methods(plan: Plan) -> None:
+    usual = Recipe()
+    given = [name for name in OWN if getattr(plan.recipe, name) != getattr(usual, name)]
+    if given:
+        instead = ", ".join(dict.fromkeys(OWN[name] for name in given))
+        raise ConfigError(f"the recipe sets {', '.join(given)}, which a comparison chooses; give it {instead} instead")
+    unknown = [method for method in plan.methods if method not in TRAINING_METHODS]
+    if unknown:
+        raise ConfigError(f"no such method: {', '.join(unknown)}; known: {', '.join(TRAINING_METHODS)}")
+    if not plan.methods:
+        raise ConfigError(f"no method to compare; known: {', '.join(TRAINING_METHODS)}")
+    twice = sorted({method for method in plan.methods if plan.methods.count(method) > 1})
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} named twice; the null arm compares a method with itself")

@@ -1,0 +1,153 @@
+"""A comparison's directory, and results.json made from nothing but what lies in it.
+
+OUT/compare.json                          settings, task, versions, hardware, command; written first
+OUT/base.json                             the untouched base on the same rows
+OUT/search/METHOD/rung-K/lr-RATE/         one run each: run.json, log.jsonl, results.json, trial.json
+OUT/runs/METHOD/seed-N/
+OUT/null/seed-N/
+OUT/results.json                          everything together
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import OutputError
+from .plan import Plan
+from .search import best_rates, is_on_edge
+from .trial import TRIAL, Trial
+
+TRIAL_KEYS = ("learning_rate", "rung", "steps", "seed", "status", "validation_loss", "losses", "grad_norms", "seconds")
+RUN_KEYS = (
+    "seed", "status", "learning_rate", "losses", "grad_norms", "validation_loss", "test_loss", "test_losses",
+    "test_correct", "during", "perplexity_before", "perplexity_after", "seconds", "init_seconds", "peak_memory_gib",
+    "trainable_parameters", "tokens_per_second",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ComparisonDirectory:
+    """The places inside one comparison's directory."""
+
+    path: Path
+    """OUT."""
+
+    @property
+    def record(self) -> Path:
+        """Settings; there from the beginning."""
+        return self.path / "compare.json"
+
+    @property
+    def base(self) -> Path:
+        """The base's scores."""
+        return self.path / "base.json"
+
+    @property
+    def results(self) -> Path:
+        """Everything together."""
+        return self.path / "results.json"
+
+    def search_trial(self, plan: Plan, method: str, rate: float, rung: int) -> Trial:
+        """A trial of the search."""
+        recipe = plan.run_recipe(method, rate, plan.rung_steps[rung], plan.search_seed(rung))
+        return Trial(self.path / "search" / method / f"rung-{rung}" / f"lr-{rate:g}", "search", recipe, rung)
+
+    def final_trial(self, plan: Plan, method: str, rate: float, seed: int) -> Trial:
+        """A run that is reported."""
+        recipe = plan.run_recipe(method, rate, plan.steps, seed)
+        return Trial(self.path / "runs" / method / f"seed-{seed}", "run", recipe)
+
+    def null_trial(self, plan: Plan, method: str, rate: float, seed: int) -> Trial:
+        """A run of the null arm."""
+        recipe = plan.run_recipe(method, rate, plan.steps, seed)
+        return Trial(self.path / "null" / f"seed-{seed}", "null", recipe)
+
+    def search_records(self, method: str) -> list[dict[str, Any]]:
+        """The trials of a method's search, rung by rung, by rate."""
+        found = _records(self.path / "search" / method, "rung-*/lr-*")
+        return sorted(found, key=lambda record: (record["rung"], record["learning_rate"]))
+
+
+def assemble(directory: ComparisonDirectory) -> dict[str, Any]:
+    """What results.json holds, from the directories alone; runs that are missing are missing in it.
+
+    Raises:
+        OutputError: the directory is no comparison's, or a file in it is damaged.
+    """
+    record = read_json(directory.record)
+    base = read_json(directory.base) if directory.base.is_file() else None
+    before = base["perplexity"] if base is not None else None
+    methods = {method: _method(directory, method, before) for method in record["settings"]["plan"]["methods"]}
+    null = [_run(found, before) for found in _by_seed(_records(directory.path / "null", "seed-*"))]
+    named = {run["method"] for run in _records(directory.path / "null", "seed-*")}
+    rate = null[0]["learning_rate"] if null else None
+    return {
+        **record,
+        "base": base,
+        "methods": methods,
+        "null": {"method": named.pop(), "learning_rate": rate, "runs": null} if null else None,
+    }
+
+
+def chosen_rate(records: list[dict[str, Any]]) -> float | None:
+    """The best rate of the last rung in which any run came through; None where all diverged."""
+    for rung in sorted({record["rung"] for record in records}, reverse=True):
+        best = best_rates(losses_of(records, rung), 1)
+        if best:
+            return best[0]
+    return None
+
+
+def losses_of(records: list[dict[str, Any]], rung: int) -> dict[float, float]:
+    """Rate -> validation loss of a rung's trials, infinite where one diverged."""
+    return {
+        record["learning_rate"]: record["validation_loss"] if record["status"] == "done" else math.inf
+        for record in records
+        if record["rung"] == rung
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of ours.
+
+    Raises:
+        OutputError: there is none.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is missing or damaged, so {path.parent} cannot be read as a comparison") from error
+    if not isinstance(document, dict):
+        raise OutputError(f"{path} holds {type(document).__name__} instead of an object; restore it, or remove it")
+    return document
+
+
+def _method(directory: ComparisonDirectory, method: str, before: float | None) -> dict[str, Any]:
+    trials = directory.search_records(method)
+    runs = _by_seed(_records(directory.path / "runs" / method, "seed-*"))
+    rate = runs[0]["learning_rate"] if runs else chosen_rate(trials)
+    tried = losses_of(trials, 0)
+    errors = [run["quantization_error"] for run in runs if run.get("quantization_error")]
+    return {
+        "learning_rate": rate,
+        "on_edge": rate is not None and len(tried) > 1 and is_on_edge(rate, tried),
+        "trials": [{key: trial.get(key) for key in TRIAL_KEYS} for trial in trials],
+        "runs": [_run(run, before) for run in runs],
+        "quantization_error": errors[0] if errors else None,
+    }
+
+
+def _run(record: dict[str, Any], before: float | None) -> dict[str, Any]:
+    return {key: {**record, "perplexity_before": before}.get(key) for key in RUN_KEYS}
+
+
+def _records(place: Path, pattern: str) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted(place.glob(f"{pattern}/{TRIAL}"))]
+
+
+def _by_seed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda record: record["seed"])

@@ -1,0 +1,126 @@
+"""What is measured on a trained model, and on the base: losses problem by problem, accuracy, perplexity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ...calibrate.text import texts_of
+from ...errors import ConfigError, DataError
+from ...evaluate.generate import exact_match
+from ...evaluate.loss import HeldOutLoss, held_out_loss
+from ...evaluate.perplexity import perplexity
+from ...live.state import is_offset
+from ...train.recipe import Recipe
+from .plan import Plan
+from .task import Task
+
+WINDOW, WINDOWS = 512, 32
+"""Tokens of a window of text, and how many windows at most, over which a perplexity is taken."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Everything that scoring needs besides the model."""
+
+    task: Task
+    tokenizer: Any
+    recipe: Recipe
+    accuracy_problems: int
+    new_tokens: int
+    curve_problems: int
+    text: list[int] | None
+    """Token ids of the text on which forgetting is measured."""
+
+    def validation_loss(self, model: Any) -> float:
+        """Nats per response token over all validation rows."""
+        return self._loss(model, self.task.validation).mean
+
+    def curve_loss(self, model: Any) -> float:
+        """Nats per response token over the first test problems."""
+        return self._loss(model, self.task.test[: self.curve_problems]).mean
+
+    def test(self, model: Any) -> dict[str, Any]:
+        """Test loss, over all tokens and of every problem per token; which problems are solved; perplexity."""
+        loss = self._loss(model, self.task.test)
+        forgetting = self._perplexity(model)
+        return {
+            "test_loss": loss.mean,
+            "test_losses": [nats / tokens for nats, tokens in zip(loss.nats, loss.tokens, strict=True)],
+            "test_tokens": loss.tokens,
+            "test_correct": self._correct(model),
+            "perplexity": forgetting,
+        }
+
+    def _loss(self, model: Any, examples: list[Any]) -> HeldOutLoss:
+        loss = held_out_loss(
+            model,
+            self.tokenizer,
+            examples,
+            template=self.recipe.template,
+            max_length=self.recipe.max_length,
+        )
+        if len(loss.nats) != len(examples):
+            raise DataError(
+                f"{len(examples) - len(loss.nats)} of {len(examples)} held-out rows have no response within "
+                f"{self.recipe.max_length} tokens; raise max_length"
+            )
+        return loss
+
+    def _correct(self, model: Any) -> list[bool] | None:
+        if self.accuracy_problems == 0:
+            return None
+        problems = self.task.test[: self.accuracy_problems]
+        _merge_for_speed(model, self.recipe)
+        found = exact_match(
+            model, self.tokenizer, problems, template=self.recipe.template, max_new_tokens=self.new_tokens
+        )
+        return [sample.correct for sample in found.samples]
+
+    def _perplexity(self, model: Any) -> float | None:
+        if self.text is None:
+            return None
+        count = min(WINDOWS, -(-(len(self.text) - 1) // WINDOW))
+        return perplexity(model, self.text, window=WINDOW, count=count).value
+
+
+def make_scorer(task: Task, tokenizer: Any, plan: Plan) -> Scorer:
+    """A scorer for a plan.
+
+    Raises:
+        ConfigError: accuracy is asked for, and answers are not marked.
+        DataError: the text for forgetting cannot be read or has no tokens.
+    """
+    problems = plan.accuracy_problems
+    if problems is None:
+        problems = len(task.test) if task.has_answers else 0
+    elif problems and not task.has_answers:
+        raise ConfigError(
+            f'accuracy_problems is {problems}, and not every test problem ends in "The answer is: N" or "#### N"; '
+            "leave it out, or give 0"
+        )
+    text = None
+    if plan.forgetting is not None:
+        text = _tokens(plan.forgetting, tokenizer)
+        if len(text) < 2:
+            raise DataError(f"{plan.forgetting} has {len(text)} tokens; forgetting is measured on at least 2")
+    return Scorer(task, tokenizer, plan.recipe, problems, plan.new_tokens, plan.curve_problems, text)
+
+
+def _tokens(source: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = []
+    for piece in texts_of(source):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= WINDOW * WINDOWS:
+            break
+    return ids
+
+
+def _merge_for_speed(model: Any, recipe: Recipe) -> None:
+    """Fold adapters into weights that are exact enough to hold them: generating is twice as fast."""
+    plain = isinstance(model, PeftModel) and recipe.quantization is None and recipe.placement == "residual"
+    if plain and not is_offset(model, "default") and all(p.dtype == torch.float32 for p in model.parameters()):
+        model.merge_adapter()  # pyright: ignore[reportCallIssue] -- LoraModel's, reached through PeftModel

@@ -1,0 +1,76 @@
+"""The search for a method's learning rate, with the same budget for every method.
+
+A rung is a set of complete runs of one length, each with its own schedule. Rung 0 begins with three rates a factor √10
+apart around the method's known good region. Then every further run of the rung
+
+    goes on beyond the edge, by the same factor, while the best rate so far is the lowest or the highest tried;
+    halves (geometrically) the wider of the two gaps beside the best rate otherwise.
+
+The better half of a rung is run again, twice as long, in the next. A run that diverged has an infinite loss: it bounds
+the search from above and counts against the budget as any other. What is tried next depends on nothing but the losses
+so far, so that a search that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+FACTOR = math.sqrt(10)
+FIRST = 3
+"""Rates that rung 0 begins with."""
+GOOD = {"lora": 2e-3, "pissa": 2e-4, "full": 2e-5}
+"""Where a family's best rates were found: for SmolLM2-135M by us, for 7B models by arXiv 2602.04998."""
+LORA_LIKE = ("lora", "lora-kaiming", "lora-gaussian", "dora", "adalora", "qlora")
+
+
+def good_rate(method: str) -> float:
+    """The middle of a method's known good region: LoRA's for what starts at B = 0, PiSSA's for what starts at a part
+    of the weight."""
+    if method == "full":
+        return GOOD["full"]
+    return GOOD["lora" if method in LORA_LIKE else "pissa"]
+
+
+def next_rate(tried: Mapping[float, float], middle: float) -> float:
+    """The rate of the next run of rung 0.
+
+    Args:
+        tried: rate -> validation loss, infinite for a run that diverged.
+        middle: of the three rates to begin with.
+
+    Returns:
+        A rate that was not tried, rounded to three digits.
+    """
+    for rate in (middle, middle / FACTOR, middle * FACTOR):
+        if _rounded(rate) not in tried:
+            return _rounded(rate)
+    rates = sorted(tried)
+    best = min(rates, key=lambda rate: (tried[rate], rate))
+    place = rates.index(best)
+    if place == 0:
+        return _rounded(best / FACTOR)
+    if place == len(rates) - 1:
+        return _rounded(best * FACTOR)
+    below, above = rates[place - 1], rates[place + 1]
+    wider, nearer = math.log(best / below), math.log(above / best)
+    if math.isclose(wider, nearer, rel_tol=0.02):
+        neighbour = below if tried[below] <= tried[above] else above
+    else:
+        neighbour = below if wider > nearer else above
+    return _rounded(math.sqrt(best * neighbour))
+
+
+def best_rates(tried: Mapping[float, float], count: int) -> list[float]:
+    """The rates with the lowest losses, best first, without those that diverged; the lower one of equals."""
+    finite = [rate for rate in tried if math.isfinite(tried[rate])]
+    return sorted(finite, key=lambda rate: (tried[rate], rate))[:count]
+
+
+def is_on_edge(rate: float, tried: Mapping[float, float]) -> bool:
+    """Whether nothing was tried on one side of a rate."""
+    return rate in (min(tried), max(tried))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")

@@ -1,0 +1,73 @@
+"""What is seen while a run trains: the seconds of each step, and now and then the loss on test problems.
+
+One JSON line a step in state/watch.jsonl, beside the run's own log; a resumed run takes out the lines of steps that it
+does again. Measuring draws no random numbers and leaves the model's mode as it was, so that training is the same
+with it and without.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...train.progress import keep_up_to, read_log
+
+
+class Watch(TrainerCallback):
+    """Writes the lines; `measure` is called with the model at the given steps."""
+
+    def __init__(self, path: Path, steps: tuple[int, ...], measure: Callable[[Any], float] | None) -> None:
+        self.path, self.steps, self.measure = path, steps, measure
+        self.started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Take out the lines of steps that are about to be done again."""
+        keep_up_to(self.path, state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Write the step's line."""
+        record: dict[str, Any] = {"step": state.global_step, "seconds": time.perf_counter() - self.started}
+        if self.measure is not None and state.global_step in self.steps:
+            record["loss"] = self.measure(context["model"])
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def curve_steps(steps: int, points: int) -> tuple[int, ...]:
+    """At which steps the loss is measured: evenly spread, the last one among them."""
+    return tuple(sorted({round(steps * (i + 1) / points) for i in range(points)} - {0})) if points else ()
+
+
+def finite(value: float) -> float | None:
+    """The number as JSON may hold it: None where there is none."""
+    return value if math.isfinite(value) else None
+
+
+def seconds_of(path: Path) -> float:
+    """Of all steps together."""
+    return sum(record["seconds"] for record in read_log(path))
+
+
+def curve_of(path: Path) -> list[dict[str, Any]]:
+    """The losses that were measured, step by step; those that are not finite are None."""
+    return [
+        {"step": record["step"], "loss": finite(record["loss"]), "accuracy": None}
+        for record in read_log(path)
+        if "loss" in record
+    ]

@@ -1,0 +1,58 @@
+"""From the parts of a claim to a verdict, by their intervals alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from ..interval import Interval, paired_difference
+from .study import Verdict
+
+Row = Mapping[str, Any]
+
+
+def verdict_of(parts: Mapping[str, Interval]) -> Verdict:
+    """Of a claim whose parts each say that a difference is positive.
+
+    It holds where every interval lies above 0, does not hold where none does, and holds in part in between: what the
+    seeds cannot decide counts as not shown.
+    """
+    shown = [part.above_zero for part in parts.values()]
+    return "holds" if all(shown) else "holds in part" if any(shown) else "does not hold here"
+
+
+def sentence(parts: Mapping[str, Interval], unit: str = "") -> str:
+    """All parts with their differences in one line, and what the seeds say of each."""
+    return "; ".join(f"{name} {difference}{unit} ({standing(difference)})" for name, difference in parts.items())
+
+
+def standing(difference: Interval) -> str:
+    """Whether a difference that was claimed to be positive is."""
+    if difference.above_zero:
+        return "shown"
+    return "the opposite" if difference.below_zero else "undecided"
+
+
+def by_seed(rows: Iterable[Row], value: str | Callable[[Row], float], **chosen: Any) -> list[float]:
+    """One value for each seed, in the order of the seeds: the mean over the rows that it has.
+
+    Args:
+        rows: cells, each with its seed.
+        value: the entry to average, or what to take of a row.
+        chosen: entries that the rows must have; a list or tuple means any of its members.
+    """
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if all(
+            row[name] in want if isinstance(want, list | tuple) else row[name] == want for name, want in chosen.items()
+        ):
+            found.setdefault(row["seed"], []).append(row[value] if isinstance(value, str) else value(row))
+    return [fmean(found[seed]) for seed in sorted(found)]
+
+
+def advantage(
+    rows: Sequence[Row], value: str | Callable[[Row], float], left: Mapping[str, Any], right: Mapping[str, Any]
+) -> Interval:
+    """The interval of `left − right`, seed by seed, each averaged over its rows."""
+    return paired_difference(by_seed(rows, value, **left), by_seed(rows, value, **right))

@@ -1,0 +1,74 @@
+"""docs/studies/README.md: what was claimed, what we found, and where the numbers lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.write import explained
+from ...errors import DataError
+from .registry import find_study, study_names
+from .study import VERDICTS, Study, read_result
+
+PAGE = "README.md"
+HEAD = """# Studies: the claims, measured again
+
+Each line is one `pissa study NAME`: the claim with its source, our numbers on the model and grid that the JSON names,
+and whether the claim held there. These are small models on a laptop's budget: a claim that does not hold here may hold
+for 7 billion parameters, and the other way round. `pissa study --list` shows the runtimes, `--full` is the whole grid.
+"""
+
+
+def write_page(directory: Path) -> Path:
+    """Write README.md of the results that lie in a directory, as `pissa study --page DIR`.
+
+    Args:
+        directory: holds NAME.json and NAME.png of every study that was run.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: there is no result, one cannot be read, or one is of a quick pass, which decides nothing.
+    """
+    studies = [find_study(name) for name in study_names()]
+    found = {study.name: directory / f"{study.name}.json" for study in studies}
+    documents = {name: read_result(path) for name, path in found.items() if path.is_file()}
+    if not documents:
+        raise DataError(f"{directory} holds no study's result; run one with --out {directory}")
+    quick = [name for name, document in documents.items() if document["settings"]["scale"] == "quick"]
+    if quick:
+        raise DataError(f"{', '.join(quick)} in {directory}: a quick pass decides nothing; run without --quick")
+    with explained(directory):
+        partial = directory / f".{PAGE}.partial"
+        partial.write_text(page(studies, documents), encoding="utf-8")
+        partial.replace(directory / PAGE)
+    return directory / PAGE
+
+
+def page(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> str:
+    """The page's text: a count of the verdicts, and a row for every study."""
+    counts = [(verdict, sum(d["verdict"] == verdict for d in documents.values())) for verdict in VERDICTS]
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
+    lines = [HEAD, f"Of {len(documents)} claims: {summary}.", ""]
+    lines += ["| Claim | Study | Our figures | Verdict |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *rows(studies, documents), ""])
+
+
+def rows(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """One row of the table for each study; those that were not run say so."""
+    for study in studies:
+        document = documents.get(study.name)
+        if document is None:
+            yield f"| {cell(study.claim)} | {study.name} | `pissa study {study.name}` | not run yet |"
+            continue
+        links = f"[{study.name}]({study.name}.json), [figure]({study.name}.png)"
+        emphasis = "**" if document["verdict"] != "holds" else ""
+        verdict = f"{emphasis}{document['verdict']}{emphasis}"
+        yield f"| {cell(document['claim'])} | {links} | {cell(document['figures'])} | {verdict} |"
+
+
+def cell(text: str) -> str:
+    """Text within a Markdown table."""
+    return text.replace("|", "\\|")
