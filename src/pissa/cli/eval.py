@@ -26,6 +26,10 @@ def command(
     template: Annotated[
         str | None, typer.Option(help="Prompt: alpaca, chat or none. [the run's, else the task's own]")
     ] = None,
+    allow_code_execution: Annotated[
+        bool | None,
+        typer.Option("--allow-code-execution", help="Let code that the model wrote run here (humaneval, mbpp)."),
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Of perplexity: tokens seen at a time. [512]")] = None,
     base: Annotated[str | None, typer.Option(help="Of an adapter that does not record it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
@@ -35,7 +39,7 @@ def command(
     Nothing is downloaded for a task: --data is a file of yours. With --out, an evaluation that was stopped goes on when
     the same command is given again.
     """
-    names = ("limit", "batch_size", "max_new_tokens", "template", "window")
+    names = ("limit", "batch_size", "max_new_tokens", "template", "window", "allow_code_execution")
     given = {name: value for name, value in locals().items() if name in names and value is not None}
     from ..evaluate.run import evaluate
     from ..evaluate.summary import results_text

@@ -64,6 +64,8 @@ def evaluate(
     settings |= {name: value for name, value in asdict(options).items() if name in ("limit", *found.settings)}
     bar = progress or make_progress()
     with nullcontext() if progress is not None else bar:
+        for warning in found.warnings():
+            bar.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if out is None:
             subject = load_subject(model, base)
             marks = {"model": fingerprint(subject.model), "data": _digest(Path(data))}

@@ -29,6 +29,8 @@ class Options:
     """Tokens after which a continuation is cut; None for the task's own (`Task.max_new_tokens`)."""
     window: int = 512
     """Of perplexity: tokens that the model sees at a time; of an example, tokens after which it is cut."""
+    allow_code_execution: bool = False
+    """Of humaneval and mbpp: let code that the model wrote run on this machine."""
     limit: int | None = None
     """Of perplexity of a text: windows at most. Everywhere else the limit is that of `Task.load`."""
 
@@ -73,6 +75,10 @@ class Task(ABC):
     """What a row of the data looks like, for messages."""
     settings: ClassVar[tuple[str, ...]] = ("template", "batch_size", "max_new_tokens")
     """The options that this task has a use for, besides `limit`."""
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the user has to know before the work begins."""
+        return ()
 
     def check(self, options: Options) -> None:
         """Refuse options that this task has no use for, before anything is loaded.

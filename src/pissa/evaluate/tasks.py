@@ -16,6 +16,9 @@ __all__ = ["Evaluation", "Options", "Task", "find_task", "task_names"]
 
 _PLACES = {
     "gsm8k": ("solutions", "Gsm8k"),
+    "math": ("solutions", "Math"),
+    "humaneval": ("programs", "HumanEval"),
+    "mbpp": ("programs", "Mbpp"),
     "perplexity": ("text", "PerplexityTask"),
 }
 
