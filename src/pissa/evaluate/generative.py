@@ -105,7 +105,7 @@ class GenerativeTask(Task):
             except RowError as reason:
                 offenders.append(f"{where(problem) or f'row {number}'} {reason}")
         if offenders:
-            raise unusable_rows("the problems", offenders, len(problems), f"A row of {self.name} is {self.data_format}")
+            raise unusable_rows("the problems", offenders, len(problems), self.remedy)
         return posed
 
     def _sample(self, index: int, problem: Any, posed: Posed, written: Continuation) -> dict[str, Any]:
@@ -124,11 +124,12 @@ def instruction_prompt(text: str, tokenizer: Any, template: Template) -> str:
     return prompt_text(Example((Message("user", text), Message("assistant", ""))), tokenizer, template)
 
 
-def problem_rows(data: str | Path, limit: int | None, keys: Mapping[str, type], task: Task) -> list[dict[str, Any]]:
+def problem_rows(data: str | Path, limit: int | None, keys: Mapping[str, type], remedy: str) -> list[dict[str, Any]]:
     """The first rows of a local file as they are, each with its place as "where".
 
     Args:
         keys: that every row must have -> of what type.
+        remedy: what a row looks like.
 
     Raises:
         DataError: no such file, no rows, or rows without these keys.
@@ -147,9 +148,9 @@ def problem_rows(data: str | Path, limit: int | None, keys: Mapping[str, type], 
             rows.append({**row, "where": where})
     if offenders:
         total = len(rows) + len(offenders)
-        raise unusable_rows(str(data), offenders, total, f"A row of {task.name} is {task.data_format}")
+        raise unusable_rows(str(data), offenders, total, remedy)
     if not rows:
-        raise DataError(f"{data} holds no rows; a row of {task.name} is {task.data_format}")
+        raise DataError(f"{data} holds no rows. {remedy}")
     return rows
 
 

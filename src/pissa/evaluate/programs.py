@@ -95,7 +95,7 @@ class HumanEval(ProgramTask):
     def load(self, data: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of HumanEval.jsonl."""
         keys = {"task_id": str, "prompt": str, "test": str, "entry_point": str}
-        return problem_rows(data, limit, keys, self)
+        return problem_rows(data, limit, keys, self.remedy)
 
     def problem(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row itself."""
@@ -116,7 +116,7 @@ class Mbpp(ProgramTask):
 
     def load(self, data: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of mbpp.jsonl; of the whole file the test split, task_id 11 to 510."""
-        rows = problem_rows(data, None, {"task_id": int, "test_list": list}, self)
+        rows = problem_rows(data, None, {"task_id": int, "test_list": list}, self.remedy)
         if len(rows) > len(MBPP_TEST):
             rows = [row for row in rows if row["task_id"] in MBPP_TEST]
         return rows[:limit]

@@ -67,7 +67,7 @@ def evaluate(
         for warning in found.warnings():
             bar.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if out is None:
-            subject = load_subject(model, base)
+            subject = load_subject(model, base, classes=found.classes)
             marks = {"model": fingerprint(subject.model), "data": _digest(Path(data))}
             made = _run(found, subject, problems, options, SampleLog(), bar, usual)
             return _results(found, made, settings, marks)
@@ -76,7 +76,7 @@ def evaluate(
             if results is not None:
                 bar.console.print(f"{out} is finished already; these are its results", markup=False)
                 return results
-            subject = load_subject(model, base)
+            subject = load_subject(model, base, classes=found.classes)
             marks = {"model": fingerprint(subject.model), "data": _digest(Path(data))}
             log = begin(directory, settings, marks)
             if len(log):
