@@ -38,8 +38,9 @@ def run(settings: Settings) -> Outcome:
     """Solve the problem for some matrices with every solver."""
     source = models(settings)[0]
     ranks = settings.pick(quick=[4], default=[8, 64], full=[8, 16, 64])
-    iterations = settings.pick(quick=20, default=500, full=1000)
-    layers = [name for name in spread(source, settings.pick(quick=1, default=1, full=3)) if kind_of(name) in KINDS]
+    iterations = settings.pick(quick=20, default=400, full=1000)
+    kinds = settings.pick(quick=KINDS, default=KINDS[:2], full=KINDS)
+    layers = [name for name in spread(source, settings.pick(quick=1, default=1, full=3)) if kind_of(name) in kinds]
     keys = [
         {"source": model_name(source), "layer": layer, "rank": rank, "iterations": iterations, "seed": seed}
         for layer in layers or spread(source, 1)
