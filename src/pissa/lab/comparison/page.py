@@ -217,8 +217,9 @@ def _measured(comparisons: Sequence[Comparison]) -> list[str]:
         "which it was tested; intervals in the tables are 95 %, one by one.",
         f"A verdict needs {FEWEST_SEEDS} finished seeds of both methods. “Most likely seen” means in four of five "
         "comparisons like this one.",
-        "The final training loss is the mean of a run’s last ten steps; steps to it are the median over the seeds, and "
-        "below it their range. Seconds are those of training steps; peak memory is the largest of all runs.",
+        "Steps to a method’s loss: until the mean training loss of ten steps is down to that of its last ten; the "
+        "median over the seeds, and their range. Training time is that of the steps; peak memory is the largest of all "
+        "runs.",
     ]
 
 
