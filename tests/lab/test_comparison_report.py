@@ -219,6 +219,7 @@ def test_single_seeds_give_figures_but_no_verdict() -> None:
     found = page_of(make_results("lora", "pissa", seeds=1))
     assert found.verdict.startswith("No verdict yet")
     assert {finding.tone for finding in found.findings} == {"few"}
+    assert found.figures["differences"] == []
     assert "nan" not in as_html(found).lower().replace("nano", "")
 
 
@@ -313,12 +314,12 @@ COLOUR_VISION = {
 }
 OKLAB_LMS = [
     [0.41222147, 0.53633254, 0.05144599],
-    [0.2119035, 0.68069955, 0.10739696],
-    [0.08830246, 0.28171884, 0.6299787],
+    [0.21190350, 0.68069955, 0.10739696],
+    [0.08830246, 0.28171884, 0.62997870],
 ]
 OKLAB = [
     [0.21045426, 0.79361779, -0.00407205],
-    [1.9779985, -2.42859221, 0.45059371],
+    [1.97799850, -2.42859221, 0.45059371],
     [0.02590404, 0.78277177, -0.80867577],
 ]
 

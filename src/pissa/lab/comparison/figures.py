@@ -55,6 +55,7 @@ def _curves(found: Mapping[str, Band], looks: Mapping[str, Look], unit: str, log
                 markersize=5,
             )
         axes.set(xlabel="step", ylabel=unit)
+        axes.locator_params(axis="x", integer=True)
         if log:
             log_axis(axes, "y")
 
@@ -219,7 +220,8 @@ def all_figures(
     looks: Mapping[str, Look],
     window: int,
 ) -> dict[str, list[Figure]]:
-    """Section -> its figures."""
+    """Section -> its figures; differences of too few seeds are not drawn."""
+    comparisons = [comparison for comparison in comparisons if comparison.enough]
     rates = rate_figure(results, looks)
     return {
         "differences": difference_figures(comparisons, looks, null),

@@ -121,7 +121,7 @@ def _subtitle(results: Mapping[str, Any]) -> str:
         (Path(str(model)).name, model),
         (f"{plan.get('steps')} steps", plan.get("steps")),
         (f"rank {rank}", rank),
-        (f"{plan.get('seeds')} seeds", plan.get("seeds")),
+        ("one seed" if plan.get("seeds") == 1 else f"{plan.get('seeds')} seeds", plan.get("seeds")),
         (f"{task.get('train_rows')} rows to learn from", task.get("train_rows")),
         (f"{task.get('test_rows')} to test on", task.get("test_rows")),
     ]
