@@ -82,7 +82,8 @@ def _draw(figure: Figure, out: Any, kind: str, legend: Mapping[str, Look]) -> No
         from matplotlib.lines import Line2D
     except ImportError as error:
         raise MissingExtraError("a report needs matplotlib and jinja2: pip install 'pissa[report]'") from error
-    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": figure.name}):
+    settings: Any = {**SETTINGS, "svg.hashsalt": figure.name}
+    with matplotlib.rc_context(settings):
         canvas = Canvas(figsize=(WIDTH, figure.height), dpi=160, layout="constrained")
         axes = canvas.subplots()
         axes.grid(which="major")
@@ -117,8 +118,8 @@ def log_axis(axes: Any, which: Literal["x", "y"]) -> None:
     )
     axis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value) if which == "x" else f"{value:g}"))
 
 
-def _number(value: float) -> str:
-    return f"{value:g}" if 0.01 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e−").replace("e+0", "e")
+def _power(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e−").replace("e+0", "e")

@@ -55,6 +55,7 @@ def _curves(found: Mapping[str, Band], looks: Mapping[str, Look], unit: str, log
                 markersize=5,
             )
         axes.set(xlabel="step", ylabel=unit)
+        axes.locator_params(axis="x", integer=True)
         if log:
             log_axis(axes, "y")
 
@@ -137,7 +138,7 @@ def difference_figures(
 ) -> list[Figure]:
     """Each method's difference with its interval, a figure per metric and per method that it is compared with."""
     figures = []
-    rights = dict.fromkeys(c.right for c in comparisons)
+    rights = list(dict.fromkeys(c.right for c in comparisons))
     for right, metric in dict.fromkeys((right, c.metric) for right in rights for c in comparisons if c.right == right):
         shown = [c for c in comparisons if (c.metric, c.right) == (metric, right)]
         spread = null.spread(metric.name) if null and right == null.method and metric.name in null.differences else None
@@ -145,7 +146,8 @@ def difference_figures(
         shade = "; shaded: where 95 % of the null arm’s differences lie" if spread else ""
         figures.append(
             Figure(
-                f"difference-{metric.name.replace(' ', '-')}" + ("" if right == "lora" else f"-{len(figures)}"),
+                f"difference-{metric.name.replace(' ', '-')}"
+                + (f"-{rights.index(right) + 1}" if right != rights[0] else ""),
                 f"{metric.name.capitalize()} minus that of {right}",
                 f"{side}; the bar is the interval that the verdict rests on{shade}",
                 _differences(shown, metric, looks, spread),
@@ -205,6 +207,7 @@ def _null(differences: Sequence[float], shown: Sequence[Comparison], looks: Mapp
             look = looks[comparison.left]
             axes.axvline(scale * comparison.estimate.value, color=look.colour, linestyle=look.dashes, linewidth=2.2)
         axes.grid(axis="x", visible=False)
+        axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel="percentage points" if percent else shown[0].metric.unit, ylabel="resamples")
 
     return draw
@@ -217,7 +220,8 @@ def all_figures(
     looks: Mapping[str, Look],
     window: int,
 ) -> dict[str, list[Figure]]:
-    """Section -> its figures."""
+    """Section -> its figures; differences of too few seeds are not drawn."""
+    comparisons = [comparison for comparison in comparisons if comparison.enough]
     rates = rate_figure(results, looks)
     return {
         "differences": difference_figures(comparisons, looks, null),

@@ -121,7 +121,7 @@ def _subtitle(results: Mapping[str, Any]) -> str:
         (Path(str(model)).name, model),
         (f"{plan.get('steps')} steps", plan.get("steps")),
         (f"rank {rank}", rank),
-        (f"{plan.get('seeds')} seeds", plan.get("seeds")),
+        ("one seed" if plan.get("seeds") == 1 else f"{plan.get('seeds')} seeds", plan.get("seeds")),
         (f"{task.get('train_rows')} rows to learn from", task.get("train_rows")),
         (f"{task.get('test_rows')} to test on", task.get("test_rows")),
     ]
@@ -217,8 +217,9 @@ def _measured(comparisons: Sequence[Comparison]) -> list[str]:
         "which it was tested; intervals in the tables are 95 %, one by one.",
         f"A verdict needs {FEWEST_SEEDS} finished seeds of both methods. “Most likely seen” means in four of five "
         "comparisons like this one.",
-        "The final training loss is the mean of a run’s last ten steps; steps to it are the median over the seeds, and "
-        "below it their range. Seconds are those of training steps; peak memory is the largest of all runs.",
+        "Steps to a method’s loss: until the mean training loss of ten steps is down to that of its last ten; the "
+        "median over the seeds, and their range. Training time is that of the steps; peak memory is the largest of all "
+        "runs.",
     ]
 
 

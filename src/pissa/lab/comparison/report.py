@@ -67,8 +67,9 @@ def _environment(*, autoescape: bool) -> Any:
     except ImportError as error:
         raise MissingExtraError("a report needs matplotlib and jinja2: pip install 'pissa[report]'") from error
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
-    layout = {"trim_blocks": True, "lstrip_blocks": True}
-    return Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined, **layout)
+    return Environment(
+        loader=loader, autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 def _escaped(text: str) -> str:

@@ -70,8 +70,6 @@ def _check(plan: Plan) -> None:
     if plan.evaluation is None and plan.evaluation_data is not None:
         raise ConfigError("evaluation_data (--eval-data) is of a task; name it with --eval")
     if plan.evaluation == "perplexity":
-        raise ConfigError(
-            "task perplexity judges nothing right or wrong; --forgetting measures it"
-        )
+        raise ConfigError("task perplexity judges nothing right or wrong; --forgetting measures it")
     if plan.accuracy_problems == 0 and (plan.evaluation is not None or plan.curve_accuracy):
         raise ConfigError("accuracy_problems is 0, so that nothing is solved; leave it out, or leave the task out")

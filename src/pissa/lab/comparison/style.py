@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 INK, GRID = "#1b1f24", "#d7dbe0"
 """Of text and axes, and of the grid, in a picture on white."""
-LIGHT = ("#0062a8", "#c8460a", "#00805f", "#9b3f8c", "#8f6400", "#2f9ed2", "#5c6670")
-DARK = ("#5aa9f5", "#ff8b52", "#38c99b", "#dd8bd0", "#e0b02e", "#9adcff", "#b3bcc6")
-SOLID, DASHED, DOTTED = "-", (0, (4, 2)), (0, (1, 1.6))
+LIGHT = ("#0d4eae", "#d95015", "#338b6f", "#7c3370", "#484c14", "#3597ed", "#2c263c")
+DARK = ("#6289f6", "#f9630d", "#33cea4", "#ba71a5", "#ecc618", "#b8d9fe", "#fffae0")
 CIRCLE, SQUARE, TRIANGLE, DIAMOND, DOWN = "o", "s", "^", "D", "v"
-Dashes = str | tuple[float, tuple[float, ...]]
+Dashes: TypeAlias = Literal["-"] | tuple[float, tuple[float, ...]]
+SOLID: Dashes = "-"
+DASHED: Dashes = (0, (4, 2))
+DOTTED: Dashes = (0, (1, 1.6))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .curves import final_losses, steps_to_loss
 from .verdict import METRICS, finished, outcomes, reference_of
 
 MISSING = "–"
-BASE = "untrained base"
+BASE = "base, before"
 ACCURACY, LOSS = METRICS
 
 
@@ -48,7 +48,7 @@ def quality_of(results: Mapping[str, Any]) -> Table:
         "accuracy": _accuracy,
         "test loss": _loss,
         "perplexity of other text": _forgetting,
-        f"steps to {reference}’s final training loss": lambda method: _steps(method["runs"], target),
+        f"steps to {reference}’s loss": lambda method: _steps(method["runs"], target),
     }
     table = _table(methods, columns)
     if not results.get("base"):

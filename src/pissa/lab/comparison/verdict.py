@@ -194,7 +194,7 @@ def in_words(comparison: Comparison) -> str:
             f"{FEWEST_SEEDS} of each are needed."
         )
     low, high = c.interval
-    found += f" ({signed(metric, low)} to {signed(metric, high)}; p {probability(c.adjusted_p)})."
+    found += f" ({signed(metric, low)} to {signed(metric, high)}; p\u00a0{probability(c.adjusted_p)})."
     if c.better is not None:
         return f"{found} {c.better} is better."
     if not c.estimate.standard_error:
@@ -221,7 +221,7 @@ def _number(metric: Metric, value: float, sign: str) -> str:
 
 def probability(p: float) -> str:
     """= 0.012, or < 0.001."""
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}" if p < 0.995 else "= 1"
+    return "<\u00a00.001" if p < 0.001 else f"=\u00a0{p:.2g}" if p < 0.995 else "=\u00a01"
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
