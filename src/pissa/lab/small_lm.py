@@ -1,8 +1,8 @@
 """Small language models with something to lose: trained once, on generated word problems, and kept in the cache.
 
 Studies that need many runs cannot afford a real model on a laptop's processor, and random weights have no principal
-components worth the name. So a model of less than a million parameters first learns the word problems of `arithmetic.TRAINED`,
-as a checkpoint on the disk like any other, and the studies adapt it to kinds of problems that it has never seen.
+components worth the name. So a model of less than a million parameters first learns the word problems of
+`arithmetic.TRAINED`, as a checkpoint on the disk like any other, and the studies adapt it to kinds that it has never seen.
 """
 
 from __future__ import annotations
