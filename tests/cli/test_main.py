@@ -45,7 +45,7 @@ def train_arguments(model: str, data: str, out: Path, *more: str) -> list[str]:
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--help") == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("train", "export", "demo"))
+    assert all(command in text for command in ("train", "export", "compare", "demo"))
 
 
 def test_train_and_export_print_one_json_document(

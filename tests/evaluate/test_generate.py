@@ -138,7 +138,12 @@ def test_progress_counts_prompts(model: Any) -> None:
 
 def test_chat_prompts_get_no_second_bos(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[int]] = []
-    monkeypatch.setattr(module, "_continue", lambda _, prompts, settings: given.extend(prompts) or [[]] * len(prompts))
+
+    def record(_: Any, prompts: list[list[int]], *settings: Any) -> list[tuple[list[int], bool]]:
+        given.extend(prompts)
+        return [([], True)] * len(prompts)
+
+    monkeypatch.setattr(module, "_continue", record)
     tokenizer = tiny_tokenizer(add_bos=True)
     generate(model, tokenizer, ["<bos>a"], max_new_tokens=1, batch_size=1, add_bos=False)
     generate(model, tokenizer, ["a"], max_new_tokens=1, batch_size=1)

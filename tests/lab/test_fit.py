@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pissa.errors import ConfigError, DataError, TrainingError
-from pissa.lab.fit import factor, fit
 from torch import nn
 from transformers import get_scheduler
+
+from pissa.errors import ConfigError, DataError, TrainingError
+from pissa.lab.fit import factor, fit
 
 
 def batches(count: int):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pytest
-
-from pissa.lab.report import demo_report, final_loss, wilson
+from pissa.lab.report import demo_report, final_loss
 
 
 def results(**after: float) -> dict[str, Any]:
@@ -76,10 +74,3 @@ def test_final_loss_is_the_mean_of_the_last_ten_steps() -> None:
     assert final_loss({"losses": [9.0] * 30 + [1.0] * 5 + [3.0] * 5}) == 2.0
     assert final_loss({"losses": [9.0, 9.0, 1.0, 3.0]}) == 2.0
     assert final_loss({"losses": [4.0]}) == 4.0
-
-
-@pytest.mark.parametrize(
-    ("successes", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
-)
-def test_wilson_interval_has_its_published_values(successes: int, count: int, low: float, high: float) -> None:
-    assert wilson(successes, count) == pytest.approx((low, high), abs=2e-4)

@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from ..errors import PissaError
-from . import compare, demo, export, init, inspect, study, train, verify
+from . import compare, demo, eval, export, init, inspect, study, train, verify
 
 app = typer.Typer(
     name="pissa",
@@ -87,6 +87,7 @@ def _usage_error(error: Exception) -> str | None:
 
 _add("init", init.command)
 _add("train", train.command)
+_add("eval", eval.command)
 _add("export", export.command)
 _add("verify", verify.command)
 _add("inspect", inspect.command)

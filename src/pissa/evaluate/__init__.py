@@ -1,1 +1,1 @@
-"""Judging models: answers.py reads a final number, generate.py writes solutions and counts the right ones."""
+"""Judging models: a task (tasks.py) reads problems from a file and gives one figure and every sample."""

@@ -5,11 +5,11 @@ Prompts are padded on the left by hand, so that the tokenizer is only asked for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,15 @@ from ..train.rows import Example, RowError, unusable_rows
 from .answers import extract_answer, same_answer
 
 Progress = Callable[[int, int], None]
+
+
+class Continuation(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    """Without special tokens."""
+    ended: bool
+    """Whether the model, or a stop, ended it; False where it was cut for its length."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,41 @@ def generate(
         ConfigError: `max_new_tokens` or `batch_size` below 1.
         DataError: a prompt without tokens.
     """
+    texts = [""] * len(prompts)
+    done = 0
+    batches = continuations(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, add_bos=add_bos
+    )
+    with closing(batches):
+        for indices, written in batches:
+            for index, continuation in zip(indices, written, strict=True):
+                texts[index] = continuation.text
+            done += len(indices)
+            if progress is not None:
+                progress(done, len(prompts))
+    return texts
+
+
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    add_bos: bool = True,
+    stop: Sequence[str] = (),
+    skip: Container[int] = (),
+) -> Generator[tuple[list[int], list[Continuation]], None, None]:
+    """As `generate`, batch by batch, each with the numbers of its prompts.
+
+    Which prompts share a batch depends on the prompts alone and not on `skip`, so that whoever leaves out what was
+    generated before gets, for the rest, the texts of an uninterrupted pass.
+
+    Args:
+        stop: texts before the first of which a continuation is cut.
+        skip: numbers of prompts not needed; a batch of nothing else is not generated.
+    """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ConfigError(f"{name} is {value!r}; give at least 1")
@@ -88,16 +132,26 @@ def generate(
     if empty:
         raise DataError(f"nothing to continue: these prompts have no tokens: {', '.join(empty[:10])}")
     settings = _greedy(model, tokenizer, max_new_tokens)
-    texts = [""] * len(ids)
+    extra = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     with _generating(model, settings):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for index, tokens in zip(batch, _continue(model, [ids[i] for i in batch], settings), strict=True):
-                texts[index] = tokenizer.decode(tokens, skip_special_tokens=True)
-            if progress is not None:
-                progress(start + len(batch), len(order))
-    return texts
+            if all(index in skip for index in batch):
+                continue
+            written = _continue(model, [ids[i] for i in batch], settings, extra)
+            yield batch, [_continuation(tokenizer, *pair, stop) for pair in written]
+
+
+def _continuation(tokenizer: Any, tokens: list[int], ended: bool, stop: Sequence[str]) -> Continuation:
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = cut(whole, stop)
+    return Continuation(text, ended or text != whole)
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    return text[: min([len(text), *(at for at in map(text.find, stop) if at >= 0)])]
 
 
 def exact_match(
@@ -192,8 +246,10 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
 
 
 @torch.no_grad()
-def _continue(model: Any, prompts: list[list[int]], settings: Any) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without the first end-of-sequence token."""
+def _continue(
+    model: Any, prompts: list[list[int]], settings: Any, extra: dict[str, Any]
+) -> list[tuple[list[int], bool]]:
+    """The new tokens of each prompt, up to and without the first end-of-sequence token, and whether there was one."""
     width = max(len(tokens) for tokens in prompts)
     ids = [[settings.pad_token_id] * (width - len(tokens)) + tokens for tokens in prompts]
     mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts]
@@ -201,15 +257,16 @@ def _continue(model: Any, prompts: list[list[int]], settings: Any) -> list[list[
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=settings,
+        **extra,
     )
     return [_until_stop(row, settings.eos_token_id or []) for row in written[:, width:].tolist()]
 
 
-def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
+def _until_stop(tokens: list[int], stops: list[int]) -> tuple[list[int], bool]:
     for position, token in enumerate(tokens):
         if token in stops:
-            return tokens[:position]
-    return tokens
+            return tokens[:position], True
+    return tokens, False
 
 
 @contextmanager

@@ -123,7 +123,9 @@ def mnist(directory: Path, size: int) -> Images:
         raise DataError(f"MNIST cannot be read from {directory}: {error}") from error
     grey = torch.frombuffer(bytearray(digits), dtype=torch.uint8)[16:].reshape(-1, 1, 28, 28)
     scaled = interpolate(grey.float(), (size, size), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    return Images(scaled.expand(-1, 3, -1, -1).contiguous(), torch.frombuffer(bytearray(labels), dtype=torch.uint8)[8:].long())
+    return Images(
+        scaled.expand(-1, 3, -1, -1).contiguous(), torch.frombuffer(bytearray(labels), dtype=torch.uint8)[8:].long()
+    )
 
 
 def patterns(count: int, classes: int, size: int, *, domain: int = 0) -> Images:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from typing import Any
+
+from ..evaluate.intervals import wilson
 
 LAST = 10
 LEVEL = 0.05
@@ -52,13 +53,6 @@ def final_loss(run: Mapping[str, Any]) -> float:
     """Mean training loss of the last ten steps (fewer where a run is shorter than twenty: the last half)."""
     losses = run["losses"]
     return statistics.fmean(losses[-min(LAST, max(len(losses) // 2, 1)) :])
-
-
-def wilson(successes: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
-    z, p = 1.96, successes / count
-    centre, half = p + z * z / (2 * count), z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> list[str]:

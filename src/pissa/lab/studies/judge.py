@@ -44,7 +44,9 @@ def by_seed(rows: Iterable[Row], value: str | Callable[[Row], float], **chosen: 
     """
     found: dict[int, list[float]] = {}
     for row in rows:
-        if all(row[name] in want if isinstance(want, list | tuple) else row[name] == want for name, want in chosen.items()):
+        if all(
+            row[name] in want if isinstance(want, list | tuple) else row[name] == want for name, want in chosen.items()
+        ):
             found.setdefault(row["seed"], []).append(row[value] if isinstance(value, str) else value(row))
     return [fmean(found[seed]) for seed in sorted(found)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,14 @@ def tiny_model(directory: Path, *, hidden: int = 64, layers: int = 2) -> Path:
     return directory
 
 
-def fine_tune(settings: Settings, recipe: Recipe, rows: Sequence[Row], held_out: Sequence[Row] = ()) -> dict[str, Any]:
+def fine_tune(
+    settings: Settings,
+    recipe: Recipe,
+    rows: Sequence[Row],
+    held_out: Sequence[Row] = (),
+    *,
+    also: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Train once and measure, as the values of one cell; a run that was stopped goes on from its last checkpoint.
 
     Args:
@@ -88,6 +95,7 @@ def fine_tune(settings: Settings, recipe: Recipe, rows: Sequence[Row], held_out:
         recipe: of the run.
         rows: training rows.
         held_out: rows whose mean loss is measured afterwards.
+        also: more measurements of the trained model, given it and its tokenizer.
 
     Returns:
         `losses` and `grad_norms` (one a step), `tokens_per_second`, `init_seconds`, `trainable_parameters`, and with
@@ -109,6 +117,8 @@ def fine_tune(settings: Settings, recipe: Recipe, rows: Sequence[Row], held_out:
     if held_out:
         loss = held_out_loss(run.model, load_tokenizer(base), examples_from_rows(held_out))
         values["held_out_loss"] = loss.mean
+    if also is not None:
+        values |= also(run.model, load_tokenizer(base))
     shutil.rmtree(directory)
     return values
 

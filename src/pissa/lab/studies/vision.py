@@ -2,7 +2,7 @@
 
 The report takes google/vit-base-patch16-224 (`--model`), and adapts it to all of PACS. No such weights come with this
 package, so a small ViT is pretrained first, on art, cartoons and photos; it learns sketches, or digits with a new head.
-Every linear layer is adapted, the head is trained in full, all methods have one learning rate, as in the report. A small
+Every linear layer is adapted, the head is trained in full, and all methods have one learning rate. A small
 convolutional network does the same (the paper's first open question), and each method's split is timed at ViT-base's
 shapes.
 """
@@ -130,9 +130,7 @@ def _measure(
         if part == "mnist" and step % EVERY == 0:
             seen.append(accuracy(adapted, few))
 
-    found = fit(
-        adapted, train.batches(batch, seed), image_loss, learning_rate=rate, steps=steps, after_step=look
-    )
+    found = fit(adapted, train.batches(batch, seed), image_loss, learning_rate=rate, steps=steps, after_step=look)
     return {
         "accuracy": accuracy(adapted, test),
         "accuracy_by_step": seen,
@@ -234,7 +232,7 @@ def _joined(domains: Mapping[str, Images], names: Sequence[str]) -> Images:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means with their intervals: on PACS by method (over ranks) and by rank, of the convolutional network, on MNIST."""
+    """Means with their intervals: on PACS by method and by rank, of the convolutional network, on MNIST."""
     ranks = sorted({row["rank"] for row in rows if row["part"] == "pacs" and row["network"] == "vit"})
     vit = {"part": "pacs", "network": "vit"}
 
@@ -317,8 +315,8 @@ def draw(results: Mapping[str, Any]) -> Any:
 
 STUDY = Study(
     NAME,
-    "On images PiSSA and its random and robust variants beat LoRA, the robust one is best at low ranks, and CURA learns "
-    "fastest in the first 100 steps, with larger first gradients (report, table 1, figures 1, 2, 4, 5)",
+    "On images PiSSA and its random and robust variants beat LoRA, the robust one is best at low ranks, and CURA "
+    "learns fastest in the first 100 steps, with larger first gradients (report, table 1, figures 1, 2, 4, 5)",
     run,
     draw,
     minutes=9,

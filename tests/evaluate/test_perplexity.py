@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pissa.errors import ConfigError, DataError
-from pissa.lab.perplexity import perplexity, windows_of
+from pissa.evaluate.perplexity import perplexity, windows_of
 from tiny import tiny_llama
 
 IDS = torch.randint(0, 384, (50,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,0 +1,109 @@
+"""Tasks give one sample per problem, in order, and go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pissa.errors import ConfigError, DataError
+from pissa.evaluate.generate import exact_match
+from pissa.evaluate.intervals import wilson
+from pissa.evaluate.loss import held_out_loss
+from pissa.evaluate.perplexity import perplexity
+from pissa.evaluate.samples import SampleLog
+from pissa.evaluate.tasks import Options, find_task, task_names
+from pissa.train.data import read_examples
+from tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    path = tmp_path / "problems.jsonl"
+    rows = [{"question": "How many? " * (i % 4 + 1) + str(i), "answer": f"So.\n#### {i}"} for i in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lively() -> Any:
+    """A model of clear preferences, that states answers in no case but writes different texts."""
+    model = tiny_llama(seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def test_every_task_of_the_registry_is_there() -> None:
+    for name in task_names():
+        task = find_task(name)
+        assert task.name == name and task.metric and task.data_format
+    with pytest.raises(ConfigError, match="no task is called 'gsm9k'; allowed: gsm8k"):
+        find_task("gsm9k")
+
+
+def test_gsm8k_is_exact_match(problems: Path) -> None:
+    task, tokenizer = find_task("gsm8k"), tiny_tokenizer()
+    loaded = task.load(problems, limit=5)
+    found = task.run(lively(), tokenizer, loaded, Options(batch_size=2, max_new_tokens=6))
+    expected = exact_match(lively(), tokenizer, loaded, batch_size=2, max_new_tokens=6)
+    assert [s["generated"] for s in found.samples] == [s.generated for s in expected.samples]
+    assert [s["correct"] for s in found.samples] == [s.correct for s in expected.samples]
+    assert [s["index"] for s in found.samples] == [0, 1, 2, 3, 4]
+    assert found.samples[2]["where"].endswith("problems.jsonl:3") and found.samples[2]["expected"] == "2"
+    assert (found.metric, found.value, found.interval) == ("exact_match", 0.0, wilson(0, 5))
+
+
+def test_perplexity_of_a_text_is_that_of_its_windows(tmp_path: Path) -> None:
+    text = "How many are left now? " * 40
+    (tmp_path / "text.txt").write_text(text)
+    task, tokenizer, model = find_task("perplexity"), tiny_tokenizer(), tiny_llama().train()
+    found = task.run(model, tokenizer, task.load(tmp_path / "text.txt"), Options(window=30))
+    expected = perplexity(model, tokenizer(text)["input_ids"], window=30)
+    assert model.training
+    assert found.value == pytest.approx(expected.value)
+    assert [s["score"] for s in found.samples] == pytest.approx(expected.losses)
+    assert found.interval is not None and found.interval[0] <= found.value <= found.interval[1]
+    assert not found.higher_is_better
+    few = task.run(model, tokenizer, task.load(tmp_path / "text.txt"), Options(window=30, limit=2))
+    assert few.samples == found.samples[:2]
+
+
+def test_perplexity_of_examples_is_that_of_their_responses(problems: Path) -> None:
+    task, tokenizer, model = find_task("perplexity"), tiny_tokenizer(), tiny_llama()
+    found = task.run(model, tokenizer, task.load(problems), Options(batch_size=3))
+    expected = held_out_loss(model, tokenizer, read_examples(problems))
+    assert found.value == pytest.approx(math.exp(expected.mean))
+    assert [s["tokens"] for s in found.samples] == expected.tokens
+    with pytest.raises(DataError, match="larger window"):
+        task.run(model, tokenizer, task.load(problems), Options(window=40))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "perplexity"])
+@pytest.mark.parametrize("kept", [0, 1, 3, 6, 7])
+def test_a_stopped_evaluation_goes_on_to_identical_samples(
+    name: str, kept: int, problems: Path, tmp_path: Path
+) -> None:
+    task, tokenizer, model, path = find_task(name), tiny_tokenizer(), lively(), tmp_path / "samples.jsonl"
+    options = Options(batch_size=3, max_new_tokens=6)
+    whole = task.run(model, tokenizer, task.load(problems), options, log=SampleLog(path))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:kept]) + b'{"index": 6, "half')
+    again = task.run(model, tokenizer, task.load(problems), options, log=SampleLog(path))
+    assert again == whole
+    assert sorted(path.read_bytes().splitlines()) == sorted(line.strip() for line in lines)
+
+
+def test_what_is_not_a_task_s_data_is_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "1 + 1?", "answer": "two"}\n')
+    task = find_task("gsm8k")
+    with pytest.raises(DataError, match=r"1 of 1 rows .*bad.jsonl:1 states no answer.*#### N"):
+        task.run(lively(), tiny_tokenizer(), task.load(bad))
+    with pytest.raises(DataError, match="there is no file"):
+        task.load(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        Options(batch_size=0)
