@@ -2,7 +2,7 @@
 
 Studies that need many runs cannot afford a real model on a laptop's processor, and random weights have no principal
 components worth the name. So a model of less than a million parameters first learns the word problems of
-`arithmetic.TRAINED`, as a checkpoint on the disk like any other, and the studies adapt it to kinds that it has never seen.
+`arithmetic.TRAINED`, as a checkpoint on the disk like any other, and the studies adapt it to kinds new to it.
 """
 
 from __future__ import annotations
