@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pissa.errors import ConfigError, DataError, OutputError
+from pissa.errors import ConfigError, DataError, MissingExtraError, OutputError
 from pissa.evaluate.task import Evaluation, accuracy
 from pissa.lab.comparison import run as comparison
 from pissa.lab.comparison.plan import Plan
@@ -73,8 +73,18 @@ def plan(**settings: Any) -> Plan:
 def whole(model: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison of pissa and full, one run each; nobody writes into it."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    compare(model, data, out, plan(methods=("pissa", "full")), quiet=True)
+    made(model, data, out, plan(methods=("pissa", "full")), quiet=True)
     return out
+
+
+def made(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """A comparison's results, without its report."""
+    return compare(*arguments, report=False, **options)
+
+
+def made_again(out: Path) -> dict[str, Any]:
+    """Results from the directories, without the report."""
+    return rebuild(out, report=False)
 
 
 def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
@@ -87,7 +97,7 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
         methods=("pissa",), rates=None, search_runs=3, rungs=1, steps=4, null=True, accuracy_problems=2, new_tokens=2,
         curve_points=2, forgetting=str(text),
     )  # fmt: skip
-    results = compare(model, data, out, chosen, command="pissa compare", quiet=True)
+    results = made(model, data, out, chosen, command="pissa compare", quiet=True)
     assert {path.name for path in out.iterdir()} == {
         "compare.json", "base.json", "search", "runs", "null", "results.json",
     }  # fmt: skip
@@ -118,7 +128,7 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
     assert {str(path.relative_to(trial)) for path in trial.rglob("*") if path.is_file()} == set(KEPT)
 
     (out / "results.json").unlink()
-    assert rebuild(out) == results
+    assert made_again(out) == results
 
 
 def test_what_is_done_is_not_done_again_and_a_stopped_comparison_ends_the_same(
@@ -128,16 +138,16 @@ def test_what_is_done_is_not_done_again_and_a_stopped_comparison_ends_the_same(
     once, chosen = comparison.run_trial, plan(methods=("pissa", "full"))
     monkeypatch.setattr(comparison, "run_trial", _stops_after(1, once))
     with pytest.raises(KeyboardInterrupt, match="all finished runs are saved"):
-        compare(model, data, out, chosen, quiet=True)
-    assert [len(method["runs"]) for method in rebuild(out)["methods"].values()] == [1, 0]
+        made(model, data, out, chosen, quiet=True)
+    assert [len(method["runs"]) for method in made_again(out)["methods"].values()] == [1, 0]
     monkeypatch.setattr(comparison, "run_trial", once)
-    again = compare(model, data, out, chosen, quiet=True)
+    again = made(model, data, out, chosen, quiet=True)
     assert _numbers(again) == _numbers(read(whole))
     # the same base and the same batches: the function is preserved at step 0
     pissa, full = (again["methods"][name]["runs"][0] for name in ("pissa", "full"))
     assert pissa["losses"][0] == pytest.approx(full["losses"][0], abs=1e-5)
     monkeypatch.setattr(comparison, "run_trial", _stops_after(0, once))
-    assert compare(model, data, out, chosen, quiet=True) == again
+    assert made(model, data, out, chosen, quiet=True) == again
 
 
 def test_a_run_killed_before_it_was_scored_is_scored_from_its_directory(
@@ -148,8 +158,8 @@ def test_a_run_killed_before_it_was_scored_is_scored_from_its_directory(
         patched.setattr("pissa.lab.comparison.trial._scores", _killed)
         for _ in methods:
             with pytest.raises(KeyboardInterrupt):
-                compare(model, data, out, plan(methods=methods), quiet=True)
-    again = compare(model, data, out, plan(methods=methods), quiet=True)
+                made(model, data, out, plan(methods=methods), quiet=True)
+    again = made(model, data, out, plan(methods=methods), quiet=True)
     for name in methods:
         before, after = (found["methods"][name]["runs"][0] for found in (read(whole), again))
         assert after["losses"] == before["losses"]
@@ -161,16 +171,16 @@ def test_more_seeds_and_methods_go_on_with_what_is_there(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    made: list[str] = []
+    labels: list[str] = []
     once = comparison.run_trial
 
     def counted(trial: Any, *arguments: Any, **options: Any) -> Any:
-        made.append(trial.label)
+        labels.append(trial.label)
         return once(trial, *arguments, **options)
 
     monkeypatch.setattr(comparison, "run_trial", counted)
-    results = compare(model, data, out, plan(methods=("lora", "full", "pissa")), command="more", quiet=True)
-    assert made == ["lora lr 0.001, seed 0"]
+    results = made(model, data, out, plan(methods=("lora", "full", "pissa")), command="more", quiet=True)
+    assert labels == ["lora lr 0.001, seed 0"]
     assert list(results["methods"]) == ["lora", "full", "pissa"]
     first = read(whole)
     assert {name: results["methods"][name] for name in first["methods"]} == first["methods"]
@@ -182,12 +192,12 @@ def test_more_seeds_and_methods_go_on_with_what_is_there(
     monkeypatch.setattr(comparison, "run_trial", _stops_after(0, once))
     more = plan(methods=("lora", "full", "pissa"), seeds=3)
     with pytest.raises(KeyboardInterrupt):
-        compare(model, data, out, more, quiet=True)
-    assert [entry["seeds"] for entry in rebuild(out)["earlier"]] == [1, 1]
+        made(model, data, out, more, quiet=True)
+    assert [entry["seeds"] for entry in made_again(out)["earlier"]] == [1, 1]
     with pytest.raises(OutputError, match="seeds: 3 then, 1 now"):
-        compare(model, data, out, plan(methods=("lora", "full", "pissa")), quiet=True)
+        made(model, data, out, plan(methods=("lora", "full", "pissa")), quiet=True)
     with pytest.raises(OutputError, match=r"methods: \['lora', 'full', 'pissa'\] then, \['lora', 'pissa'\] now"):
-        compare(model, data, out, plan(methods=("lora", "pissa"), seeds=3), quiet=True)
+        made(model, data, out, plan(methods=("lora", "pissa"), seeds=3), quiet=True)
 
 
 def test_a_null_arm_stays_that_of_its_method(whole: Path, model: str, data: str, tmp_path: Path) -> None:
@@ -195,7 +205,19 @@ def test_a_null_arm_stays_that_of_its_method(whole: Path, model: str, data: str,
     shutil.copytree(whole, out)
     shutil.copytree(out / "runs" / "pissa" / "seed-0", out / "null" / "seed-500")
     with pytest.raises(OutputError, match="has a null arm of pissa, and with these methods it would be of lora"):
-        compare(model, data, out, plan(methods=("pissa", "full", "lora"), null=True), quiet=True)
+        made(model, data, out, plan(methods=("pissa", "full", "lora"), null=True), quiet=True)
+
+
+def test_a_report_is_written_beside_the_results(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    results = rebuild(out)
+    assert "pissa" in (out / "report.md").read_text() and "<svg" in (out / "report.html").read_text()
+    assert results == read(out)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"needs matplotlib and jinja2: .* or do without it \(--no-report\)"):
+        compare("nowhere", "nothing", tmp_path / "new", plan())
+    assert rebuild(out, report=False) == results
 
 
 def test_every_other_kind_of_method_can_be_compared(data: str, tmp_path: Path) -> None:
@@ -203,7 +225,7 @@ def test_every_other_kind_of_method_can_be_compared(data: str, tmp_path: Path) -
     tiny_llama(hidden=64).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     methods = ("dora", "adalora", "qpissa")
-    results = compare(str(tmp_path / "model"), data, tmp_path / "out", plan(methods=methods, steps=1), quiet=True)
+    results = made(str(tmp_path / "model"), data, tmp_path / "out", plan(methods=methods, steps=1), quiet=True)
     for name in methods:
         (run,) = results["methods"][name]["runs"]
         assert run["status"] == "done" and len(run["test_losses"]) == 4, name
@@ -226,7 +248,7 @@ def test_a_task_of_pissa_eval_is_solved_in_the_place_of_the_test_problems(
         methods=("lora",), steps=1, evaluation="gsm8k", evaluation_data=others, accuracy_problems=3, new_tokens=2,
         curve_points=1, curve_problems=2, curve_accuracy=True,
     )  # fmt: skip
-    results = compare(model, data, tmp_path / "out", chosen, quiet=True)
+    results = made(model, data, tmp_path / "out", chosen, quiet=True)
     (run,) = results["methods"]["lora"]["runs"]
     assert run["test_correct"] == results["base"]["test_correct"] == [True, False, False]
     assert [point["accuracy"] for point in run["during"]] == [0.5]
@@ -243,14 +265,14 @@ def test_what_cannot_be_solved_is_refused(model: str, data: str, tmp_path: Path)
     ):
         chosen = plan(**{"accuracy_problems": None, **settings})
         with pytest.raises(ConfigError, match=message):
-            compare(model, data, tmp_path / "out", chosen, quiet=True)
+            made(model, data, tmp_path / "out", chosen, quiet=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_diverges_is_a_result(model: str, data: str, tmp_path: Path) -> None:
     # without clipping, so that the weights overflow at once
     wild = Recipe(**{**RECIPE.as_dict(), "max_grad_norm": 0.0})
-    results = compare(model, data, tmp_path / "out", plan(recipe=wild, rates=(1e30,), methods=("lora",)), quiet=True)
+    results = made(model, data, tmp_path / "out", plan(recipe=wild, rates=(1e30,), methods=("lora",)), quiet=True)
     (run,) = results["methods"]["lora"]["runs"]
     assert run["status"] == "diverged"
     assert run["test_loss"] is None
@@ -268,7 +290,7 @@ def test_a_method_whose_search_diverges_everywhere_is_not_compared(
 
     monkeypatch.setattr(comparison, "run_trial", diverged)
     searched = plan(rates=(1e30, 1e31), methods=("lora",), steps=8)
-    results = compare(model, data, tmp_path / "searched", searched, quiet=True)
+    results = made(model, data, tmp_path / "searched", searched, quiet=True)
     assert results["methods"]["lora"]["learning_rate"] is None
     assert results["methods"]["lora"]["runs"] == []
     assert {trial["status"] for trial in results["methods"]["lora"]["trials"]} == {"diverged"}
@@ -277,18 +299,18 @@ def test_a_method_whose_search_diverges_everywhere_is_not_compared(
 def test_other_settings_and_other_rows_are_refused(whole: Path, model: str, data: str, tmp_path: Path) -> None:
     methods = ("pissa", "full")
     with pytest.raises(OutputError, match="steps: 2 then, 3 now"):
-        compare(model, data, whole, plan(methods=methods, steps=3), quiet=True)
+        made(model, data, whole, plan(methods=methods, steps=3), quiet=True)
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     other = write(tmp_path / Path(data).name, 61)
     record = json.loads((out / "compare.json").read_text())
     (out / "compare.json").write_text(json.dumps({**record, "settings": {**record["settings"], "data": other}}))
     with pytest.raises(OutputError, match=r"are not those that .* was started with"):
-        compare(model, other, out, plan(methods=methods), quiet=True)
+        made(model, other, out, plan(methods=methods), quiet=True)
     with pytest.raises(OutputError, match="already holds something else"):
-        compare(model, data, tmp_path, plan(), quiet=True)
+        made(model, data, tmp_path, plan(), quiet=True)
     with pytest.raises(OutputError, match=r"compare.json is missing"):
-        rebuild(tmp_path)
+        made_again(tmp_path)
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(model: str, data: str, tmp_path: Path) -> None:
@@ -306,7 +328,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(model: st
     short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps(row) + "\n" for row in rows(5)))
     with pytest.raises(DataError, match="a comparison needs at least"):
-        compare(model, str(short), tmp_path / "out", plan(), quiet=True)
+        made(model, str(short), tmp_path / "out", plan(), quiet=True)
     assert not (tmp_path / "out").exists()
 
 

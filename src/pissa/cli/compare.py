@@ -56,8 +56,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the held-out rows, and the first of the runs.")] = 0,
     keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep all weights and checkpoints.")] = False,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Only write results.json again, from what lies in OUT.")
+        bool, typer.Option("--rebuild", help="Only write results.json and the report again, from what lies in OUT.")
     ] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html and report.md.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
 ) -> None:
     """Compare methods, each at its own learning rate and over several seeds, on held-out rows.
@@ -72,7 +73,7 @@ def command(
     from .main import show
 
     if rebuild:
-        results = rebuild_results(out)
+        results = rebuild_results(out, report=report)
     else:
         if model is None or data is None:
             raise ConfigError("compare needs --model and --data (only --rebuild does without)")
@@ -109,12 +110,12 @@ def command(
             keep_runs=keep_runs,
         )
         called = shlex.join(["pissa", *sys.argv[1:]])
-        results = compare(model, data, out, plan, validation=validation, test=test, command=called)
-    show(results, _text(results, out), as_json=as_json)
+        results = compare(model, data, out, plan, validation=validation, test=test, command=called, report=report)
+    show(results, _text(results, out / ("report.html" if report else "results.json")), as_json=as_json)
 
 
-def _text(results: dict[str, Any], out: Path) -> str:
-    """The mean of each method's runs, for people."""
+def _text(results: dict[str, Any], place: Path) -> str:
+    """The mean of each method's runs, for people, and where there is more."""
     lines = []
     for name, method in results["methods"].items():
         losses = [run["test_loss"] for run in method["runs"] if run["status"] == "done"]
@@ -127,4 +128,4 @@ def _text(results: dict[str, Any], out: Path) -> str:
         lines.append(
             f"{name}: test loss {mean:.4f}{spread} over {len(losses)} runs at lr {method['learning_rate']:g}{edge}"
         )
-    return "\n".join([*lines, f"{out / 'results.json'} has everything"])
+    return "\n".join([*lines, f"{place} has everything"])

@@ -6,6 +6,7 @@ OUT/search/METHOD/rung-K/lr-RATE/         one run each: run.json, log.jsonl, res
 OUT/runs/METHOD/seed-N/
 OUT/null/seed-N/
 OUT/results.json                          everything together
+OUT/report.html, report.md, *.png         the same for people
 """
 
 from __future__ import annotations

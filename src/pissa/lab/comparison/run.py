@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.progress import Progress
 from ...checkpoint.manifest import hardware, package_versions
 from ...checkpoint.read import check_model_directory, load_base, load_tokenizer
 from ...checkpoint.write import explained, locked, write_json
-from ...errors import ConfigError, Interrupted, OutputError
+from ...errors import ConfigError, Interrupted, MissingExtraError, OutputError
 from ...train.directory import absolute
 from ...train.engine import process_count, storage_dtype
 from ...train.progress import make_progress
@@ -30,6 +31,7 @@ from ...train.run import quieten
 from .continuation import record_to_keep
 from .plan import Plan
 from .record import ComparisonDirectory, assemble, chosen_rate, losses_of
+from .report import write_report
 from .score import Scorer, make_scorer
 from .search import best_rates, good_rate, next_rate
 from .task import make_task
@@ -46,6 +48,7 @@ def compare(
     test: str | None = None,
     command: str = "",
     quiet: bool = False,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Compare methods on a task; go on where an earlier call stopped, also with more seeds or methods.
 
@@ -58,16 +61,20 @@ def compare(
         test: rows that are reported; None to hold some of `data` out.
         command: how it was called, for the record.
         quiet: no bar, no lines.
+        report: write report.html and report.md too.
 
     Returns:
         What results.json holds.
 
     Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed, and a report is asked for; before anything is run.
         PissaError: the input or the settings are wrong, or `out` holds something else.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
     if process_count() > 1:
         raise ConfigError("a comparison runs in one process; start it without a launcher")
+    if report:
+        _check_extra()
     quieten()
     directory = ComparisonDirectory(Path(out))
     model = absolute(model)
@@ -96,19 +103,32 @@ def compare(
         except KeyboardInterrupt as stopped:
             reason = str(stopped) or "interrupted"
             raise Interrupted(f"{reason} (of the comparison, all finished runs are saved)") from None
-        return rebuild(directory.path)
+        return rebuild(directory.path, report=report)
 
 
-def rebuild(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write results.json again from the directories of a comparison's runs, finished or not.
+def rebuild(out: str | os.PathLike[str], *, report: bool = True) -> dict[str, Any]:
+    """Write results.json, and the report, again from the directories of a comparison's runs, finished or not.
 
     Raises:
+        MissingExtraError: as `compare`.
         OutputError: `out` is no comparison's, or cannot be written.
     """
+    if report:
+        _check_extra()
     directory = ComparisonDirectory(Path(out))
     results = assemble(directory)
     write_json(directory.results, results)
+    if report:
+        write_report(results, directory.path)
     return results
+
+
+def _check_extra() -> None:
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"the report needs {' and '.join(missing)}: pip install 'pissa[report]', or do without it (--no-report)"
+        )
 
 
 @dataclass
