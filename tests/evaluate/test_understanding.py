@@ -21,10 +21,17 @@ from tiny import tiny_llama, tiny_tokenizer
 
 
 def bert(classes: int) -> Any:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(
+        vocab_size=384,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+    )
+    config.num_labels = classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = BertConfig(vocab_size=384, num_labels=classes, max_position_embeddings=64, **sizes)
         model = BertForSequenceClassification(config).eval()
     with torch.no_grad():
         model.classifier.weight.mul_(100)

@@ -53,7 +53,7 @@ def small_vit(size: int, classes: int, *, hidden: int = 96, layers: int = 4) -> 
         intermediate_size=2 * hidden,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=classes,
+        num_labels=classes,  # pyright: ignore[reportCallIssue] -- PreTrainedConfig's
     )
     return ViTForImageClassification(config)
 

@@ -102,7 +102,8 @@ def pacs(directory: Path, size: int) -> dict[str, Images]:
     pixels = np.empty((len(label), size, size, 3), np.uint8)
     for number in range(len(label)):
         image = Image.open(io.BytesIO(jpeg[offset[number] : offset[number + 1]].tobytes())).convert("RGB")
-        pixels[number] = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+        fitting = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+        pixels[number] = np.asarray(fitting)
     everything = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(label.astype(np.int64)))
     return {name: everything[torch.from_numpy(domain == place)] for place, name in enumerate(names)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -14,7 +16,7 @@ def fill_tokens(model: PeftModel) -> None:
     for layer in model.modules():
         if not isinstance(layer, TrainableTokensLayer) or layer.tied_adapter is not None:
             continue
-        embedding = layer.get_base_layer().weight
+        embedding: Any = layer.get_base_layer().weight
         for adapter, rows in layer.token_indices.items():
             values = embedding[rows]
             flag = layer.trainable_tokens_delta[adapter].requires_grad

@@ -98,7 +98,7 @@ def _prepared_before(ready: SavedResidual, recipe: Recipe, directory: RunDirecto
 
 def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
     """The saved residual, with the last checkpoint's adapter or, before the first, the initial one."""
-    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     residual = load_base(directory.residual, dtype=storage_dtype(recipe), **place)
     marks = {**read_record(directory)["fingerprints"], "residual": fingerprint(residual_state(residual))}
     marks.pop("data", None)
