@@ -79,11 +79,10 @@ class Setting:
 
 
 SETTINGS = (
-    *(
-        Setting("small", "arithmetic", method, rank, seeds=2, held_out=HELD_OUT, calibration=True)
-        for method in ("lora", "pissa")
-        for rank in (4, 16)
-    ),
+    Setting("small", "arithmetic", "lora", 4, seeds=2, held_out=HELD_OUT, calibration=True),
+    Setting("small", "arithmetic", "lora", 16, seeds=2, held_out=HELD_OUT, calibration=True),
+    Setting("small", "arithmetic", "pissa", 4, seeds=2, held_out=HELD_OUT, calibration=True),
+    Setting("small", "arithmetic", "pissa", 16),
     *(
         Setting("small", task, method, rank)
         for task in ("gsm8k", "alpaca")

@@ -14,7 +14,7 @@ from pissa.evaluate.task import Evaluation, accuracy
 from pissa.lab.comparison import run as comparison
 from pissa.lab.comparison.plan import Plan
 from pissa.lab.comparison.run import compare, rebuild
-from pissa.lab.comparison.trial import KEPT
+from pissa.lab.comparison.trial import KEPT, TRIAL
 from pissa.train.recipe import Recipe
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -84,8 +84,8 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
     text.write_text("How many are left now? " * 20)
     out = tmp_path / "out"
     chosen = plan(
-        rates=None, search_runs=3, rungs=1, steps=4, null=True, accuracy_problems=2, new_tokens=2, curve_points=2,
-        forgetting=str(text),
+        methods=("pissa",), rates=None, search_runs=3, rungs=1, steps=4, null=True, accuracy_problems=2, new_tokens=2,
+        curve_points=2, forgetting=str(text),
     )  # fmt: skip
     results = compare(model, data, out, chosen, command="pissa compare", quiet=True)
     assert {path.name for path in out.iterdir()} == {
@@ -112,11 +112,8 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
         assert len(run["test_correct"]) == 2
         assert run["perplexity_before"] == results["base"]["perplexity"] != run["perplexity_after"]
         assert run["seconds"] > 0
-    assert results["null"]["method"] == "lora"
+    assert results["null"]["method"] == "pissa"
     assert [run["seed"] for run in results["null"]["runs"]] == [500]
-    # the same base and the same batches: the function is preserved at step 0
-    lora, pissa = (results["methods"][name]["runs"][0] for name in ("lora", "pissa"))
-    assert lora["losses"][0] == pytest.approx(pissa["losses"][0], abs=1e-5)
     trial = out / "runs" / "pissa" / "seed-0"
     assert {str(path.relative_to(trial)) for path in trial.rglob("*") if path.is_file()} == set(KEPT)
 
@@ -136,6 +133,9 @@ def test_what_is_done_is_not_done_again_and_a_stopped_comparison_ends_the_same(
     monkeypatch.setattr(comparison, "run_trial", once)
     again = compare(model, data, out, chosen, quiet=True)
     assert _numbers(again) == _numbers(read(whole))
+    # the same base and the same batches: the function is preserved at step 0
+    pissa, full = (again["methods"][name]["runs"][0] for name in ("pissa", "full"))
+    assert pissa["losses"][0] == pytest.approx(full["losses"][0], abs=1e-5)
     monkeypatch.setattr(comparison, "run_trial", _stops_after(0, once))
     assert compare(model, data, out, chosen, quiet=True) == again
 
@@ -202,7 +202,7 @@ def test_every_other_kind_of_method_can_be_compared(data: str, tmp_path: Path) -
     # NF4 needs a multiple of 64 columns
     tiny_llama(hidden=64).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    methods = ("dora", "adalora", "qlora", "qpissa")
+    methods = ("dora", "adalora", "qpissa")
     results = compare(str(tmp_path / "model"), data, tmp_path / "out", plan(methods=methods, steps=1), quiet=True)
     for name in methods:
         (run,) = results["methods"][name]["runs"]
@@ -254,7 +254,20 @@ def test_a_run_that_diverges_is_a_result(model: str, data: str, tmp_path: Path) 
     (run,) = results["methods"]["lora"]["runs"]
     assert run["status"] == "diverged"
     assert run["test_loss"] is None
-    searched = plan(recipe=wild, rates=(1e30, 1e31), methods=("lora",), steps=8)
+
+
+def test_a_method_whose_search_diverges_everywhere_is_not_compared(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(trial: Any, *_: Any, **options: Any) -> dict[str, Any]:
+        found = {"method": trial.recipe.method, "learning_rate": trial.recipe.learning_rate, "rung": trial.rung}
+        found |= {"status": "diverged", "validation_loss": None}
+        trial.directory.mkdir(parents=True)
+        (trial.directory / TRIAL).write_text(json.dumps(found))
+        return found
+
+    monkeypatch.setattr(comparison, "run_trial", diverged)
+    searched = plan(rates=(1e30, 1e31), methods=("lora",), steps=8)
     results = compare(model, data, tmp_path / "searched", searched, quiet=True)
     assert results["methods"]["lora"]["learning_rate"] is None
     assert results["methods"]["lora"]["runs"] == []

@@ -176,25 +176,32 @@ def base_place(
     return base, residual
 
 
-def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
-    """A causal language model through transformers, with the checkpoint's completeness checked first.
+def load_base(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    kind: str = "AutoModelForCausalLM",
+    **options: Any,
+) -> Any:
+    """A model through transformers, by default a causal language model; the checkpoint's completeness is checked first.
 
     Args:
         source: a directory or a hub id.
         dtype: of the weights; "auto" for the checkpoint's own.
-        options: passed to `AutoModelForCausalLM.from_pretrained`.
+        kind: name of the class of transformers that loads it.
+        options: passed to its `from_pretrained`.
 
     Raises:
         CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it; tensors are
             missing or of another shape than config.json says (transformers would draw random ones).
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     check_model_directory(source)
     # by default a mismatch is an error that names no tensor
     reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**options, **reporting})
+        loaded: Any = getattr(transformers, kind).from_pretrained(source, dtype=dtype, **{**options, **reporting})
     except ImportError as error:
         if "bitsandbytes" not in str(error):
             raise

@@ -11,8 +11,8 @@ import logging
 import os
 import warnings
 from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,8 @@ def _train(
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
     advice = None
     if recipe.learning_rate == AUTO:
-        advice = _advice(directory, prepared.model, encoded, recipe, arguments, tokenizer.pad_token_id)
+        with _shown(progress, f"{label or recipe.method}, learning rate"):
+            advice = _advice(directory, prepared.model, encoded, recipe, arguments, tokenizer.pad_token_id)
         arguments.learning_rate = advice["learning_rate"]
         if progress is not None:
             progress.console.print(f"learning rate {advice['learning_rate']:g}, estimated", markup=False)
@@ -338,6 +339,17 @@ def _advice(
     found = advise(model, probe_data(encoded, recipe, pad_id), recipe, autocast=autocasts(recipe))
     # several processes find the same up to rounding; all use the first one's
     return broadcast_object_list([asdict(found)])[0]
+
+
+@contextmanager
+def _shown(progress: Progress | None, label: str) -> Iterator[None]:
+    """A line on the bar, without an end, while this goes on."""
+    task = progress.add_task(label, total=None, note="") if progress is not None else None
+    try:
+        yield
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
 
 
 def _scored_batches(encoded: Encoded, recipe: Recipe, pad_id: int) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from .study import Outcome, Settings, Study
 NAME = "odd-even"
 METHODS = ("full", "lora", "pissa")
 HIDDEN = 256
+BEST = "each at its best rate"
 BATCH = 64
 PRETRAINING = 400
 PRETRAINING_RATE = 1e-3
@@ -43,7 +44,7 @@ def run(settings: Settings) -> Outcome:
     steps = settings.pick(quick=20, default=150, full=500)
     rates = settings.pick(
         quick=[1e-3, 1e-2],
-        default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+        default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
         full=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
     )
     seeds = settings.pick(quick=settings.seeds, default=longer(settings.seeds), full=longer(settings.seeds))
@@ -152,7 +153,7 @@ def parts_of(rows: Sequence[Mapping[str, Any]], best: Mapping[str, float], rank:
             sides = ({"method": method, "rate": rate, "rank": rank} for method in ("lora", "pissa"))
             parts[f"{name}, both at {rate:g}"] = advantage(rows, value, *sides)
         left, right = (by_seed(rows, value, method=m, rate=best[m], rank=rank) for m in ("lora", "pissa"))
-        parts[f"{name}, each at its best rate"] = paired_difference(left, right)
+        parts[f"{name}, {BEST}"] = paired_difference(left, right)
     return parts
 
 
@@ -167,7 +168,12 @@ def figures_of(
             for value in ("final_loss", "accuracy")
         )
         lines.append(f"{method} at {best[method]:g}: final loss {loss:.3f}, accuracy {accuracy:.1%}")
-    return f"rank {rank}; {'; '.join(lines)}. LoRA's loss less PiSSA's: {sentence(parts)}"
+    equal = [part for name, part in parts.items() if "both at" in name]
+    shown, against = sum(part.above_zero for part in equal), sum(part.below_zero for part in equal)
+    return (
+        f"rank {rank}; {'; '.join(lines)}. Loss of LoRA less that of PiSSA at equal rates: positive in {shown} of "
+        f"{len(equal)} comparisons, negative in {against}; {sentence({k: v for k, v in parts.items() if BEST in k})}"
+    )
 
 
 def draw(results: Mapping[str, Any]) -> Any:
