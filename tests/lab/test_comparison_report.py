@@ -219,6 +219,7 @@ def test_one_learning_rate_for_all_is_said_to_show_less() -> None:
     found = page_of(results)
     assert any("not which is better at its own" in caution for caution in found.cautions)
     assert found.figures["rates"] == []
+    assert "none was searched" in found.measured[0]
 
 
 def test_single_seeds_give_figures_but_no_verdict() -> None:
