@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from pissa.lab.comparison.table import costs_of, quality_of
 from pissa.train.recipe import TRAINING_METHODS
 
 HOSTILE = '<script>alert("x")</script>'
-METHODS = ("lora", "pissa", "qlora", "qpissa", HOSTILE, "a|b `c` $\\frac{1$ [l](javascript:x) &amp;")
+METHODS = ("lora", "qpissa", HOSTILE, "a|b `c` $\\frac{1$ [l](javascript:x) &amp;")
+NO_FIGURES = {section: [] for section in ("differences", "curves", "rates", "null")}
 LOADING = ("src", "srcset", "data", "poster", "background", "action", "formaction")
 
 
@@ -37,18 +39,22 @@ class Reader(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.headings: list[str] = []
         self.text = ""
+        self.heading = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.heading = tag in ("h1", "h2")
         self.attributes += attrs
-        if tag in ("h1", "h2"):
+        if self.heading:
             self.headings.append("")
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        last = next((tag for tag in reversed(self.tags) if tag in ("h1", "h2", "p", "li", "table")), None)
-        if last in ("h1", "h2"):
-            self.headings[-1] += data.strip()
+        if self.heading:
+            self.headings[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.heading = False
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +123,8 @@ def test_page_knows_dark_and_narrow_windows(report: Path) -> None:
 
 
 def test_svg_identifiers_are_unique_within_the_page(page: Reader) -> None:
-    clips = [value for name, value in page.attributes if name == "id" and value and value.startswith("p")]
-    assert len(clips) == len(set(clips)) > 5
+    names = [value for name, value in page.attributes if name == "id"]
+    assert len(names) == len(set(names)) > 5
 
 
 def test_markdown_shows_every_picture_and_nothing_else_is_written(report: Path) -> None:
@@ -134,13 +140,13 @@ def test_markdown_has_no_markup_of_the_users(report: Path) -> None:
     outside = re.sub(r"`{5}\n.*?\n`{5}\n", "", text, flags=re.DOTALL)
     assert outside != text, "the command's fence is longer than the one in it"
     assert "<script" not in outside.replace("\\<script", "")
-    assert "](javascript" not in outside
+    assert not re.search(r"(?<!\\)\]\(javascript", outside)
     for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
 
 def test_page_and_markdown_say_the_same() -> None:
-    found = page_of(make_results("lora", "pissa", null=False))
+    found = replace(page_of(make_results("lora", "pissa", null=False)), figures=NO_FIGURES)
     sentences = [found.verdict, *(s for finding in found.findings for s in finding.sentences)]
     text = html.unescape(as_html(found))
     markdown = re.sub(r"\\(.)", r"\1", as_markdown(found))
@@ -191,7 +197,7 @@ def test_what_is_unfinished_is_said_and_the_rest_is_shown() -> None:
     assert "the null arm has not run yet" in said
     assert [(finding.left, finding.right) for finding in found.findings] == [("pissa", "lora")]
     assert dict(found.quality.rows)["lora"][1].text == "4 of 5"
-    text = as_html(found)
+    text = as_html(replace(found, figures=NO_FIGURES))
     assert all(name in text for name in methods)
 
 
@@ -213,6 +219,7 @@ def test_one_learning_rate_for_all_is_said_to_show_less() -> None:
     found = page_of(results)
     assert any("not which is better at its own" in caution for caution in found.cautions)
     assert found.figures["rates"] == []
+    assert "none was searched" in found.measured[0]
 
 
 def test_single_seeds_give_figures_but_no_verdict() -> None:
@@ -220,7 +227,7 @@ def test_single_seeds_give_figures_but_no_verdict() -> None:
     assert found.verdict.startswith("No verdict yet")
     assert {finding.tone for finding in found.findings} == {"few"}
     assert found.figures["differences"] == []
-    assert "nan" not in as_html(found).lower().replace("nano", "")
+    assert "nan" not in as_html(replace(found, figures=NO_FIGURES))
 
 
 def test_null_arm_is_reported_with_its_rate() -> None:
@@ -245,6 +252,8 @@ def test_what_are_no_results_is_refused(tmp_path: Path) -> None:
 
 def test_a_report_replaces_the_older_one_and_a_file_is_refused(tmp_path: Path) -> None:
     results = make_results("lora", "pissa", seeds=1, null=False)
+    for method in results["methods"].values():
+        method |= {"runs": [], "trials": []}
     write_report(results, tmp_path)
     changed = copy.deepcopy(results)
     changed["task"]["name"] = "another task"

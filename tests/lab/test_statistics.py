@@ -63,7 +63,8 @@ def simulate(
         noise = 1 + 0.1 * (shift + rng.standard_normal((sets, seeds, problems), dtype=np.float32))
         return np.exp(0.5 * difficulty + own) * noise
     if kind == "heavy tails":
-        return difficulty + own + shift + 0.3 * rng.standard_t(3, (sets, seeds, problems))
+        noise = rng.standard_normal((sets, seeds, problems), dtype=np.float32)
+        return difficulty + own + shift + 0.3 * noise * np.abs(noise)
     logit = (-4 if kind == "rarely right" else 0) + 1.5 * difficulty + own + shift
     return (rng.random((sets, seeds, problems), dtype=np.float32) < 1 / (1 + np.exp(-logit))).astype(np.float64)
 

@@ -96,7 +96,7 @@ def page_of(results: Mapping[str, Any]) -> Page:
         looks=looks,
         null=_null_words(results, null),
         quantisation=quantisation_of(results),
-        measured=_measured(comparisons),
+        measured=_measured(comparisons, searched=any(method["trials"] for method in methods.values())),
         command=str(results.get("command") or ""),
         facts=[*_flat(results.get("versions")), *_flat(results.get("hardware"))],
         settings=_flat(results.get("settings")),
@@ -203,16 +203,18 @@ def _null_words(results: Mapping[str, Any], null: NullRate | None) -> list[str]:
     ]
 
 
-def _measured(comparisons: Sequence[Comparison]) -> list[str]:
+def _measured(comparisons: Sequence[Comparison], *, searched: bool) -> list[str]:
     count = sum(comparison.enough for comparison in comparisons)
     return [
         "Learning rates are chosen on the validation rows, with the same budget of steps for every method; everything "
-        "else is measured on the test rows.",
+        "else is measured on the test rows."
+        if searched
+        else "The learning rate was given, none was searched; everything is measured on the test rows.",
         "A difference is the first method’s figure minus the second’s, with the interval that the verdict rests on. It "
         "is judged by Student’s t with two sources of noise, the seeds and the test problems (the same for all "
         "methods); seeds are not paired. Loss is the mean over test problems of nats per token.",
         f"{count} comparison{'s' if count != 1 else ''} made together, corrected by Holm’s procedure: the probability "
-        f"of one or more false calls is at most {100 * ERROR:g} %. P-values are taken {CAUTION:g} times as large as "
+        f"of one or more false calls is at most {100 * ERROR:g} %. P\u2011values are taken {CAUTION:g} times as large as "
         "Student’s t gives them, because with few seeds it is too eager. An interval of a difference has the level at "
         "which it was tested; intervals in the tables are 95 %, one by one.",
         f"A verdict needs {FEWEST_SEEDS} finished seeds of both methods. “Most likely seen” means in four of five "
