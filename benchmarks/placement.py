@@ -1,6 +1,6 @@
 """What a placement costs: a training step's time and memory, against plain LoRA of the same rank.
 
-    python benchmarks/placement.py [MODEL_DIR] [--quick] [--ranks 16,64] [--out DIRECTORY]
+    python benchmarks/placement.py [MODEL_DIR] [--quick] [--ranks 16] [--out DIRECTORY]
 
 Without MODEL_DIR, SmolLM2-135M. One step each in turn, in an order that rotates: forward, backward, AdamW, in CPU
 seconds of one thread. Memory is counted, not sampled: adapters, their gradients and AdamW's moments, and what autograd
@@ -99,13 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("model", nargs="?", type=Path, help="a language model's directory [SmolLM2-135M]")
     parser.add_argument("--quick", action="store_true", help="one rank, one repetition, few tokens; decides nothing")
-    parser.add_argument("--ranks", default="16,64")
+    parser.add_argument("--ranks", default="16")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     source = options.model or smollm2()
-    tokens = (1, 16) if options.quick else (2, 128)
+    tokens = (1, 16) if options.quick else (1, 128)
     ranks = [4] if options.quick else [int(rank) for rank in options.ranks.split(",")]
     rows = {}
     for rank in ranks:
