@@ -100,8 +100,7 @@ def test_a_saved_adapter_goes_back_into_its_model_in_place(
     assert not model.training
 
 
-@pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("placement", ["residual", "offset"])
+@pytest.mark.parametrize(("placement", "tie"), [("residual", False), ("residual", True), ("offset", False)])
 def test_trained_tokens_are_exported_merged_and_given_back(tmp_path: Path, tie: bool, placement: Any) -> None:
     tiny_llama(tie=tie).save_pretrained(tmp_path / "base")
     model = trained(tmp_path / "base", placement=placement, trainable_token_indices=[*range(100, 200)])

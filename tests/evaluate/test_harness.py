@@ -15,7 +15,7 @@ from pissa.evaluate.harness import run_harness, run_task
 from pissa.evaluate.tasks import find_task
 from tiny import tiny_llama, tiny_tokenizer
 
-lm_eval = pytest.importorskip("lm_eval")
+lm_eval_model = pytest.importorskip("lm_eval.api.model")
 
 # gsm8k.yaml of lm-eval, but for prompt and data: its metric, its strict filter.
 GSM8K = {
@@ -60,7 +60,7 @@ GENERATIONS = [
 ]
 
 
-class Fixed(lm_eval.api.model.LM):  # type: ignore[name-defined]
+class Fixed(lm_eval_model.LM):
     """Writes what it was given, whatever it is asked."""
 
     def __init__(self, texts: list[str]) -> None:

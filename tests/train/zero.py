@@ -1,4 +1,4 @@
-"""One process of a DeepSpeed run: `torchrun zero.py STAGE PLACEMENT WEIGHT_DECAY OUT`."""
+"""One process of some DeepSpeed runs: `torchrun zero.py OUT "STAGE PLACEMENT WEIGHT_DECAY" …`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pissa import PissaConfig, adapt
+from pissa.errors import PissaError
 from tiny import tiny_llama, token_batch
 
 STEPS = 3
@@ -36,14 +37,12 @@ def whole_state(engine: Any, stage: int) -> dict[str, torch.Tensor]:
     return engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module.state_dict()
 
 
-def main(stage: int, placement: Any, weight_decay: float, out: Path) -> None:
+def train(stage: int, placement: Any, weight_decay: float, out: Path) -> None:
     """Train on this process's half of each batch; rank 0 saves the model."""
-    deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
     model: Any = adapt(tiny_llama(), PissaConfig(4, placement=placement))
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=weight_decay
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))
     norms = []
     for step in range(STEPS):
@@ -53,13 +52,29 @@ def main(stage: int, placement: Any, weight_decay: float, out: Path) -> None:
         norms.append(float(engine.get_global_grad_norm() or 0))
     state = whole_state(engine, stage)
     with torch.no_grad():
-        trained = engine(input_ids=token_batch()).logits
+        logits = engine(input_ids=token_batch()).logits
     if rank == 0:
         model.save_pretrained(str(out / "lora"), state_dict=state if stage == 3 else None)
-        torch.save({"trained": trained, "norms": norms}, out / "seen.pt")
+        torch.save({"trained": logits, "norms": norms}, out / "seen.pt")
     dist.barrier()
+    engine.destroy()
+
+
+def main(out: Path, cases: list[str]) -> None:
+    """Each case in turn, "STAGE PLACEMENT WEIGHT_DECAY"; what a case raises is written down in its place."""
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    for case in cases:
+        stage, placement, weight_decay = case.split()
+        place = out / case
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            train(int(stage), placement, float(weight_decay), place)
+        except PissaError as error:
+            (place / "error.txt").write_text(str(error), encoding="utf-8")
+        print(f"{case}: done", file=sys.stderr, flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), Path(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2:])

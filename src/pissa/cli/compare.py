@@ -33,12 +33,19 @@ def command(
     forgetting: Annotated[str | None, typer.Option(help="Text whose perplexity is measured before and after.")] = None,
     validation_rows: Annotated[int, typer.Option(help="At most.")] = 100,
     test_rows: Annotated[int, typer.Option(help="At most.")] = 200,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Task of pissa eval to solve. [test problems, by their answers]")
+    ] = None,
+    evaluation_data: Annotated[
+        str | None, typer.Option("--eval-data", help="File with the task's problems. [the test problems]")
+    ] = None,
     accuracy_problems: Annotated[
-        int | None, typer.Option(help="Test problems solved by generating. [all where answers are marked]")
+        int | None, typer.Option(help="Problems solved by generating. [all where answers are marked]")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Of a generated solution.")] = 256,
     curve_points: Annotated[int, typer.Option(help="Measurements of test loss while a run trains.")] = 4,
     curve_problems: Annotated[int, typer.Option(help="Test problems for each of them.")] = 32,
+    curve_accuracy: Annotated[bool, typer.Option("--curve-accuracy", help="Solve them too, each time.")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings of pissa train; flags win.")] = None,
     rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step. [128]")] = None,
@@ -90,10 +97,13 @@ def command(
             null=null,
             validation_rows=validation_rows,
             test_rows=test_rows,
+            evaluation=evaluation,
+            evaluation_data=evaluation_data,
             accuracy_problems=accuracy_problems,
             new_tokens=new_tokens,
             curve_points=curve_points,
             curve_problems=curve_problems,
+            curve_accuracy=curve_accuracy,
             forgetting=forgetting,
             seed=seed,
             keep_runs=keep_runs,

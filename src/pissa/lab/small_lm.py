@@ -1,8 +1,8 @@
 """Small language models with something to lose: trained once, on generated word problems, and kept in the cache.
 
 Studies that need many runs cannot afford a real model on a laptop's processor, and random weights have no principal
-components worth the name. So a model of two million parameters first learns the word problems of `arithmetic.TRAINED`,
-as a checkpoint on the disk like any other, and the studies adapt it to kinds of problems that it has never seen.
+components worth the name. So a model of less than a million parameters first learns the word problems of
+`arithmetic.TRAINED`, as a checkpoint on the disk like any other, and the studies adapt it to kinds new to it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ VOCABULARY = 640
 PRETRAINING_SEED = 1
 """Of the problems that are pretrained on; studies draw theirs from other seeds."""
 SIZES: dict[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "head_dim": 48,
+    "head_dim": 32,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
@@ -44,15 +44,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 128},
     "gemma": {},
     "qwen2": {},
-    "gpt2": {"n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 512, "n_inner": 384},
+    "gpt2": {"n_head": 4, "n_positions": 512},
     "mixtral": EXPERTS,
     "qwen2_moe": {**EXPERTS, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128},
 }
 """transformers' name of a family -> what it has beside SIZES."""
 
 
-def small_lm(family: str = "llama", *, hidden: int = 192, layers: int = 4, steps: int = 600) -> Path:
-    """The directory of a small pretrained model; trained on first use (a minute or two of one core).
+def small_lm(family: str = "llama", *, hidden: int = 128, layers: int = 3, steps: int = 300) -> Path:
+    """The directory of a small pretrained model; trained on first use (half a minute of one core).
 
     Args:
         family: one of FAMILIES.

@@ -57,6 +57,7 @@ from .state import (
     set_marks,
 )
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
+from .tokens import fill_tokens
 
 Progress = Callable[[str, int, int], None]
 MOMENT_BYTES = 1 << 28
@@ -371,6 +372,7 @@ def _attach(
         if subtract:
             adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
     settle_names(adapted)
+    fill_tokens(adapted)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")

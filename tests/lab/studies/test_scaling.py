@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from passes import Quick
 
-from pissa.lab.studies.scaling import MEASURED, PREDICTED, all_svds, fitted, power_law, predicted, verdict_of
+from pissa.lab.studies.scaling import (
+    MEASURED,
+    PREDICTED,
+    all_svds,
+    fitted,
+    memory_law,
+    power_law,
+    predicted,
+    verdict_of,
+)
 
 
 def test_shapes_have_their_models_sizes() -> None:
@@ -35,6 +44,14 @@ def test_a_power_law_and_a_linear_model_are_found_again() -> None:
     assert model["factor"] == pytest.approx(1, abs=1e-6)
     expected = 4 + 1.5 * all_svds(PREDICTED["70B"], law) / 2 + 0.7 * 2 * PREDICTED["70B"].parameters / 1e9
     assert predicted("70B", 16, model, law)["seconds"] == pytest.approx(expected)
+
+
+def test_memory_follows_the_largest_matrix() -> None:
+    sizes = {"100M": 2048 * 768, "13B": 13824 * 5120, "70B": 28672 * 8192}
+    rows = [{"shape": list(PREDICTED[name]), "peak_gib": 0.5 + 2e-8 * size} for name, size in sizes.items()]
+    law = memory_law([*rows, {"shape": list(PREDICTED["7B"]), "peak_gib": None}])
+    assert (law["base"], law["slope"]) == pytest.approx((0.5, 2e-8))
+    assert law["residuals"] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
 def test_models_are_measured_and_predicted(quick: Quick) -> None:

@@ -71,6 +71,10 @@ class ComparisonDirectory:
         found = _records(self.path / "search" / method, "rung-*/lr-*")
         return sorted(found, key=lambda record: (record["rung"], record["learning_rate"]))
 
+    def null_runs(self) -> list[dict[str, Any]]:
+        """The finished runs of the null arm, by seed."""
+        return _by_seed(_records(self.path / "null", "seed-*"))
+
 
 def assemble(directory: ComparisonDirectory) -> dict[str, Any]:
     """What results.json holds, from the directories alone; runs that are missing are missing in it.
@@ -82,8 +86,9 @@ def assemble(directory: ComparisonDirectory) -> dict[str, Any]:
     base = read_json(directory.base) if directory.base.is_file() else None
     before = base["perplexity"] if base is not None else None
     methods = {method: _method(directory, method, before) for method in record["settings"]["plan"]["methods"]}
-    null = [_run(found, before) for found in _by_seed(_records(directory.path / "null", "seed-*"))]
-    named = {run["method"] for run in _records(directory.path / "null", "seed-*")}
+    null_runs = directory.null_runs()
+    null = [_run(found, before) for found in null_runs]
+    named = {run["method"] for run in null_runs}
     rate = null[0]["learning_rate"] if null else None
     return {
         **record,

@@ -27,8 +27,9 @@ from ...train.directory import absolute
 from ...train.engine import process_count, storage_dtype
 from ...train.progress import make_progress
 from ...train.run import quieten
+from .continuation import record_to_keep
 from .plan import Plan
-from .record import ComparisonDirectory, assemble, chosen_rate, losses_of, read_json
+from .record import ComparisonDirectory, assemble, chosen_rate, losses_of
 from .score import Scorer, make_scorer
 from .search import best_rates, good_rate, next_rate
 from .task import make_task
@@ -46,7 +47,7 @@ def compare(
     command: str = "",
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Compare methods on a task; go on where an earlier call of the same settings stopped.
+    """Compare methods on a task; go on where an earlier call stopped, also with more seeds or methods.
 
     Args:
         model: the base's directory or hub id.
@@ -80,12 +81,11 @@ def compare(
         "hardware": hardware(),
         "task": task.as_dict(),
     }
-    _check_output(directory, record)
+    record = record_to_keep(directory, record)
     scorer = make_scorer(task, load_tokenizer(model), plan)
     progress = make_progress()
     with explained(directory.path), _only_writer(directory.path):
-        if not directory.record.is_file():
-            write_json(directory.record, record)
+        write_json(directory.record, record)
         session = _Session(model, plan, directory, scorer, None if quiet else progress)
         try:
             if quiet:
@@ -232,45 +232,6 @@ def _remaining(session: _Session) -> str:
         return "all done"
     minutes = session.left * session.seconds / session.steps / 60
     return f"about {minutes / 60:.1f} h left" if minutes >= 90 else f"about {math.ceil(minutes)} min left"
-
-
-def _check_output(directory: ComparisonDirectory, record: dict[str, Any]) -> None:
-    """Refuse a directory that holds something other than this comparison. Nothing is written."""
-    out = directory.path
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a directory with --out")
-    if not directory.record.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} already holds something else; name another directory with --out")
-        return
-    before = read_json(directory.record)
-    now, then = _flat(record["settings"]), _flat(before.get("settings", {}))
-    changed = [
-        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in {**then, **now} if _differs(key, now, then)
-    ]
-    if changed:
-        raise OutputError(
-            f"{out} is another comparison ({'; '.join(changed)}); give the same settings to continue it, or another "
-            "directory"
-        )
-    if before.get("task") != record["task"]:
-        raise OutputError(
-            f"the rows of {record['settings']['data']}, or of the held-out files, are not those that {out} was "
-            "started with; continue with those, or name another directory"
-        )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict) and name in ("plan", "recipe")
-        flat |= _flat(value, prefix) if nested else {f"{prefix}{name}": value}
-    return flat
-
-
-def _differs(key: str, now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return key != "keep_runs" and now.get(key) != then.get(key)
 
 
 @contextmanager

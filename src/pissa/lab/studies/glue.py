@@ -2,7 +2,7 @@
 
 All methods train the head (and the pooler) in full and have rank 8 on query, key and value, or as many parameters in
 bottlenecks. The encoder is all-MiniLM-L6-v2, by default its first two blocks; `--model microsoft/deberta-v3-base` is
-the paper's. Each method has a learning rate usual for it: the number of steps, not the rate, separates this from the paper.
+the paper's. Each method has a learning rate usual for a run so short.
 """
 
 from __future__ import annotations

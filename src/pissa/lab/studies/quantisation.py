@@ -18,6 +18,7 @@ from ..figures import colour_of, new_figure
 from ..inspect import measure_weight
 from ..inspect_layers import kind_of
 from ..interval import mean_interval, paired_difference
+from ..models import NAME as SMOLLM2
 from ..variants import variant
 from .study import Outcome, Settings, Study, Verdict, model_name
 from .weights import loaded, models, spread
@@ -26,6 +27,8 @@ NAME = "quantisation"
 NF4_METHODS = ("loftq-1", "qpissa-1", "loftq-5", "qpissa-5", "ours-5")
 OTHER_METHODS = ("qpissa-1", "qpissa-5")
 ITERATIONS = (1, 5)
+PRE_ROUNDED = " (whose weights had been rounded to 4 bits before)"
+"""It comes as a GGUF file in Q4_1, so its errors are not those of a model in 16 bits."""
 
 
 def run(settings: Settings) -> Outcome:
@@ -143,19 +146,22 @@ def figures_of(results: Mapping[str, Any]) -> str:
         numbers = ", ".join(f"T={e['iterations']} {e['qpissa']:.1f} against LoftQ's {e['loftq']:.1f} %" for e in lines)
         other = [e for e in results["formats"] if e["source"] == source]
         others = ", ".join(f"{e['format']} {e['qpissa-1']['mean']:.1f} and {e['qpissa-5']['mean']:.1f}" for e in other)
-        behind = [
-            f"{e['rank']} (T={e['iterations']})"
-            for e in results["comparisons"]
-            if e["source"] == source and e["difference"]["low"] <= 0
-        ]
-        tail = f", not ahead of LoftQ at rank {', '.join(behind)}" if behind else ", ahead at every rank"
-        kinds = kinds_behind(results["table"], source)
-        tail += f" nor in {', '.join(kinds)}" if kinds else ", in every kind of layer"
+        own = [e for e in results["comparisons"] if e["source"] == source]
+        undecided = [ranked(e) for e in own if e["difference"]["low"] <= 0 <= e["difference"]["high"]]
+        behind = [ranked(e) for e in own if e["difference"]["high"] < 0] + kinds_behind(results["table"], source)
+        tail = f", undecided over layers at rank {', '.join(undecided)}" if undecided else ""
+        tail += f", behind LoftQ in {', '.join(behind)}" if behind else ", nowhere behind LoftQ"
+        name = source + (PRE_ROUNDED if source == SMOLLM2 else "")
         parts.append(
-            f"{source} at rank {rank}, NF4: QPiSSA {numbers} (ours-5 {lines[0]['ours-5']:.1f}); "
+            f"{name} at rank {rank}, NF4: QPiSSA {numbers} (ours-5 {lines[0]['ours-5']:.1f}); "
             f"T=1 and 5 in {others}{tail}"
         )
     return "; ".join(parts)
+
+
+def ranked(comparison: Mapping[str, Any]) -> str:
+    """Rank and T for a line of text."""
+    return f"{comparison['rank']} (T={comparison['iterations']})"
 
 
 def draw(results: Mapping[str, Any]) -> Any:

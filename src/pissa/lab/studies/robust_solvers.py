@@ -38,8 +38,9 @@ def run(settings: Settings) -> Outcome:
     """Solve the problem for some matrices with every solver."""
     source = models(settings)[0]
     ranks = settings.pick(quick=[4], default=[8, 64], full=[8, 16, 64])
-    iterations = settings.pick(quick=20, default=500, full=1000)
-    layers = [name for name in spread(source, settings.pick(quick=1, default=1, full=3)) if kind_of(name) in KINDS]
+    iterations = settings.pick(quick=20, default=400, full=1000)
+    kinds = settings.pick(quick=KINDS, default=KINDS[:2], full=KINDS)
+    layers = [name for name in spread(source, settings.pick(quick=1, default=1, full=3)) if kind_of(name) in kinds]
     keys = [
         {"source": model_name(source), "layer": layer, "rank": rank, "iterations": iterations, "seed": seed}
         for layer in layers or spread(source, 1)
@@ -144,8 +145,8 @@ def draw(results: Mapping[str, Any]) -> Any:
             panel.scatter([row["seconds"] for row in rows], [row["error"] for row in rows], **dots)
         panel.axhline(1, color="#888888", linewidth=0.8)
         panel.set(title=f"rank {rank}", xlabel="CPU seconds", ylabel="mean absolute error / truncated SVD's")
-        panel.set(xscale="log", yscale="log")
-    panels[0].legend(frameon=False, fontsize=8)
+        panel.set(xscale="log", ylim=(0, None))
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
@@ -155,5 +156,5 @@ STUDY = Study(
     "sketching algorithm, in less time (report, figure 3)",
     run,
     draw,
-    minutes=4,
+    minutes=2,
 )

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import DataError
-from .statistics import Estimate, difference, holm, mcnemar
+from ...errors import DataError
+from ...train.recipe import QUANTIZED_METHODS
+from ..statistics import Estimate, difference, holm, mcnemar
 
-ERROR = 0.04
-"""Nominal probability of one or more false calls. With three seeds the true one is up to a fifth higher, so that the
-tests are run at 4 % to stay below 5 %."""
+ERROR = 0.05
+"""Greatest probability of one or more false calls."""
+CAUTION = 1.25
+"""P-values of Student's t are taken this much larger: with three seeds they come out up to a fifth too small, and false
+calls are to stay below 5 % in the worst case, not on average."""
 FEWEST_SEEDS = 3
 """Fewer finished runs of a method do not tell how much its seeds differ."""
-QUANTISED = ("qlora", "qpissa", "loftq")
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ class Comparison:
     @property
     def interval(self) -> tuple[float, float]:
         """Of the difference, at the level at which it was tested: it leaves 0 out exactly where a call is made."""
-        return self.estimate.interval(self.error)
+        return self.estimate.interval(self.error / CAUTION)
 
     @property
     def smallest_detectable(self) -> float:
         """The true difference that would have been called in four of five comparisons like this one."""
-        return self.estimate.smallest_detectable(self.error)
+        return self.estimate.smallest_detectable(self.error / CAUTION)
 
 
 def finished(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -99,18 +101,21 @@ def outcomes(runs: Sequence[Mapping[str, Any]], metric: Metric) -> list[list[flo
     return found or None
 
 
+def reference_of(methods: Sequence[str]) -> str | None:
+    """What the others are compared with: `lora`, or the first method where there is no lora; None of none."""
+    return "lora" if "lora" in methods else next(iter(methods), None)
+
+
 def pairs_of(methods: Sequence[str]) -> list[tuple[str, str]]:
     """(method, what it is compared with), in the order of the methods.
 
     Args:
         methods: names, as the user gave them.
     """
-    if not methods:
-        return []
-    reference = "lora" if "lora" in methods else methods[0]
-    pairs = [(method, reference) for method in methods if method != reference]
+    reference = reference_of(methods)
+    pairs = [(method, reference) for method in methods if reference is not None and method != reference]
     if "qlora" in methods and reference != "qlora":
-        pairs += [(method, "qlora") for method in methods if method in QUANTISED and method != "qlora"]
+        pairs += [(method, "qlora") for method in methods if method in QUANTIZED_METHODS and method != "qlora"]
     return pairs
 
 
@@ -143,7 +148,7 @@ def decide(found: Sequence[tuple[Metric, str, str, Any, Any]]) -> list[Compariso
     estimates = [difference(X, Y) for _, _, _, X, Y in found]
     enough = [min(len(X), len(Y)) >= FEWEST_SEEDS for _, _, _, X, Y in found]
     p_values = [
-        _single_runs(metric, X, Y) if len(X) == len(Y) == 1 else estimate.p_value
+        _single_runs(metric, X, Y) if len(X) == len(Y) == 1 else cautious(estimate.p_value)
         for (metric, _, _, X, Y), estimate in zip(found, estimates, strict=True)
     ]
     tested = [index for index in range(len(found)) if enough[index]]
@@ -154,6 +159,11 @@ def decide(found: Sequence[tuple[Metric, str, str, Any, Any]]) -> list[Compariso
         Comparison(metric, left, right, (len(X), len(Y)), estimates[i], p_values[i], adjusted[i], levels[i], enough[i])
         for i, (metric, left, right, X, Y) in enumerate(found)
     ]
+
+
+def cautious(p_value: float) -> float:
+    """A p-value of Student's t, made larger by what few seeds make it too small."""
+    return min(1.0, CAUTION * p_value)
 
 
 def _single_runs(metric: Metric, X: Sequence[Any], Y: Sequence[Any]) -> float:
@@ -174,53 +184,62 @@ def _levels(p_values: Sequence[float]) -> list[float]:
     return levels
 
 
-Tone = Literal["better", "level", "few"]
-
-
-def in_words(comparison: Comparison) -> tuple[Tone, str]:
-    """What a comparison shows, as one sentence without names of markup, and its kind."""
+def in_words(comparison: Comparison) -> str:
+    """What a comparison shows, in a sentence or two for beside the names of its methods."""
     c, metric = comparison, comparison.metric
-    low, high = c.interval
-    size = amount(metric, abs(c.estimate.value))
+    found = f"{metric.name.capitalize()}: {signed(metric, c.estimate.value)} {metric.unit}"
     if not c.enough:
-        return "few", (
-            f"{metric.name}: {c.left} {signed(metric, c.estimate.value)} against {c.right}, but with "
-            f"{c.seeds[0]} and {c.seeds[1]} finished seeds nobody can tell a method from luck; "
+        return (
+            f"{found}, but with {c.seeds[0]} and {c.seeds[1]} finished seeds a method cannot be told from luck; "
             f"{FEWEST_SEEDS} of each are needed."
         )
-    interval = f"{signed(metric, low)} to {signed(metric, high)}"
-    if c.better is None:
-        return "level", (
-            f"{metric.name}: no detectable difference between {c.left} and {c.right} "
-            f"({signed(metric, c.estimate.value)}, interval {interval}, p {probability(c.adjusted_p)}); "
-            f"{_detectable(c)}"
-        )
-    worse = c.right if c.better == c.left else c.left
-    direction = "higher" if metric.higher_is_better else "lower"
-    return "better", (
-        f"{metric.name}: {c.better} is better than {worse}, by {size} {direction} "
-        f"({c.left} minus {c.right}: interval {interval}, p {probability(c.adjusted_p)})."
-    )
-
-
-def _detectable(comparison: Comparison) -> str:
-    if not comparison.estimate.standard_error:
-        return "no outcome ever varied, so that these problems cannot tell them apart."
+    low, high = c.interval
+    found += f" ({signed(metric, low)} to {signed(metric, high)}; p\u00a0{probability(c.adjusted_p)})."
+    if c.better is not None:
+        return f"{found} {c.better} is better."
+    if not c.estimate.standard_error:
+        return f"{found} No outcome ever varied: these problems cannot tell the methods apart."
     return (
-        f"a true one of {amount(comparison.metric, comparison.smallest_detectable)} would most likely have been seen."
+        f"{found} No detectable difference; a true one of {amount(metric, c.smallest_detectable)} would most likely "
+        "have been seen."
     )
 
 
 def amount(metric: Metric, value: float) -> str:
     """A difference with its unit; of accuracies in percentage points."""
-    return f"{100 * value:.1f} {metric.unit}" if metric.unit == "points" else f"{value:.3g} {metric.unit}"
+    return f"{_number(metric, value, '')} {metric.unit}"
 
 
 def signed(metric: Metric, value: float) -> str:
     """A difference with its sign."""
-    return (f"{100 * value:+.1f}" if metric.unit == "points" else f"{value:+.3g}").replace("-", "−")
+    return _number(metric, value, "+").replace("-", "−")
+
+
+def _number(metric: Metric, value: float, sign: str) -> str:
+    return format(100 * value, f"{sign}.1f") if metric.unit == "points" else format(value, f"{sign}.4f")
 
 
 def probability(p: float) -> str:
     """= 0.012, or < 0.001."""
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}" if p < 0.995 else "= 1"
+    return "<\u00a00.001" if p < 0.001 else f"=\u00a0{p:.2g}" if p < 0.995 else "=\u00a01"
+
+
+def summary(comparisons: Sequence[Comparison]) -> str:
+    """The verdict in a sentence or a few: what is better than what, and what cannot be told apart."""
+    if not comparisons:
+        return "Nothing to compare yet: no two methods have finished runs."
+    if not any(comparison.enough for comparison in comparisons):
+        return f"No verdict yet: a method needs {FEWEST_SEEDS} finished seeds, or luck cannot be told from quality."
+    winners: dict[tuple[str, str], list[str]] = {}
+    for c in comparisons:
+        if c.better is not None:
+            winners.setdefault((c.better, c.right if c.better == c.left else c.left), []).append(c.metric.name)
+    sentences = [
+        f"{better} is better than {worse} in {' and '.join(names)}." for (better, worse), names in winners.items()
+    ]
+    level: dict[str, list[str]] = {}
+    for left, right in dict.fromkeys((c.left, c.right) for c in comparisons if c.enough):
+        if (left, right) not in winners and (right, left) not in winners:
+            level.setdefault(right, []).append(left)
+    sentences += [f"No detectable difference from {right}: {', '.join(lefts)}." for right, lefts in level.items()]
+    return " ".join(sentences)

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .comparisons import ERROR, FEWEST_SEEDS, METRICS, Metric, finished, outcomes
-from .statistics import Estimate, difference_moments, holm, wilson
+from ...evaluate.intervals import wilson
+from ..statistics import Estimate, difference_moments, holm
+from .verdict import ERROR, FEWEST_SEEDS, METRICS, Metric, cautious, finished, outcomes
 
 RESAMPLES = 1000
 
@@ -81,7 +82,7 @@ def null_rate(results: Mapping[str, Any], *, resamples: int = RESAMPLES, seed: i
     called, differences = 0, {metric.name: [] for metric in measured}
     for _ in range(resamples):
         found = _regrouped(measured, len(own), rng)
-        called += min(holm([estimate.p_value for estimate in found.values()]), default=1.0) <= ERROR
+        called += min(holm([cautious(estimate.p_value) for estimate in found.values()])) <= ERROR
         for metric, estimate in found.items():
             differences[metric.name].append(estimate.value)
     return NullRate(null["method"], resamples, called, (len(own), len(others)), differences)

@@ -1,0 +1,43 @@
+"""Verdicts from intervals."""
+
+from __future__ import annotations
+
+import pytest
+
+from pissa.lab.interval import mean_interval
+from pissa.lab.studies.judge import advantage, by_seed, sentence, verdict_of
+
+POSITIVE, NEGATIVE = mean_interval([1.0, 1.1, 0.9]), mean_interval([-1.0, -1.1, -0.9])
+UNCLEAR = mean_interval([1.0, -1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("parts", "verdict"),
+    [
+        ([POSITIVE, POSITIVE], "holds"),
+        ([POSITIVE, UNCLEAR], "holds in part"),
+        ([POSITIVE, NEGATIVE], "holds in part"),
+        ([UNCLEAR, NEGATIVE], "does not hold here"),
+        ([mean_interval([3.0])], "does not hold here"),
+    ],
+)
+def test_a_part_holds_where_its_whole_interval_is_above_zero(parts: list, verdict: str) -> None:
+    assert verdict_of({str(place): part for place, part in enumerate(parts)}) == verdict
+
+
+def test_a_sentence_says_which_part_is_which() -> None:
+    text = sentence({"a": POSITIVE, "b": NEGATIVE, "c": UNCLEAR}, " nats")
+    assert [part.rpartition("(")[2] for part in text.split("; ")] == ["shown)", "the opposite)", "undecided)"]
+    assert text.startswith("a 1.00 ± 0.25 nats (shown)")
+
+
+def test_rows_are_averaged_by_seed_and_compared_in_pairs() -> None:
+    rows = [
+        {"method": method, "rank": rank, "seed": seed, "loss": seed + rank + (10 if method == "lora" else 0)}
+        for seed in (4, 1)
+        for method in ("lora", "pissa")
+        for rank in (2, 4, 8)
+    ]
+    assert by_seed(rows, "loss", method="pissa", rank=[2, 4]) == [4, 7]
+    assert by_seed(rows, lambda row: 2 * row["loss"], method="pissa", rank=8) == [18, 24]
+    assert advantage(rows, "loss", {"method": "lora"}, {"method": "pissa"}).values == (10, 10)

@@ -1,0 +1,104 @@
+"""Invariants of the studies of GLUE, vision, combinations, precision, ranks, long runs, families and direction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from passes import Quick
+
+from pissa.lab.studies import combinations, direction_or_scale, families, glue, long_run, precision, ranks, vision
+from pissa.lab.studies.glue import prepare, tiny_encoder
+from pissa.lab.studies.precision import verdict
+from tiny import logits_of, tiny_llama
+
+
+@pytest.mark.parametrize("arm", direction_or_scale.ARMS)
+def test_every_arm_starts_at_the_base(arm: str) -> None:
+    base = tiny_llama(hidden=64)
+    before = logits_of(base)
+    model, norms = direction_or_scale.build(base, arm, seed=0)
+    assert torch.allclose(logits_of(model), before, atol=1e-5)
+    assert (norms["B"] == 0) == arm.startswith("lora")
+
+
+def test_arms_differ_in_direction_and_scale_as_they_say() -> None:
+    W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    found = {arm: direction_or_scale.initial_factors(W, arm, seed=0) for arm in direction_or_scale.ARMS}
+    U, S, Vh = torch.linalg.svd(W)
+    r = direction_or_scale.RANK
+    A, B = found["pissa"]
+    assert torch.allclose(B @ A, U[:, :r] * S[:r] @ Vh[:r], atol=1e-3)
+    norms = {arm: float(A.norm()) for arm, (A, _) in found.items()}
+    for arm in ("lora, principal", "pissa, small", "random, small"):
+        assert norms[arm] == pytest.approx(norms["lora"], rel=1e-4)
+    assert norms["random"] == pytest.approx(norms["pissa"], rel=1e-4)
+    inside = {arm: float((A @ Vh[:r].T @ Vh[:r]).norm() / A.norm()) for arm, (A, _) in found.items()}
+    for arm, share in inside.items():
+        principal = "pissa" in arm or "principal" in arm
+        assert share == pytest.approx(1, abs=1e-3) if principal else share < 0.9
+
+
+@pytest.mark.parametrize("method", glue.METHODS)
+def test_every_glue_method_starts_as_the_base_and_trains_its_part(method: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, model = tiny_encoder(2)
+    ids = torch.tensor(tokenizer("some words")["input_ids"])[None]
+    everything = sum(p.numel() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        prepared = prepare(model, method, seed=0).eval()
+        assert torch.allclose(prepared(input_ids=ids).logits, before, atol=1e-5)
+    trained = {name for name, p in prepared.named_parameters() if p.requires_grad}
+    assert any("classifier" in name for name in trained) and any("pooler" in name for name in trained)
+    count = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
+    assert (count == everything) == (method == "full")
+    if method == "bitfit":
+        assert all(name.endswith("bias") or "classifier" in name or "pooler" in name for name in trained)
+
+
+def test_precision_needs_a_visible_move_to_both_sides() -> None:
+    assert verdict({"mean_move": 2.0, "seed_spread": 1.0, "one_sided": False}) == "holds"
+    assert verdict({"mean_move": 2.0, "seed_spread": 1.0, "one_sided": True}) == "holds in part"
+    assert verdict({"mean_move": 0.5, "seed_spread": 1.0, "one_sided": True}) == "does not hold here"
+
+
+def test_grids_are_complete(quick: Quick) -> None:
+    def seen(name: str, *keys: str) -> set[tuple]:
+        return {tuple(row[key] for key in keys) for row in quick(name)["results"]["runs"]}
+
+    seeds = {0, 1}
+    assert seen("combinations", "method", "seed") == {(m, s) for m in combinations.METHODS for s in seeds}
+    assert seen("precision", "dtype", "method", "seed") == {
+        (d, m, s) for d in precision.DTYPES for m in precision.METHODS for s in seeds
+    }
+    assert seen("long-run", "method", "seed") == {(m, s) for m in long_run.METHODS for s in seeds}
+    assert {m for m, _ in seen("ranks", "method", "rank")} == {*ranks.PLAIN, *ranks.QUANTIZED, "full"}
+    assert seen("families", "method") == {("lora",), ("pissa",), ("qlora",), ("qpissa",)}
+    assert seen("glue", "task", "method") == {(t, m) for t in ("SST-2", "STS-B") for m in glue.METHODS}
+    assert {100 * s for s in seeds} == {s for (s,) in seen("vision", "seed")}
+    assert seen("vision", "part", "network") == {("pacs", "vit"), ("pacs", "cnn"), ("mnist", "vit")}
+    assert len(families.COMMANDS) == 9
+
+
+def test_full_fine_tuning_and_pissa_agree_at_the_first_step(quick: Quick) -> None:
+    """Step 0 is the base in every method, so the first loss of a seed is the same."""
+    for name in ("combinations", "long-run"):
+        first: dict[int, set[float]] = {}
+        for row in quick(name)["results"]["runs"]:
+            first.setdefault(row["seed"], set()).add(round(row["losses"][0], 4))
+        assert all(len(losses) == 1 for losses in first.values()), name
+
+
+def test_long_runs_are_measured_from_the_base_on(quick: Quick) -> None:
+    rows = quick("long-run")["results"]["runs"]
+    assert len({round(row["held_out_losses"][0], 4) for row in rows}) == 1
+    assert all(len(row["held_out_losses"]) > 1 for row in rows)
+
+
+def test_vision_times_every_method(quick: Quick) -> None:
+    results = quick("vision")["results"]
+    assert {row["method"] for row in results["initialisation"]} == set(vision.METHODS)
+    assert all(row["seconds"] >= 0 for row in results["initialisation"])
+    assert all(0 <= row["accuracy"] <= 1 for row in results["runs"])
