@@ -218,7 +218,7 @@ def test_what_is_missing_is_named_before_the_work(endpoint: Endpoint, questions:
     task = find_task("mt-bench")
     with pytest.raises(ConfigError, match="needs a judge: give --judge-url"):
         task.check(Options())
-    with pytest.raises(ConfigError, match=r"grader.example"):
+    with pytest.raises(ConfigError, match=r"grader\.example"):
         Judge("grader.example", "m")
     with pytest.raises(DataError, match=r"1 questions of math.*give --references"):
         task.run(lively(), tiny_tokenizer(), task.load(questions), options(endpoint, questions, references=None))

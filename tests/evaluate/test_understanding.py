@@ -21,21 +21,12 @@ from tiny import tiny_llama, tiny_tokenizer
 
 
 def bert(classes: int) -> Any:
-    config = BertConfig(
-        vocab_size=384,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    config.num_labels = classes
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "initializer_range": 0.5, "num_labels": classes}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(config).eval()
-    with torch.no_grad():
-        model.classifier.weight.mul_(100)
-    return model
+        torch.manual_seed(1)
+        config = BertConfig(vocab_size=384, max_position_embeddings=64, **sizes)
+        return BertForSequenceClassification(config).eval()
 
 
 @pytest.fixture

@@ -53,8 +53,11 @@ def command(
     Nothing is downloaded for a task: --data is a file of yours. With --out, an evaluation that was stopped goes on when
     the same command is given again.
     """
-    rest = ("model", "task", "data", "out", "base", "as_json")
-    given = {name: value for name, value in locals().items() if name not in rest and value is not None}
+    given = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("model", "task", "data", "out", "base", "as_json") and value is not None
+    }
     from ..evaluate.run import evaluate
     from ..evaluate.summary import results_text
     from ..evaluate.task import Options

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ def evaluation_directory(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         yield out
     finally:
         os.close(descriptor)
+        with suppress(OSError):
+            out.rmdir()  # only where nothing came of it: a directory that holds something stays
 
 
 def begin(out: Path, settings: dict[str, Any], fingerprints: dict[str, str]) -> SampleLog:

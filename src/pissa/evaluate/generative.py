@@ -166,7 +166,7 @@ def first_examples(data: str | Path, limit: int | None, renamed: Mapping[str, st
     names = renamed or {}
 
     def known(row: Any) -> Any:
-        if not isinstance(row, dict) or not all(name in row for name in names):
+        if not names or not isinstance(row, dict) or not all(name in row for name in names):
             return row
         return {names[name]: row[name] for name in names}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from ..train.prompts import Template
+from ..train.prompts import TEMPLATES, Template
 from .intervals import wilson
 from .samples import SampleLog
 
@@ -104,8 +104,10 @@ class Task(ABC):
         """Refuse options that this task has no use for, before anything is loaded.
 
         Raises:
-            ConfigError: naming them.
+            ConfigError: naming them; or there is no such template.
         """
+        if options.template is not None and options.template not in TEMPLATES:
+            raise ConfigError(f"template is {options.template!r}; allowed: {', '.join(TEMPLATES)}")
         usual = Options()
         used = {"limit", "template", *self.settings}
         idle = [f.name for f in fields(options) if f.name not in used]
