@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def run_example(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"gsm8k.py", "qpissa.py", "dpo.py", "export.py"}
+    tested = {"five_minutes.py", "gsm8k.py", "qpissa.py", "dpo.py", "vision.py", "export.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_gsm8k_compares_both_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +78,29 @@ def test_export_writes_for_every_runtime(model: str, tmp_path: Path, monkeypatch
     export_lora(adapted, tmp_path / "run")
     run_example("export.py", [str(tmp_path / "run"), str(tmp_path / "out"), "--base", model], monkeypatch)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"lossless", "small", "merged", "llama-cpp.gguf"}
+
+
+def printed_errors(text: str) -> list[float]:
+    """The numbers after "up to" and "off by"."""
+    return [float(number) for number in re.findall(r"(?:up to|off by) (\S+)", text)]
+
+
+def test_five_minutes_keeps_the_function_the_base_and_what_was_learned(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example("five_minutes.py", [str(tmp_path / "out"), "--model", model, "--steps", "5"], monkeypatch)
+    text = capsys.readouterr().out
+    errors = printed_errors(text)
+    assert len(errors) == 3 and max(errors) < 1e-4
+    first, last = (float(number) for number in re.findall(r"(\S+) at the", text))
+    assert last < first and (tmp_path / "out" / "README.md").is_file()
+
+
+def test_vision_learns_another_kind_of_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example("vision.py", [str(tmp_path), "--pretraining", "20", "--steps", "20", "--rank", "4"], monkeypatch)
+    text = capsys.readouterr().out
+    before, after = (float(number) for number in re.findall(r"([\d.]+) (?:before|after)", text))
+    assert after > before + 0.1 and max(printed_errors(text)) < 1e-4
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "lora", "merged"}

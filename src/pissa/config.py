@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -172,6 +172,9 @@ class PissaConfig:
     """Algorithm of the truncated SVD, see `pissa.truncated_svd`."""
     modules_to_save: tuple[str, ...] | list[str] = ()
     """Modules trained in full beside the adapters and saved with them, as in PEFT."""
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    """Tokens whose embeddings are trained in full and saved with the adapters, as in PEFT: ids, or the name of an
+    embedding module -> ids."""
     quantization: Quantization | None = None
     """How the residual is quantised; None keeps it in the base's dtype."""
     placement: Placement = "residual"
@@ -179,6 +182,12 @@ class PissaConfig:
     `W + s(B·A − B0·A0)`: one LoRA of rank 2r whose second half is frozen."""
     seed: int = 0
     """Seed of every random draw (sketches, LoRA's `lora_A`); the global generators are never touched."""
+
+    @property
+    def title(self) -> str:
+        """The method's name for people, with what it is combined with."""
+        name = self.quantization.method if self.quantization is not None else self.method
+        return name + ("+dora" if self.use_dora else "") + ("+adalora" if self.use_adalora else "")
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -295,6 +304,12 @@ class PissaConfig:
     def _check_names(self) -> None:
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; give a list of names")
+        tokens = self.trainable_token_indices
+        for where, ids in (tokens if isinstance(tokens, Mapping) else {"trainable_token_indices": tokens}).items():
+            if isinstance(ids, str) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+                raise ConfigError(
+                    f"the token ids of {where} are {ids!r}; give whole numbers, as the tokenizer has them"
+                )
         expressions = {
             "target_modules": self.target_modules,
             "exclude_modules": self.exclude_modules,

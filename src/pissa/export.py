@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint.card import lora_card, merged_card, write_card
 from .checkpoint.factors import CONFIG, PREFIX, WEIGHTS
 from .checkpoint.gguf_lora import check_gguf_target, write_gguf_lora
 from .checkpoint.hub import first_line
@@ -33,12 +34,14 @@ from .checkpoint.residual import unshared
 from .checkpoint.write import check_free, output_directory, write_json
 from .decompose.dora import rescaled
 from .errors import CheckpointError, ConfigError, PissaError
-from .live.adalora import lora_config
+from .live.adalora import layer_scale, lora_config
 from .live.conversion import NESTING, nesting
 from .live.layers import TRANSPOSED, Place, combine_each, place_of
+from .live.offset import put_back_second_halves
 from .live.quantized import quantized_layers
 from .live.state import (
     INITIAL,
+    MAGNITUDE,
     AdapterFactors,
     Layout,
     active_adapter_name,
@@ -60,6 +63,8 @@ from .live.state import (
 from .live.targets import pattern_keys
 from .split import STORAGE_DTYPES, combine
 
+TOKENS = ".token_adapter."
+"""What PEFT puts into the names of an embedding some of whose rows are trained."""
 FSDP_WRAPPER = "_fsdp_wrapped_module."
 Format = Literal["peft", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -78,6 +83,12 @@ class LoraExport(dict[str, Tensor]):
     """Module name -> `‖ΔW − exported ΔW‖ / ‖ΔW‖` (Frobenius); all 0 for a lossless export."""
     sample: str | None
     """A few values of the base's weights, by which `load` tells another base of the same shapes."""
+    method: str | None
+    """Name of the method by which it was trained, where that is known."""
+    rank: int
+    """Rank of the adapter as it was trained."""
+    residual: str | None
+    """The directory of the residual, not quantised, that the model was trained on, where it was saved."""
     gaps: dict[str, float]
     """Module name -> `‖W − Q − s·B0·A0‖ / ‖W‖`, where the residual Q is quantised: the model was trained as
     `Q + s·B·A`, and on the base W this export is off from that by just this. Empty where it is not quantised."""
@@ -151,14 +162,21 @@ def export_lora(
     return export
 
 
-def export_state(model: PeftModel, *, state: Mapping[str, Tensor] | None = None) -> LoraExport:
+def export_state(
+    model: PeftModel, *, state: Mapping[str, Tensor] | None = None, adapter: str | None = None
+) -> LoraExport:
     """What continues a run: the lossless export, for AdaLoRA as one of rank 2r with its values apart.
 
     Args:
         model: an adapted model.
         state: see `export_lora`.
+        adapter: the adapter's name; None for the active one.
     """
-    return _lossless(_from_live(model, state))
+    adapter = adapter or active_adapter_name(model)
+    export = _lossless(_from_live(model, state, adapter))
+    config: Any = model.peft_config[adapter]
+    export.config.lora_dropout = config.lora_dropout  # for whoever trains on; in evaluation it does nothing
+    return export
 
 
 def without_values(saved: SavedAdapter) -> SavedAdapter:
@@ -189,18 +207,26 @@ def _base_config(model_or_dir: Any, base: Any) -> Any:
         ) from error
 
 
-def write_lora(export: LoraExport, directory: Path) -> None:
-    """Write an export's files (weights, configuration, manifest) into a directory that exists."""
+def write_lora(export: LoraExport, directory: Path, *, final: Path | None = None) -> None:
+    """Write an export's files (weights, configuration, manifest, card) into a directory that exists.
+
+    Args:
+        final: the name that the directory will have in the end, from which the residual is found where there is one.
+    """
     save_file({key: tensor.contiguous() for key, tensor in export.items()}, directory / WEIGHTS, {"format": "pt"})
     manifest = {
         "layout": export.layout,
         "base": export.base,
         "base_sample": export.sample,
+        "method": export.method,
         "largest_error": max(export.errors.values(), default=0.0),
         **gap_figures(export.gaps),
         "versions": package_versions(),
     }
+    if export.residual is not None and final is not None:
+        manifest["residual"] = os.path.relpath(export.residual, final.absolute())
     write_json(directory / MANIFEST, manifest)
+    write_card(directory, lora_card(export.config, export.base, export.method, export.rank, export.errors, export.gaps))
     config = deepcopy(export.config)
     config.inference_mode = True
     config.save_pretrained(str(directory))
@@ -249,6 +275,9 @@ def export_merged(
         if hasattr(merged_config, "quantization_config"):
             del merged_config.quantization_config
         _save_plain(plain, merged_config, state, partial)
+        record: Any = getattr(model, "pissa", None)
+        if record is not None:
+            write_card(partial, merged_card(record.base, record.method))
 
 
 def optimal_low_rank(factors: AdapterFactors) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,19 +371,27 @@ def _as_export(
     config.lora_dropout = 0.0
     export.gaps = {name: gap for name, gap in saved.gaps.items() if name in parts}
     export.config, export.base, export.layout, export.sample = config, saved.base, layout, saved.sample
+    export.method, export.rank, export.residual = saved.method, _highest_rank(saved.config), None
     export.errors = {name: part.error for name, part in parts.items()}
     return export
 
 
-def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> SavedAdapter:
-    adapter = _exportable(model)
+def _highest_rank(config: LoraConfig) -> int:
+    own = config.init_r if isinstance(config, AdaLoraConfig) else config.r
+    return max([own, *(config.rank_pattern or {}).values()])
+
+
+def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None, adapter: str | None = None) -> SavedAdapter:
+    adapter = _exportable(model, adapter)
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    factors, layouts = adapter_factors(model, adapter, split=whole is None), adapter_layouts(model)
-    if whole is not None:
-        factors = {name.replace(FSDP_WRAPPER, ""): f for name, f in factors.items()}
+    layouts = adapter_layouts(model)
+    if whole is None:
+        put_back_second_halves(model)
+        factors = adapter_factors(model, adapter)
+    else:
         layouts = {name.replace(FSDP_WRAPPER, ""): _unwrapped(layout) for name, layout in layouts.items()}
-        factors = {name: _whole_factors(layouts[name], f, adapter, whole) for name, f in factors.items()}
+        factors = _whole_factors(model, layouts, adapter, whole)
         if is_marked_offset(config):
             factors = {name: halves(f) for name, f in factors.items()}
     given = dict(whole) if whole is not None else None
@@ -365,32 +402,63 @@ def _from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None) -> S
     record: Any = getattr(model, "pissa", None)
     base = record.base if record is not None and record.residual else config.base_model_name_or_path
     gaps = {n: c.rounding for n, c in record.certificates.items()} if record is not None and record.quantized else {}
-    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps, sample=marks(config).get("base"))
+    method = record.method if record is not None else None
+    sample = marks(config).get("base")
+    return SavedAdapter(factors, layouts, config, base, others, gaps=gaps, sample=sample, method=method)
 
 
 def _unwrapped(layout: Layout) -> Layout:
     return replace(layout, path=layout.path.replace(FSDP_WRAPPER, ""))
 
 
-def _whole_factors(layout: Layout, shards: AdapterFactors, adapter: str, state: Mapping[str, Tensor]) -> AdapterFactors:
-    def whole(of: str) -> tuple[Tensor, Tensor]:
-        A, B = (state[f"{PREFIX}{key}"].detach().cpu().float() for key in layout.keys(of))
-        return layout.kind.unpack(A, B, shards.A.shape[-2])
+def _whole_factors(
+    model: PeftModel, layouts: Mapping[str, Layout], adapter: str, state: Mapping[str, Tensor]
+) -> dict[str, AdapterFactors]:
+    """The factors out of a gathered state dict; of the model, whose parameters are shards, no tensor is looked at.
 
-    initial = whole(INITIAL) if shards.A0 is not None else (None, None)
-    magnitude = None
-    if shards.magnitude is not None:
-        magnitude = state[f"{PREFIX}{layout.magnitude_key}.{adapter}.weight"].detach().cpu().float()
-    return AdapterFactors(*whole(adapter), shards.scale, *initial, magnitude)
+    Raises:
+        PissaError: the state dict lacks some of them.
+    """
+    missing: list[str] = []
+
+    def tensor(key: str) -> Tensor:
+        found = state.get(f"{PREFIX}{key}")
+        missing.extend([key] if found is None else [])
+        return torch.zeros(0, 0) if found is None else found.detach().cpu().float()
+
+    def pair(layout: Layout, of: str, rank: int) -> tuple[Tensor, Tensor]:
+        A, B = (tensor(key) for key in layout.keys(of))
+        return (A, B) if missing else layout.kind.unpack(A, B, rank)
+
+    factors = {}
+    for wrapped, layer in adapter_layers(model).items():
+        name = wrapped.replace(FSDP_WRAPPER, "")
+        layout, runtime = layouts[name], cast("Any", layer)
+        if adapter not in runtime.r:
+            continue
+        initial = (None, None)
+        if has_initial_adapter(model) and not is_offset(model, adapter):
+            initial = pair(layout, INITIAL, runtime.r[INITIAL])
+        magnitude = None
+        if adapter in getattr(layer, MAGNITUDE):
+            magnitude = tensor(f"{layout.magnitude_key}.{adapter}.weight")
+        scale = layer_scale(layer, adapter)
+        factors[name] = AdapterFactors(*pair(layout, adapter, runtime.r[adapter]), scale, *initial, magnitude)
+    if missing:
+        raise PissaError(
+            f"the state dict lacks {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}: gather the "
+            'whole model, frozen parameters included (with ZeRO-3 Trainer leaves them out: use placement "offset")'
+        )
+    return factors
 
 
-def _exportable(model: PeftModel) -> str:
-    """The name of the adapter that an export takes.
+def _exportable(model: PeftModel, adapter: str | None = None) -> str:
+    """The name of the adapter that an export takes, the active one by default.
 
     Raises:
         PissaError: it is no plain LoRA, or merged into the weights.
     """
-    adapter = active_adapter_name(model)
+    adapter = adapter or active_adapter_name(model)
     reason = not_plain_lora(model.peft_config[adapter], initial_known=has_initial_adapter(model))
     if reason:
         raise PissaError(f"adapter {adapter!r} {reason}")
@@ -414,6 +482,13 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
             if f".modules_to_save.{adapter}." not in key:
                 continue
             key = key.replace(f".modules_to_save.{adapter}.", ".")
+        if TOKENS in key:
+            key, _, own = key.partition(TOKENS)
+            if not own.startswith("base_layer."):
+                continue
+            wrapper: Any = plain.get_submodule(key)
+            key = f"{key}.{own.removeprefix('base_layer.')}"
+            tensor = wrapper.token_adapter.get_merged_weights([adapter]).detach() if own.endswith("weight") else tensor
         key = without_wrappers(key)
         name, _, kind = key.rpartition(".")
         owner = key.partition(".weight.")[0] if ".weight." in key else name

@@ -24,6 +24,7 @@ from pissa.checkpoint.read import check_model_directory, load_base, load_tokeniz
 from pissa.config import METHODS, Method
 from pissa.errors import CheckpointError
 from pissa.live.state import INITIAL, TRAINABLE, adapter_factors
+from pissa.saving import save_pretrained
 from tiny import (
     largest_difference,
     logits_of,
@@ -74,34 +75,22 @@ def trained(base: Path, **settings: Any) -> PeftModel:
     return model
 
 
-def residual_of(model: PeftModel) -> Any:
-    """The residual as a plain model."""
-    return copy.deepcopy(model).unload()  # pyright: ignore[reportCallIssue]
+def saved_by_peft(model: PeftModel, directory: Path) -> None:
+    """As PEFT alone would save it, and pissa once did: the rank-r adapter, and `pissa_init/` beside it."""
+    PeftModel.save_pretrained(model, str(directory))
 
 
 # Saved and loaded
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_save_pretrained_writes_the_adapter_and_its_start_and_nothing_else(
-    base: Path, tmp_path: Path, method: Method
-) -> None:
-    trained(base, method=method).save_pretrained(str(tmp_path))
-    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    initial = {f"{INITIAL}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
-    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert written - {f"{INITIAL}/README.md"} == (adapter | initial if not method.startswith("lora-") else adapter)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["init_lora_weights"] is True and config["r"] == 4 and config["base_model_name_or_path"] == str(base)
-
-
+@pytest.mark.parametrize("save", [save_pretrained, saved_by_peft], ids=["ours", "peft"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_model_is_loaded_bit_for_bit(
-    base: Path, tmp_path: Path, method: Method, settings: dict[str, Any], request: pytest.FixtureRequest
+    base: Path, tmp_path: Path, method: Method, settings: dict[str, Any], save: Any, request: pytest.FixtureRequest
 ) -> None:
     model = trained(base, method=method, **settings)
-    model.save_pretrained(str(tmp_path))
+    save(model, tmp_path)
     request.getfixturevalue("no_decomposition")
     loaded = load(tmp_path)
     assert same_tensors(snapshot(loaded), snapshot(model))
@@ -137,20 +126,6 @@ def test_a_16_bit_residual_is_computed_again_to_the_same_bits(tmp_path: Path, dt
     assert same_tensors(snapshot(load(tmp_path / "adapter")), snapshot(model))
 
 
-def test_peft_alone_loads_a_saved_adapter_on_the_residual(
-    base: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    model = trained(base)
-    residual_of(model).save_pretrained(tmp_path / "residual")
-    model.save_pretrained(str(tmp_path / "adapter"))
-    request.getfixturevalue("no_decomposition")
-    loaded = PeftModel.from_pretrained(from_disk(tmp_path / "residual"), str(tmp_path / "adapter"))
-    assert torch.equal(logits_of(loaded), logits_of(model))
-    loaded.load_adapter(str(tmp_path / "adapter" / INITIAL), INITIAL)
-    with reference(loaded):
-        assert largest_difference(logits_of(loaded), logits_of(from_disk(base))) < 1e-5
-
-
 def test_peft_s_fast_pissa_is_decomposed_again_on_loading_and_ours_is_not(base: Path, tmp_path: Path) -> None:
     fast: Any = "pissa_niter_1"
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=fast)
@@ -175,17 +150,17 @@ def test_a_tied_base_with_an_adapted_head_is_saved_and_loaded(tmp_path: Path, me
     embedding = loaded.get_base_model().model.embed_tokens.weight
     assert torch.equal(embedding, from_disk(tmp_path / "base").model.embed_tokens.weight)
 
-    residual_of(model).save_pretrained(tmp_path / "residual")
-    by_peft = PeftModel.from_pretrained(from_disk(tmp_path / "residual"), str(tmp_path / "adapter"))
-    assert torch.equal(logits_of(by_peft), logits_of(model))
+    by_peft = PeftModel.from_pretrained(from_disk(tmp_path / "base"), str(tmp_path / "adapter"))
+    assert largest_difference(logits_of(by_peft), logits_of(model)) < 1e-5
 
 
 def test_a_base_at_hand_is_used_instead_of_the_recorded_one(base: Path, tmp_path: Path) -> None:
     model = trained(base)
     model.save_pretrained(str(tmp_path / "adapter"))
     shutil.copytree(base, tmp_path / "moved")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(config.read_text().replace(str(base), str(tmp_path / "gone")))
+    for name in ("adapter_config.json", "pissa.json"):
+        file = tmp_path / "adapter" / name
+        file.write_text(file.read_text().replace(str(base), str(tmp_path / "gone")))
     with pytest.raises(CheckpointError, match="gone does not exist"):
         load(tmp_path / "adapter")
     for given in (tmp_path / "moved", str(tmp_path / "moved"), tiny_llama()):
@@ -249,10 +224,10 @@ def test_a_plain_trainer_checkpoint_is_loaded_and_continued(
 
 @pytest.fixture(scope="module")
 def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain save in `plain/` and a lossless export in `export/`."""
+    """What PEFT alone saves in `plain/` and a lossless export in `export/`."""
     directory = tmp_path_factory.mktemp("saved")
     model = trained(base)
-    model.save_pretrained(str(directory / "plain"))
+    saved_by_peft(model, directory / "plain")
     export_lora(model, directory / "export")
     return directory
 
@@ -335,7 +310,7 @@ def test_a_start_of_another_run_is_refused(saved: Path, base: Path, tmp_path: Pa
     shutil.copytree(saved / "plain", tmp_path / "adapter")
     others: list[dict[str, Any]] = [{"target_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 2}}]
     for settings in others:
-        adapt(from_disk(base), PissaConfig(4, **settings)).save_pretrained(str(tmp_path / "other"))
+        saved_by_peft(adapt(from_disk(base), PissaConfig(4, **settings)), tmp_path / "other")
         shutil.rmtree(tmp_path / "adapter" / INITIAL)
         shutil.move(tmp_path / "other" / INITIAL, tmp_path / "adapter" / INITIAL)
         with pytest.raises(CheckpointError, match="not of one run"):

@@ -121,7 +121,8 @@ def test_the_checkpoint_is_a_true_quantised_one(seen: dict[str, tuple[PeftModel,
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
     names = {file.name for file in path.iterdir()} - {"seen.safetensors"}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "pissa.json", "pissa_init"}
+    written = {"config.json", "generation_config.json", "model.safetensors", "pissa.json", "pissa_init", "README.md"}
+    assert names == written
     assert {file.name for file in (path / INITIAL).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -167,7 +168,7 @@ def _start(model: PeftModel) -> PeftModel:
 def test_a_quantised_adapter_without_its_residual_is_refused(tmp_path: Path) -> None:
     tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
     model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PissaConfig(4, quantization=FORMATS["int8"]))
-    model.save_pretrained(str(tmp_path / "adapter"))
+    PeftModel.save_pretrained(model, str(tmp_path / "adapter"))
     for base in (None, tmp_path / "base", AutoModelForCausalLM.from_pretrained(tmp_path / "base")):
         with pytest.raises(CheckpointError, match="save_residual"):
             pissa.load(tmp_path / "adapter", base)

@@ -42,6 +42,7 @@ def test_an_export_has_the_layout_that_vllm_reads(tmp_path: Path, settings: dict
     ("settings", "said"),
     [
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"trainable_token_indices": [3, 7]}, "trainable_token_indices"),
         ({"alpha_pattern": {"q_proj": 9.0}}, r"q_proj.*--rank 8"),
         ({"rank_pattern": {"q_proj": 2}, "alpha": 4.0}, "q_proj"),
         ({"use_rslora": True, "alpha": 3.0, "rank_pattern": {"q_proj": 2}}, "q_proj"),
@@ -53,9 +54,17 @@ def test_what_vllm_would_refuse_or_scale_wrongly_is_named(settings: dict[str, An
     export = exported(**settings)
     found = vllm_refusals(export, export.config)
     assert len(found) == 1 and re.search(said, found[0])
-    if "modules_to_save" not in settings:
+    if not {"modules_to_save", "trainable_token_indices"} & settings.keys():
         mended = exported(rank=8, **settings)
         assert vllm_refusals(mended, mended.config) == []
+
+
+def test_the_input_embedding_is_taken_and_others_are_not() -> None:
+    export = exported(target_modules=["embed_tokens", "q_proj"])
+    assert any("lora_embedding_A" in key for key in export) and vllm_refusals(export, export.config) == []
+    other = {key.replace("embed_tokens", "positions"): tensor for key, tensor in export.items()}
+    (line,) = vllm_refusals(other, export.config)
+    assert "positions.lora_embedding_A" in line and "--merged" in line
 
 
 def test_dora_and_ranks_beyond_the_largest_are_named() -> None:

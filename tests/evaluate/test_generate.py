@@ -143,9 +143,7 @@ def test_chat_prompts_get_no_second_bos(model: Any, monkeypatch: pytest.MonkeyPa
         given.extend(prompts)
         return [([], True)] * len(prompts)
 
-    monkeypatch.setattr(
-        module, "_continue", lambda _, prompts, *__: given.extend(prompts) or [([], True)] * len(prompts)
-    )
+    monkeypatch.setattr(module, "_continue", record)
     tokenizer = tiny_tokenizer(add_bos=True)
     generate(model, tokenizer, ["<bos>a"], max_new_tokens=1, batch_size=1, add_bos=False)
     generate(model, tokenizer, ["a"], max_new_tokens=1, batch_size=1)

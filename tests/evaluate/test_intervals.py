@@ -17,6 +17,13 @@ def test_wilson_interval_has_its_published_values(successes: int, count: int, lo
     assert wilson(successes, count) == pytest.approx((low, high), abs=2e-4)
 
 
+@pytest.mark.parametrize(("successes", "count"), [(0, 10), (5, 10), (10, 10), (37.5, 150.2)])
+def test_wilson_is_the_inverted_score_test(successes: float, count: float) -> None:
+    for bound in wilson(successes, count):
+        share = successes / count
+        assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / count, abs=1e-12)
+
+
 def test_bootstrap_of_a_mean_is_near_the_normal_interval() -> None:
     rows = list(np.random.default_rng(0).normal(3.0, 2.0, 400))
     found = bootstrap(rows, statistics.fmean)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pissa.errors import ConfigError, DataError, OutputError
+from pissa.errors import ConfigError, DataError, MissingExtraError, OutputError
+from pissa.evaluate.task import Evaluation, accuracy
 from pissa.lab.comparison import run as comparison
 from pissa.lab.comparison.plan import Plan
 from pissa.lab.comparison.run import compare, rebuild
-from pissa.lab.comparison.trial import KEPT
+from pissa.lab.comparison.trial import KEPT, TRIAL
 from pissa.train.recipe import Recipe
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -38,11 +40,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Sixty rows."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
+    return write(tmp_path_factory.mktemp("data") / "rows.jsonl", 60)
+
+
+def write(path: Path, count: int) -> str:
+    """So many rows as a file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
     return str(path)
 
 
@@ -63,6 +69,24 @@ def plan(**settings: Any) -> Plan:
     return Plan(**{**usual, **settings})
 
 
+@pytest.fixture(scope="module")
+def whole(model: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of pissa and full, one run each; nobody writes into it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    made(model, data, out, plan(methods=("pissa", "full")), quiet=True)
+    return out
+
+
+def made(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """A comparison's results, without its report."""
+    return compare(*arguments, report=False, **options)
+
+
+def made_again(out: Path) -> dict[str, Any]:
+    """Results from the directories, without the report."""
+    return rebuild(out, report=False)
+
+
 def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
     model: str, data: str, tmp_path: Path
 ) -> None:
@@ -70,10 +94,10 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
     text.write_text("How many are left now? " * 20)
     out = tmp_path / "out"
     chosen = plan(
-        rates=None, search_runs=3, rungs=1, steps=4, null=True, accuracy_problems=2, new_tokens=2, curve_points=2,
-        forgetting=str(text),
+        methods=("pissa",), rates=None, search_runs=3, rungs=1, steps=4, null=True, accuracy_problems=2, new_tokens=2,
+        curve_points=2, forgetting=str(text),
     )  # fmt: skip
-    results = compare(model, data, out, chosen, command="pissa compare", quiet=True)
+    results = made(model, data, out, chosen, command="pissa compare", quiet=True)
     assert {path.name for path in out.iterdir()} == {
         "compare.json", "base.json", "search", "runs", "null", "results.json",
     }  # fmt: skip
@@ -98,79 +122,195 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
         assert len(run["test_correct"]) == 2
         assert run["perplexity_before"] == results["base"]["perplexity"] != run["perplexity_after"]
         assert run["seconds"] > 0
-    assert results["null"]["method"] == "lora"
+    assert results["null"]["method"] == "pissa"
     assert [run["seed"] for run in results["null"]["runs"]] == [500]
-    # the same base and the same batches: the function is preserved at step 0
-    lora, pissa = (results["methods"][name]["runs"][0] for name in ("lora", "pissa"))
-    assert lora["losses"][0] == pytest.approx(pissa["losses"][0], abs=1e-5)
     trial = out / "runs" / "pissa" / "seed-0"
     assert {str(path.relative_to(trial)) for path in trial.rglob("*") if path.is_file()} == set(KEPT)
 
     (out / "results.json").unlink()
-    assert rebuild(out) == results
+    assert made_again(out) == results
 
 
 def test_what_is_done_is_not_done_again_and_a_stopped_comparison_ends_the_same(
-    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = compare(model, data, tmp_path / "whole", plan(), quiet=True)
     out = tmp_path / "stopped"
-    once = comparison.run_trial
+    once, chosen = comparison.run_trial, plan(methods=("pissa", "full"))
     monkeypatch.setattr(comparison, "run_trial", _stops_after(1, once))
     with pytest.raises(KeyboardInterrupt, match="all finished runs are saved"):
-        compare(model, data, out, plan(), quiet=True)
-    assert [len(method["runs"]) for method in rebuild(out)["methods"].values()] == [1, 0]
+        made(model, data, out, chosen, quiet=True)
+    assert [len(method["runs"]) for method in made_again(out)["methods"].values()] == [1, 0]
     monkeypatch.setattr(comparison, "run_trial", once)
-    again = compare(model, data, out, plan(), quiet=True)
-    assert _numbers(again) == _numbers(whole)
+    again = made(model, data, out, chosen, quiet=True)
+    assert _numbers(again) == _numbers(read(whole))
+    # the same base and the same batches: the function is preserved at step 0
+    pissa, full = (again["methods"][name]["runs"][0] for name in ("pissa", "full"))
+    assert pissa["losses"][0] == pytest.approx(full["losses"][0], abs=1e-5)
     monkeypatch.setattr(comparison, "run_trial", _stops_after(0, once))
-    assert compare(model, data, out, plan(), quiet=True) == again
+    assert made(model, data, out, chosen, quiet=True) == again
 
 
 def test_a_run_killed_before_it_was_scored_is_scored_from_its_directory(
-    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    methods = ("pissa", "full")
-    whole = compare(model, data, tmp_path / "whole", plan(methods=methods), quiet=True)
-    out = tmp_path / "killed"
+    out, methods = tmp_path / "killed", ("pissa", "full")
     with monkeypatch.context() as patched:
         patched.setattr("pissa.lab.comparison.trial._scores", _killed)
         for _ in methods:
             with pytest.raises(KeyboardInterrupt):
-                compare(model, data, out, plan(methods=methods), quiet=True)
-    again = compare(model, data, out, plan(methods=methods), quiet=True)
+                made(model, data, out, plan(methods=methods), quiet=True)
+    again = made(model, data, out, plan(methods=methods), quiet=True)
     for name in methods:
-        before, after = (found["methods"][name]["runs"][0] for found in (whole, again))
+        before, after = (found["methods"][name]["runs"][0] for found in (read(whole), again))
         assert after["losses"] == before["losses"]
         assert after["test_losses"] == pytest.approx(before["test_losses"], abs=1e-5)
+
+
+def test_more_seeds_and_methods_go_on_with_what_is_there(
+    whole: Path, model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    labels: list[str] = []
+    once = comparison.run_trial
+
+    def counted(trial: Any, *arguments: Any, **options: Any) -> Any:
+        labels.append(trial.label)
+        return once(trial, *arguments, **options)
+
+    monkeypatch.setattr(comparison, "run_trial", counted)
+    results = made(model, data, out, plan(methods=("lora", "full", "pissa")), command="more", quiet=True)
+    assert labels == ["lora lr 0.001, seed 0"]
+    assert list(results["methods"]) == ["lora", "full", "pissa"]
+    first = read(whole)
+    assert {name: results["methods"][name] for name in first["methods"]} == first["methods"]
+    assert results["command"] == "more"
+    (earlier,) = results["earlier"]
+    assert (earlier["methods"], earlier["seeds"], earlier["command"]) == (["pissa", "full"], 1, "")
+    assert earlier["versions"] == first["versions"]
+
+    monkeypatch.setattr(comparison, "run_trial", _stops_after(0, once))
+    more = plan(methods=("lora", "full", "pissa"), seeds=3)
+    with pytest.raises(KeyboardInterrupt):
+        made(model, data, out, more, quiet=True)
+    assert [entry["seeds"] for entry in made_again(out)["earlier"]] == [1, 1]
+    with pytest.raises(OutputError, match="seeds: 3 then, 1 now"):
+        made(model, data, out, plan(methods=("lora", "full", "pissa")), quiet=True)
+    with pytest.raises(OutputError, match=r"methods: \['lora', 'full', 'pissa'\] then, \['lora', 'pissa'\] now"):
+        made(model, data, out, plan(methods=("lora", "pissa"), seeds=3), quiet=True)
+
+
+def test_a_null_arm_stays_that_of_its_method(whole: Path, model: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.copytree(out / "runs" / "pissa" / "seed-0", out / "null" / "seed-500")
+    with pytest.raises(OutputError, match="has a null arm of pissa, and with these methods it would be of lora"):
+        made(model, data, out, plan(methods=("pissa", "full", "lora"), null=True), quiet=True)
+
+
+def test_a_report_is_written_beside_the_results(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    results = rebuild(out)
+    assert "pissa" in (out / "report.md").read_text() and "<svg" in (out / "report.html").read_text()
+    assert results == read(out)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"needs matplotlib and jinja2: .* or do without it \(--no-report\)"):
+        compare("nowhere", "nothing", tmp_path / "new", plan())
+    assert rebuild(out, report=False) == results
+
+
+def test_every_other_kind_of_method_can_be_compared(data: str, tmp_path: Path) -> None:
+    # NF4 needs a multiple of 64 columns
+    tiny_llama(hidden=64).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    methods = ("dora", "adalora", "qpissa")
+    results = made(str(tmp_path / "model"), data, tmp_path / "out", plan(methods=methods, steps=1), quiet=True)
+    for name in methods:
+        (run,) = results["methods"][name]["runs"]
+        assert run["status"] == "done" and len(run["test_losses"]) == 4, name
+        assert (results["methods"][name]["quantization_error"] is not None) == name.startswith("q")
+
+
+def test_a_task_of_pissa_eval_is_solved_in_the_place_of_the_test_problems(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posed: list[list[Any]] = []
+
+    def solved(self: Any, model: Any, tokenizer: Any, problems: Any, options: Any) -> Evaluation:
+        posed.append([problem.response for problem in problems])
+        assert (options.template, options.max_new_tokens) == ("none", 2)
+        return accuracy("exact_match", [{"index": i, "correct": i == 0} for i in range(len(problems))])
+
+    monkeypatch.setattr("pissa.evaluate.solutions.Gsm8k.run", solved)
+    others = write(tmp_path / "problems.jsonl", 5)
+    chosen = plan(
+        methods=("lora",), steps=1, evaluation="gsm8k", evaluation_data=others, accuracy_problems=3, new_tokens=2,
+        curve_points=1, curve_problems=2, curve_accuracy=True,
+    )  # fmt: skip
+    results = made(model, data, tmp_path / "out", chosen, quiet=True)
+    (run,) = results["methods"]["lora"]["runs"]
+    assert run["test_correct"] == results["base"]["test_correct"] == [True, False, False]
+    assert [point["accuracy"] for point in run["during"]] == [0.5]
+    # the base, the curve, the end
+    assert posed == [[f"The answer is: {3 * i}" for i in range(count)] for count in (3, 2, 3)]
+
+
+def test_what_cannot_be_solved_is_refused(model: str, data: str, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"evaluation": "nosuch"}, "no task is called 'nosuch'"),
+        ({"evaluation": "perplexity"}, "judges nothing right or wrong"),
+        ({"evaluation_data": data}, "name it with --eval"),
+        ({"evaluation": "gsm8k", "accuracy_problems": 0}, "nothing is solved"),
+    ):
+        chosen = plan(**{"accuracy_problems": None, **settings})
+        with pytest.raises(ConfigError, match=message):
+            made(model, data, tmp_path / "out", chosen, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_diverges_is_a_result(model: str, data: str, tmp_path: Path) -> None:
     # without clipping, so that the weights overflow at once
     wild = Recipe(**{**RECIPE.as_dict(), "max_grad_norm": 0.0})
-    results = compare(model, data, tmp_path / "out", plan(recipe=wild, rates=(1e30,), methods=("lora",)), quiet=True)
+    results = made(model, data, tmp_path / "out", plan(recipe=wild, rates=(1e30,), methods=("lora",)), quiet=True)
     (run,) = results["methods"]["lora"]["runs"]
     assert run["status"] == "diverged"
     assert run["test_loss"] is None
-    searched = plan(recipe=wild, rates=(1e30, 1e31), methods=("lora",), steps=8)
-    results = compare(model, data, tmp_path / "searched", searched, quiet=True)
+
+
+def test_a_method_whose_search_diverges_everywhere_is_not_compared(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(trial: Any, *_: Any, **options: Any) -> dict[str, Any]:
+        found = {"method": trial.recipe.method, "learning_rate": trial.recipe.learning_rate, "rung": trial.rung}
+        found |= {"status": "diverged", "validation_loss": None}
+        trial.directory.mkdir(parents=True)
+        (trial.directory / TRIAL).write_text(json.dumps(found))
+        return found
+
+    monkeypatch.setattr(comparison, "run_trial", diverged)
+    searched = plan(rates=(1e30, 1e31), methods=("lora",), steps=8)
+    results = made(model, data, tmp_path / "searched", searched, quiet=True)
     assert results["methods"]["lora"]["learning_rate"] is None
     assert results["methods"]["lora"]["runs"] == []
     assert {trial["status"] for trial in results["methods"]["lora"]["trials"]} == {"diverged"}
 
 
-def test_other_settings_and_other_rows_are_refused(model: str, data: str, tmp_path: Path) -> None:
+def test_other_settings_and_other_rows_are_refused(whole: Path, model: str, data: str, tmp_path: Path) -> None:
+    methods = ("pissa", "full")
+    with pytest.raises(OutputError, match="steps: 2 then, 3 now"):
+        made(model, data, whole, plan(methods=methods, steps=3), quiet=True)
     out = tmp_path / "out"
-    compare(model, data, out, plan(methods=("lora",), steps=1), quiet=True)
-    with pytest.raises(OutputError, match="steps: 1 then, 2 now"):
-        compare(model, data, out, plan(methods=("lora",), steps=2), quiet=True)
-    Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows(61)))
+    shutil.copytree(whole, out)
+    other = write(tmp_path / Path(data).name, 61)
+    record = json.loads((out / "compare.json").read_text())
+    (out / "compare.json").write_text(json.dumps({**record, "settings": {**record["settings"], "data": other}}))
     with pytest.raises(OutputError, match=r"are not those that .* was started with"):
-        compare(model, data, out, plan(methods=("lora",), steps=1), quiet=True)
+        made(model, other, out, plan(methods=methods), quiet=True)
     with pytest.raises(OutputError, match="already holds something else"):
-        compare(model, data, tmp_path, plan(), quiet=True)
+        made(model, data, tmp_path, plan(), quiet=True)
     with pytest.raises(OutputError, match=r"compare.json is missing"):
-        rebuild(tmp_path)
+        made_again(tmp_path)
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(model: str, data: str, tmp_path: Path) -> None:
@@ -188,8 +328,13 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(model: st
     short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps(row) + "\n" for row in rows(5)))
     with pytest.raises(DataError, match="a comparison needs at least"):
-        compare(model, str(short), tmp_path / "out", plan(), quiet=True)
+        made(model, str(short), tmp_path / "out", plan(), quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What a finished comparison found."""
+    return json.loads((out / "results.json").read_text())
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def test_a_saved_offset_adapter_is_one_adapter_that_plain_peft_loads_right(tmp_p
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "pissa.json",
     }
     plain = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "saved")).eval()
     assert torch.equal(logits_of(plain), logits_of(model))

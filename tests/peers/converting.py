@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from observed import LINEAR, Seen, by_peft, failure, off, percent, raised
 from peft import PeftModel
+from safetensors import safe_open
 
 import pissa
 from pissa import PissaConfig, adapt, export_lora
@@ -18,6 +19,13 @@ from tiny import logits_of, same_tensors, tiny_llama, train_steps
 
 def converted(scratch: Path, *, slash: bool = False, keep_initial: bool = True, **settings: Any) -> PeftModel:
     """PEFT's way: save the initial adapter by hand, train, convert while saving, load on the base."""
+    return converting(scratch, slash=slash, keep_initial=keep_initial, **settings)[0]
+
+
+def converting(
+    scratch: Path, *, slash: bool = False, keep_initial: bool = True, **settings: Any
+) -> tuple[PeftModel, torch.Tensor]:
+    """The same, and the logits of the model that was converted."""
     theirs = by_peft(tiny_llama(), **settings)
     initial = scratch / "initial"
     if keep_initial:
@@ -25,11 +33,12 @@ def converted(scratch: Path, *, slash: bool = False, keep_initial: bool = True, 
         theirs.save_pretrained(str(initial))
         theirs.peft_config["default"].init_lora_weights = "pissa"  # type: ignore[attr-defined]
     train_steps(theirs, 3)
+    trained = logits_of(theirs.eval())
     place = f"{initial}/" if slash else str(initial)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(str(scratch / "converted"), path_initial_model_for_weight_conversion=place)
-    return PeftModel.from_pretrained(tiny_llama(), str(scratch / "converted")).eval()
+        return PeftModel.from_pretrained(tiny_llama(), str(scratch / "converted")).eval(), trained
 
 
 def exported(scratch: Path, **settings: Any) -> float:
@@ -53,6 +62,26 @@ def by_hand(scratch: Path) -> Seen:
 def in_full(scratch: Path) -> Seen:
     kind = raised(lambda: converted(scratch, modules_to_save=["lm_head"]), KeyError)
     return Seen(kind, percent(exported(scratch, modules_to_save=["lm_head"])))
+
+
+@failure("Converting with `trainable_token_indices`")
+def tokens(scratch: Path) -> Seen:
+    indices = [*range(100, 200)]
+    kind = raised(lambda: converted(scratch, trainable_token_indices=indices), KeyError)
+    return Seen(kind, percent(exported(scratch, trainable_token_indices=indices)))
+
+
+@failure("Converting with DoRA")
+def dora(scratch: Path) -> Seen:
+    loaded, trained = converting(scratch, use_dora=True)
+    error = off(logits_of(loaded), trained)
+    with safe_open(scratch / "converted" / "adapter_model.safetensors", "pt") as file:
+        assert not any("magnitude" in name for name in file.keys())  # noqa: SIM118 -- not a dict
+    assert error > 1e-3
+    return Seen(
+        f"the trained magnitudes are dropped: {percent(error)} the trained model",
+        f"a DoRA adapter of rank 2r with the trained magnitudes: {percent(exported(scratch, use_dora=True))}",
+    )
 
 
 @failure("Converting with rsLoRA and `rank_pattern`")

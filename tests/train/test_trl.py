@@ -100,6 +100,32 @@ def test_sft_trains_and_exports(placement: Any, tmp_path: Path) -> None:
 
 
 @both
+def test_what_a_trainer_saves_is_the_trained_model_on_the_base(placement: Any, tmp_path: Path) -> None:
+    model = adapt(tiny_llama(), PissaConfig(4, placement=placement))
+    trainer = sft(model, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    for place in (tmp_path, tmp_path / "checkpoint-4"):
+        plain = PeftModel.from_pretrained(tiny_llama(), str(place))
+        assert largest_difference(logits_of(plain), logits_of(model.eval())) < NOISE
+        assert {path.name for path in place.iterdir() if path.is_dir()} <= {"checkpoint-2", "checkpoint-4"}
+
+
+@both
+def test_dpo_resumes_with_its_reference(placement: Any, tmp_path: Path) -> None:
+    base, losses = logits_of(tiny_llama()), []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = adapt(tiny_llama(), PissaConfig(4, placement=placement))
+        trainer = dpo(model, tmp_path, save_strategy="steps", save_steps=2)
+        trainer.train(resume_from_checkpoint=resume)
+        losses.append(logged(trainer, "loss"))
+        assert_reference_is_base(model.eval(), base, NOISE if placement == "residual" else 0)
+    assert losses[1] == losses[0] and len(losses[0]) == 4
+    reference_only = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "checkpoint-4" / "ref"))
+    assert largest_difference(logits_of(reference_only), base) < NOISE
+
+
+@both
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.2, "allow_dropout": True}, {"modules_to_save": ["norm"]}])
 def test_dpo_starts_at_ln_2_with_margin_0_and_its_reference_stays_the_base(
     placement: Any, settings: dict[str, Any], tmp_path: Path

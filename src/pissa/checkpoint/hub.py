@@ -32,6 +32,20 @@ def local_directory(model: str | os.PathLike[str]) -> Path:
     return snapshot
 
 
+def adapter_directory(adapter: str | os.PathLike[str]) -> Path:
+    """An adapter's directory; of a hub id, that in the hub's cache, with the residual where one lies beside it.
+
+    Raises:
+        CheckpointError: there is no such directory or repository.
+    """
+    path = Path(adapter)
+    if path.is_dir():
+        return path
+    if path.exists() or looks_like_path(adapter):
+        raise CheckpointError(f"{adapter} is not a directory; give a run, a PEFT adapter directory, or a hub id")
+    return _download(os.fspath(adapter), "*.safetensors")
+
+
 def looks_like_path(source: str | os.PathLike[str]) -> bool:
     """Whether a source can only be a path: hub ids are `name` or `org/name`."""
     text = os.fspath(source)

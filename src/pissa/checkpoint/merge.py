@@ -23,6 +23,7 @@ from ..decompose.dora import rescaled
 from ..errors import CheckpointError
 from ..live.layers import Place, combine_each, place_named
 from ..live.state import AdapterFactors, is_marked_offset
+from .card import merged_card, write_card
 from .dequantized import Dequantized
 from .factors import PREFIX
 from .files import open_plain
@@ -76,6 +77,9 @@ class _Merge:
         self.names: Names = checkpoint_names(self.model, self.source)
         self.dtype = loading_dtype(self.source)
         self.saved, self.residual = saved, residual
+        self.is_possible = not saved.config.trainable_token_indices  # rows of a weight
+        if not self.is_possible:
+            return
         self.factors = {name: factors.folded() for name, factors in fitted(path, saved, self.model).items()}
         self.keys = {self._place(name).key(name): name for name in self.factors}
         self.trained_in_full = self._others(path)
@@ -155,7 +159,8 @@ class _Merge:
         return found
 
     def _write_small(self, directory: Path, *, untied: bool) -> None:
-        """Configuration, and what lies with the base: its tokenizer, generation settings, licence."""
+        """Configuration, card, and what lies with the base: its tokenizer, generation settings, licence."""
+        write_card(directory, merged_card(self.saved.base, self.saved.method))
         settings: Any = deepcopy(self.model.config)
         settings.dtype, settings.architectures = self.dtype, [type(self.model).__name__]
         if untied:

@@ -6,7 +6,7 @@ An adapter directory comes in four layouts, and each says by itself which one it
                a run's checkpoint of AdaLoRA with [E ; E0]; `pissa.json` says so, or, in placement "offset", the
                adapter's configuration
     on disk    the rank-r adapter for a residual that `save_residual` wrote; its configuration and `pissa.json` name it
-    residual   a plain `save_pretrained` of an adapted model: the rank-r adapter, and `pissa_init/` beside it
+    residual   the rank-r adapter, and `pissa_init/` beside it, as PEFT would save them
     LoRA       any other PEFT LoRA
 
 From the first and third the residual is `W − s·B0·A0`, computed by the function that split it: same bits, never an SVD.
@@ -45,7 +45,7 @@ from ..live.state import (
     not_plain_lora,
 )
 from .factors import CONFIG, read_factors
-from .hub import first_line, looks_like_path
+from .hub import adapter_directory, first_line, looks_like_path
 from .manifest import read_manifest
 from .residual import SavedResidual, find_residual, residual_at
 from .source import check_source
@@ -73,6 +73,8 @@ class SavedAdapter:
     """Module name -> relative distance of the base from residual + initial adapter, where the residual is quantised."""
     sample: str | None = None
     """A few values of the base's weights, see `live.identity`."""
+    method: str | None = None
+    """Name of the method by which it was trained, where it is recorded."""
 
 
 def load(
@@ -84,7 +86,7 @@ def load(
     """An adapted model as it was saved, at any step; nothing is decomposed.
 
     Args:
-        path: a run's directory, a checkpoint inside it, an export, or what `model.save_pretrained` wrote.
+        path: a run's directory, a checkpoint inside it, an export, or what `model.save_pretrained` wrote; a hub id.
         base: the base model (it is changed, as by `adapt`), its directory or hub id; None for the one recorded.
         is_trainable: whether adapter "default" is to be trained further.
 
@@ -121,8 +123,9 @@ def load(
         magnitudes=magnitudes or None,
         ready=residual is not None,
     )
+    record: Any = adapted.pissa
+    record.method = saved.method
     if residual is not None:
-        record: Any = adapted.pissa
         record.base, record.residual, record.quantized = residual.base, str(residual.path), in_few_bits
         record.certificates = residual.certificates
     if saved.others:
@@ -173,25 +176,32 @@ def base_place(
     return base, residual
 
 
-def load_base(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
-    """A causal language model through transformers, with the checkpoint's completeness checked first.
+def load_base(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    kind: str = "AutoModelForCausalLM",
+    **options: Any,
+) -> Any:
+    """A model through transformers, by default a causal language model; the checkpoint's completeness is checked first.
 
     Args:
         source: a directory or a hub id.
         dtype: of the weights; "auto" for the checkpoint's own.
-        options: passed to `AutoModelForCausalLM.from_pretrained`.
+        kind: name of the class of transformers that loads it.
+        options: passed to its `from_pretrained`.
 
     Raises:
         CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it; tensors are
             missing or of another shape than config.json says (transformers would draw random ones).
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     check_model_directory(source)
     # by default a mismatch is an error that names no tensor
     reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**options, **reporting})
+        loaded: Any = getattr(transformers, kind).from_pretrained(source, dtype=dtype, **{**options, **reporting})
     except ImportError as error:
         if "bitsandbytes" not in str(error):
             raise
@@ -255,12 +265,12 @@ def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any])
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
-    """Read an adapter directory of any layout, without its base.
+    """Read an adapter directory of any layout, or a hub id's, without its base.
 
     Raises:
         CheckpointError: it is no PEFT LoRA, or incomplete, or of a kind that a plain LoRA cannot express.
     """
-    directory = _adapter_directory(Path(path))
+    directory = _adapter_directory(adapter_directory(path))
     config = _read_config(directory)
     factors, layouts, others = read_factors(directory, config)
     manifest = read_manifest(directory) or {}
@@ -284,7 +294,8 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
         raise CheckpointError(f"the adapter in {directory} {reason}")
     gaps = residual.gaps if residual is not None else {}
     sample = manifest.get("base_sample") or marks(config).get("base")
-    return SavedAdapter(factors, layouts, config, base, others, residual, gaps, sample)
+    method = manifest.get("method") or (residual.method if residual is not None else None)
+    return SavedAdapter(factors, layouts, config, base, others, residual, gaps, sample, method)
 
 
 def _with_initial(
@@ -303,8 +314,6 @@ def _with_initial(
 
 def _adapter_directory(path: Path) -> Path:
     """The directory that holds the adapter as trained: a run's own, or its last state where only that has it all."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; give a run or a PEFT adapter directory")
     manifest = read_manifest(path)
     trained = manifest.get("trained") if manifest else None
     if trained:
@@ -335,15 +344,22 @@ def _read_config(directory: Path) -> LoraConfig:
     return config
 
 
-def fitted(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module) -> dict[str, AdapterFactors]:
+def fitted(
+    path: str | os.PathLike[str], saved: SavedAdapter, model: nn.Module, places: Mapping[str, Place] | None = None
+) -> dict[str, AdapterFactors]:
     """The factors in the shapes that the model's weights ask for.
+
+    Args:
+        path: of the adapter, for messages.
+        saved: the adapter.
+        model: without adapters; with them, where `places` says where its weights lie, by name.
 
     Raises:
         CheckpointError: what is adapted is missing in the model, or of another shape.
     """
     fitted: dict[str, AdapterFactors] = {}
     for name, factors in saved.factors.items():
-        place = place_named(model, name)
+        place = place_named(model, name) if places is None else places.get(name)
         if place is None:
             continue
         if place.kind is CONVOLUTION and is_dilated(place.module):

@@ -28,6 +28,7 @@ from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
 from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, set_marks, without_wrappers
+from .card import residual_adapter_card, residual_card, write_card
 from .factors import WEIGHTS
 from .manifest import MANIFEST, package_versions, read_manifest
 from .seal import described, write_sealed
@@ -51,6 +52,8 @@ class SavedResidual:
     """Module name -> certificate of its split."""
     config: dict[str, Any] | None = None
     """The fields of the PissaConfig by which it was split, as far as they are known."""
+    method: str | None = None
+    """Name of the method, where it is known."""
 
     @property
     def gaps(self) -> dict[str, float]:
@@ -74,6 +77,21 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
         PissaError: the weights are the base's own, the adapters are merged, or it is not a transformers model.
         OutputError: `out` holds something already, or cannot be written.
     """
+    write_residual(model, out, tokenizer=tokenizer)
+    record: Any = model.pissa
+    record.residual = os.path.abspath(out)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = record.residual
+
+
+def write_residual(
+    model: PeftModel, out: str | os.PathLike[str], *, named: str | None = None, tokenizer: Any = None
+) -> None:
+    """`save_residual` without a note of it on the model: for a copy that may not stay.
+
+    Args:
+        named: what the initial adapter's configuration names as its base; None for where it is written.
+    """
     check_free(out)
     record: Any = getattr(model, "pissa", None)
     plain = _check_residual(model, record)
@@ -81,15 +99,14 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
         state = residual_state(plain)
         save_torch_state_dict(state, str(partial), metadata={"format": "pt"})
         _save_config(plain, state, partial)
-        final = os.path.abspath(out)
-        if has_initial_adapter(model):
-            write_adapter(model, partial / INITIAL, base=final, adapter=INITIAL)
+        initial = INITIAL if has_initial_adapter(model) else None
+        if initial is not None:
+            write_adapter(model, partial / initial, base=named or os.path.abspath(out), adapter=initial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        rank = record.config.rank if record.config is not None else None
+        write_card(partial, residual_card(record.base, record.method, rank, record.certificates, initial))
         write_sealed(partial / MANIFEST, {**_manifest(record), "files": described(partial)})
-    record.residual = final
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = final
 
 
 def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str | None = None) -> None:
@@ -113,24 +130,41 @@ def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str 
     config.save_pretrained(str(directory))
 
 
-def write_trained(model: PeftModel, directory: Path, *, final: Path) -> None:
-    """Write an adapter for a saved residual: the rank-r adapter, with a manifest that says what it is for.
+def write_trained(
+    model: PeftModel,
+    directory: Path,
+    *,
+    final: Path,
+    residual: str | None = None,
+    named: str | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Write an adapter for a saved residual: the rank-r adapter, with a manifest that says what it is for, and a card.
 
     Args:
         model: whose residual was saved, or loaded from disk.
         directory: where to write.
         final: the name that the directory will have in the end; the residual is found relative to it.
+        residual: where the residual lies; None for where it was saved, or loaded from.
+        named: what the adapter's configuration names as its base; None for that directory.
+        adapter: the adapter's name; None for the one being trained.
     """
     record: Any = model.pissa
-    assert record.residual is not None
-    write_adapter(model, directory, base=record.residual)
+    place = residual or record.residual
+    assert place is not None
+    write_adapter(model, directory, base=named or place, adapter=adapter)
+    relative = os.path.relpath(place, final.absolute())
     manifest = {
         "layout": ADAPTER,
         "base": record.base,
-        "residual": os.path.relpath(record.residual, final.absolute()),
+        "residual": relative,
+        "method": record.method,
         "versions": package_versions(),
     }
     write_json(directory / MANIFEST, manifest)
+    config: Any = model.peft_config[adapter or active_adapter_name(model)]
+    beside = None if named is not None or relative == RESIDUAL else place
+    write_card(directory, residual_adapter_card(config, record.base, record.method, beside))
 
 
 def residual_at(path: Path) -> SavedResidual | None:
@@ -138,12 +172,14 @@ def residual_at(path: Path) -> SavedResidual | None:
     manifest = read_manifest(path) if path.is_dir() else None
     if manifest is None or manifest.get("layout") != RESIDUAL:
         return None
+    certificates = {name: certificate_of(module) for name, module in manifest.get("modules", {}).items()}
+    return SavedResidual(path, manifest.get("base"), certificates, manifest.get("config"), manifest.get("method"))
+
+
+def certificate_of(module: Mapping[str, Any]) -> Certificate:
+    """A certificate from what a manifest says of a module."""
     known = {field.name for field in fields(Certificate)}
-    certificates = {
-        name: Certificate(**{"seconds": 0.0, **{key: value for key, value in module.items() if key in known}})
-        for name, module in manifest.get("modules", {}).items()
-    }
-    return SavedResidual(path, manifest.get("base"), certificates, manifest.get("config"))
+    return Certificate(**{"seconds": 0.0, **{key: value for key, value in module.items() if key in known}})
 
 
 def find_residual(directory: Path, manifest: dict[str, Any], named: str | None) -> SavedResidual | None:
@@ -241,6 +277,7 @@ def _manifest(record: Any) -> dict[str, Any]:
     return {
         "layout": RESIDUAL,
         "base": record.base,
+        "method": record.method,
         "config": asdict(record.config) if record.config is not None else None,
         "modules": {name: asdict(certificate) for name, certificate in record.certificates.items()},
         "versions": package_versions(),

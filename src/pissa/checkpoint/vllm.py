@@ -1,4 +1,4 @@
-"""What vLLM would say to a LoRA, by its published checks (vllm/lora: peft_helper.py, lora_model.py; config/lora.py).
+"""What vLLM would say to a LoRA, by its published checks (peft_helper.py, lora_model.py, utils.py in vllm/lora).
 
 It reads the adapter's directory as PEFT writes it. One factor alpha / r holds for every module there, whatever
 `rank_pattern` and `alpha_pattern` say: a module with another one would be scaled wrongly without a word.
@@ -18,6 +18,7 @@ MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that `--max-lora-rank` takes; 16 is the default."""
 DEFAULT_MAX_LORA_RANK = 16
 PREFIX = "base_model.model."
+EMBEDDING = (".embed_tokens.lora_embedding_A", ".embed_tokens.lora_embedding_B")
 
 
 def vllm_refusals(tensors: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
@@ -31,6 +32,8 @@ def vllm_refusals(tensors: Mapping[str, Tensor], config: LoraConfig) -> list[str
     if config.modules_to_save:
         names = ", ".join(config.modules_to_save)
         found.append(f"it takes no modules trained in full ({names}): export with --merged")
+    if config.trainable_token_indices:
+        found.append("it takes no rows of an embedding trained in full (trainable_token_indices): export with --merged")
     if config.use_dora:
         found.append("it takes no DoRA: export with --merged")
     if needed_rank(config) is None:
@@ -44,10 +47,10 @@ def vllm_refusals(tensors: Mapping[str, Tensor], config: LoraConfig) -> list[str
             f"{' and others' if len(wrong) > 5 else ''}: export with --rank {_largest(config)}, whose scales are all 1"
         )
     other = sorted(
-        key.removeprefix(PREFIX) for key, tensor in tensors.items() if ".lora_" in key and _not_linear(key, tensor)
+        key.removeprefix(PREFIX) for key, tensor in tensors.items() if ".lora_" in key and not _is_taken(key, tensor)
     )
     if other:
-        found.append(f"it takes linear layers and not {', '.join(other[:5])}: export with --merged")
+        found.append(f"it takes linear layers and embed_tokens, and not {', '.join(other[:5])}: export with --merged")
     return found
 
 
@@ -60,5 +63,6 @@ def _largest(config: LoraConfig) -> int:
     return max([config.r, *(config.rank_pattern or {}).values()])
 
 
-def _not_linear(key: str, tensor: Tensor) -> bool:
-    return tensor.ndim != 2 or not key.endswith((".lora_A.weight", ".lora_B.weight"))
+def _is_taken(key: str, tensor: Tensor) -> bool:
+    """Whether a tensor is of a linear layer, or of the input embedding under the name that vLLM knows it by."""
+    return tensor.ndim == 2 and key.endswith((".lora_A.weight", ".lora_B.weight", *EMBEDDING))

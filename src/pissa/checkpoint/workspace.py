@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import PissaConfig
 from ..errors import OutputError
+from ..live.state import INITIAL
+from .card import CARD, residual_card
 from .identity import check_base_unchanged, differences, modification_times
 from .journal import forget, read_journals
 from .layout import INDEX, FileLayout
 from .manifest import MANIFEST, read_manifest
 from .plan import Plan, Task
-from .residual import RESIDUAL
+from .residual import RESIDUAL, certificate_of
 from .seal import plain_file, tensor_file, write_sealed
 from .source import Source
 from .write import explained, flush, flush_tree, write_json
@@ -136,6 +139,7 @@ class Workspace:
         files = {file.name: tensor_file(file, digests) for file in plan.files}
         small = {file.relative_to(source.path).as_posix(): file.read_bytes() for file in source.others}
         small |= {name: text.encode() for name, text in plan.documents.items()}
+        small[CARD] = self._card(plan, done).encode()
         for name, data in sorted(small.items()):
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             (self.path / name).write_bytes(data)
@@ -156,6 +160,15 @@ class Workspace:
             flush(target.parent)
         shutil.rmtree(self.path)
         flush(self.out)
+
+    def _card(self, plan: Plan, done: dict[str, dict[str, Any]]) -> str:
+        config = _config(plan)
+        found = {task.name: done[task.name]["certificate"] for task in plan.tasks if task.config is not None}
+        certificates = {name: certificate_of(certificate) for name, certificate in sorted(found.items())}
+        initial = None if config.starts_at_zero else INITIAL
+        return residual_card(
+            self.identity["base"], config.title, self.identity["config"]["rank"], certificates, initial
+        )
 
     def _manifest(
         self, plan: Plan, source: Source, done: dict[str, dict[str, Any]], files: dict[str, Any]
@@ -181,6 +194,7 @@ class Workspace:
         return {
             "layout": RESIDUAL,
             "base": self.identity["base"],
+            "method": _config(plan).title,
             "config": self.identity["config"],
             "dtype": str(plan.dtype).removeprefix("torch."),
             "threads_per_matrix": 1,
@@ -223,6 +237,11 @@ class Workspace:
                 f"the disk that holds {self.out} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
                 "make room and run the same command again"
             )
+
+
+def _config(plan: Plan) -> PissaConfig:
+    """The configuration, as the first module that is adapted has it."""
+    return next(task.config for task in plan.tasks if task.config is not None)
 
 
 def _place(task: Task) -> dict[str, Any]:

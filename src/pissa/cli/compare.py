@@ -33,12 +33,19 @@ def command(
     forgetting: Annotated[str | None, typer.Option(help="Text whose perplexity is measured before and after.")] = None,
     validation_rows: Annotated[int, typer.Option(help="At most.")] = 100,
     test_rows: Annotated[int, typer.Option(help="At most.")] = 200,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Task of pissa eval to solve. [test problems, by their answers]")
+    ] = None,
+    evaluation_data: Annotated[
+        str | None, typer.Option("--eval-data", help="File with the task's problems. [the test problems]")
+    ] = None,
     accuracy_problems: Annotated[
-        int | None, typer.Option(help="Test problems solved by generating. [all where answers are marked]")
+        int | None, typer.Option(help="Problems solved by generating. [all where answers are marked]")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Of a generated solution.")] = 256,
     curve_points: Annotated[int, typer.Option(help="Measurements of test loss while a run trains.")] = 4,
     curve_problems: Annotated[int, typer.Option(help="Test problems for each of them.")] = 32,
+    curve_accuracy: Annotated[bool, typer.Option("--curve-accuracy", help="Solve them too, each time.")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings of pissa train; flags win.")] = None,
     rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step. [128]")] = None,
@@ -49,8 +56,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the held-out rows, and the first of the runs.")] = 0,
     keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep all weights and checkpoints.")] = False,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Only write results.json again, from what lies in OUT.")
+        bool, typer.Option("--rebuild", help="Only write results.json and the report again, from what lies in OUT.")
     ] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html and report.md.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
 ) -> None:
     """Compare methods, each at its own learning rate and over several seeds, on held-out rows.
@@ -65,7 +73,7 @@ def command(
     from .main import show
 
     if rebuild:
-        results = rebuild_results(out)
+        results = rebuild_results(out, report=report)
     else:
         if model is None or data is None:
             raise ConfigError("compare needs --model and --data (only --rebuild does without)")
@@ -90,21 +98,24 @@ def command(
             null=null,
             validation_rows=validation_rows,
             test_rows=test_rows,
+            evaluation=evaluation,
+            evaluation_data=evaluation_data,
             accuracy_problems=accuracy_problems,
             new_tokens=new_tokens,
             curve_points=curve_points,
             curve_problems=curve_problems,
+            curve_accuracy=curve_accuracy,
             forgetting=forgetting,
             seed=seed,
             keep_runs=keep_runs,
         )
         called = shlex.join(["pissa", *sys.argv[1:]])
-        results = compare(model, data, out, plan, validation=validation, test=test, command=called)
-    show(results, _text(results, out), as_json=as_json)
+        results = compare(model, data, out, plan, validation=validation, test=test, command=called, report=report)
+    show(results, _text(results, out / ("report.html" if report else "results.json")), as_json=as_json)
 
 
-def _text(results: dict[str, Any], out: Path) -> str:
-    """The mean of each method's runs, for people."""
+def _text(results: dict[str, Any], place: Path) -> str:
+    """The mean of each method's runs, for people, and where there is more."""
     lines = []
     for name, method in results["methods"].items():
         losses = [run["test_loss"] for run in method["runs"] if run["status"] == "done"]
@@ -117,4 +128,4 @@ def _text(results: dict[str, Any], out: Path) -> str:
         lines.append(
             f"{name}: test loss {mean:.4f}{spread} over {len(losses)} runs at lr {method['learning_rate']:g}{edge}"
         )
-    return "\n".join([*lines, f"{out / 'results.json'} has everything"])
+    return "\n".join([*lines, f"{place} has everything"])

@@ -26,6 +26,24 @@ def command(
     template: Annotated[
         str | None, typer.Option(help="Prompt: alpaca, chat or none. [the run's, else the task's own]")
     ] = None,
+    allow_code_execution: Annotated[
+        bool | None,
+        typer.Option("--allow-code-execution", help="Let code that the model wrote run here (humaneval, mbpp)."),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(help="Of mt-bench: an endpoint with OpenAI's chat completions, such as https://HOST/v1."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Of mt-bench: the judge, as the endpoint calls it.")] = None,
+    judge_key_env: Annotated[
+        str | None, typer.Option(help="Of mt-bench: environment variable that holds the endpoint's key.")
+    ] = None,
+    judge_prompts: Annotated[
+        str | None, typer.Option(help="Of mt-bench: FastChat's judge_prompts.jsonl. [pissa's own instructions]")
+    ] = None,
+    references: Annotated[
+        str | None, typer.Option(help="Of mt-bench: reference answers to math, reasoning and coding, as .jsonl.")
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Of perplexity: tokens seen at a time. [512]")] = None,
     base: Annotated[str | None, typer.Option(help="Of an adapter that does not record it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
@@ -35,8 +53,8 @@ def command(
     Nothing is downloaded for a task: --data is a file of yours. With --out, an evaluation that was stopped goes on when
     the same command is given again.
     """
-    names = ("limit", "batch_size", "max_new_tokens", "template", "window")
-    given = {name: value for name, value in locals().items() if name in names and value is not None}
+    rest = ("model", "task", "data", "out", "base", "as_json")
+    given = {name: value for name, value in locals().items() if name not in rest and value is not None}
     from ..evaluate.run import evaluate
     from ..evaluate.summary import results_text
     from ..evaluate.task import Options

@@ -76,7 +76,8 @@ def command(
         str | None, typer.Option(help="Frozen weights: auto (bf16 where the hardware has it), fp32, bf16. [auto]")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate. [2e-5]")
+        str | None,
+        typer.Option("--learning-rate", "--lr", help="Peak learning rate, or auto: estimated on the data. [2e-5]"),
     ] = None,
     loraplus_ratio: Annotated[
         float | None, typer.Option(help="LoRA+: B's learning rate is this many times A's. [1]")

@@ -246,8 +246,10 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
 
 
 @torch.no_grad()
-def _continue(model: Any, prompts: list[list[int]], settings: Any, extra: dict[str, Any]) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without the first end-of-sequence token."""
+def _continue(
+    model: Any, prompts: list[list[int]], settings: Any, extra: dict[str, Any]
+) -> list[tuple[list[int], bool]]:
+    """The new tokens of each prompt, up to and without the first end-of-sequence token, and whether there was one."""
     width = max(len(tokens) for tokens in prompts)
     ids = [[settings.pad_token_id] * (width - len(tokens)) + tokens for tokens in prompts]
     mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..train.data import read_examples
+from ..train.data import file_rows
 from ..train.prompts import Template, check_template, prompt_text
-from ..train.rows import Example, RowError, unusable_rows
+from ..train.rows import Example, Message, RowError, collect, unusable_rows
 from .generate import Continuation, continuations
 from .samples import SampleLog
 from .task import DEFAULTS, Evaluation, Options, Progress, Task, accuracy
@@ -58,6 +59,7 @@ class GenerativeTask(Task):
         progress: Progress | None = None,
     ) -> Evaluation:
         """Generate in batches and judge; see `Task.run`."""
+        self.check(options)
         log = SampleLog() if log is None else log
         template = options.template or self.template
         check_template(template, tokenizer)
@@ -103,7 +105,7 @@ class GenerativeTask(Task):
             except RowError as reason:
                 offenders.append(f"{where(problem) or f'row {number}'} {reason}")
         if offenders:
-            raise unusable_rows("the problems", offenders, len(problems), f"A row of {self.name} is {self.data_format}")
+            raise unusable_rows("the problems", offenders, len(problems), self.remedy)
         return posed
 
     def _sample(self, index: int, problem: Any, posed: Posed, written: Continuation) -> dict[str, Any]:
@@ -117,13 +119,55 @@ def where(problem: Any) -> str:
     return problem["where"] if isinstance(problem, dict) else getattr(problem, "where", "")
 
 
-def example_prompt(problem: Example, tokenizer: Any, template: Template) -> str:
-    """The prompt of a problem that is an example of training data."""
-    return prompt_text(problem, tokenizer, template)
+def instruction_prompt(text: str, tokenizer: Any, template: Template) -> str:
+    """The prompt that asks for a response to one instruction."""
+    return prompt_text(Example((Message("user", text), Message("assistant", ""))), tokenizer, template)
 
 
-def first_examples(data: str | Path, limit: int | None) -> list[Example]:
-    """The first examples of a local file; the rows may have any of the shapes of training data."""
-    if not Path(data).exists():
+def problem_rows(data: str | Path, limit: int | None, keys: Mapping[str, type], remedy: str) -> list[dict[str, Any]]:
+    """The first rows of a local file as they are, each with its place as "where".
+
+    Args:
+        keys: that every row must have -> of what type.
+        remedy: what a row looks like.
+
+    Raises:
+        DataError: no such file, no rows, or rows without these keys.
+    """
+    if not Path(data).is_file():
         raise DataError(f"there is no file {data}; give a local .jsonl, .json (each also as .gz) or .parquet file")
-    return read_examples(Path(data))[:limit]
+    rows: list[dict[str, Any]] = []
+    offenders: list[str] = []
+    for where, row in islice(file_rows(Path(data)), limit):
+        missing = [key for key, kind in keys.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        if isinstance(row, RowError):
+            offenders.append(f"{where} {row}")
+        elif missing:
+            offenders.append(f"{where} has no {', '.join(missing)}")
+        else:
+            rows.append({**row, "where": where})
+    if offenders:
+        total = len(rows) + len(offenders)
+        raise unusable_rows(str(data), offenders, total, remedy)
+    if not rows:
+        raise DataError(f"{data} holds no rows. {remedy}")
+    return rows
+
+
+def first_examples(data: str | Path, limit: int | None, renamed: Mapping[str, str] | None = None) -> list[Example]:
+    """The first examples of a local file; the rows may have any of the shapes of training data.
+
+    Args:
+        renamed: another shape: its keys -> those of one that training data has.
+    """
+    path = Path(data)
+    if not path.is_file():
+        raise DataError(f"there is no file {data}; give a local .jsonl, .json (each also as .gz) or .parquet file")
+    names = renamed or {}
+
+    def known(row: Any) -> Any:
+        if not isinstance(row, dict) or not all(name in row for name in names):
+            return row
+        return {names[name]: row[name] for name in names}
+
+    return collect(((where, known(row)) for where, row in islice(file_rows(path), limit)), str(data))

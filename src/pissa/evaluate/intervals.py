@@ -12,11 +12,14 @@ Z = 1.96
 RESAMPLES = 2000
 
 
-def wilson(successes: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
+def wilson(successes: float, count: float, z: float = Z) -> tuple[float, float]:
+    """The Wilson score interval of a share (JASA 22, 1927): 95 % for the usual z.
+
+    Neither number need be whole: a share whose errors are correlated counts as fewer independent trials.
+    """
     p = successes / count
-    centre, half = p + Z * Z / (2 * count), Z * sqrt(p * (1 - p) / count + Z * Z / (4 * count * count))
-    low, high = (centre - half) / (1 + Z * Z / count), (centre + half) / (1 + Z * Z / count)
+    centre, half = p + z * z / (2 * count), z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    low, high = (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
     return max(low, 0.0), min(high, 1.0)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ..checkpoint.factors import CONFIG
-from ..checkpoint.hub import looks_like_path
+from ..checkpoint.hub import first_line, looks_like_path
 from ..checkpoint.manifest import read_manifest
-from ..checkpoint.read import load, load_base, load_tokenizer
+from ..checkpoint.read import check_model_directory, load, load_base, load_tokenizer, read_adapter
 from ..checkpoint.residual import residual_at
 from ..errors import CheckpointError
 from ..train.prompts import TEMPLATES, Template
 
+CAUSAL, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -33,12 +34,15 @@ class Subject:
     """The prompt template that it was trained with, where that is recorded."""
 
 
-def load_subject(source: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Subject:
-    """A causal language model with its tokenizer.
+def load_subject(
+    source: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, classes: int | None = None
+) -> Subject:
+    """A model with its tokenizer: a causal language model, or where `classes` is given and it is one, a classifier.
 
     Args:
         source: a model's directory or hub id, a run, a checkpoint inside one, an export, or what `pissa init` wrote.
         base: of an adapter, where it records none or the recorded one has moved.
+        classes: outputs that a sequence-classification model should have; None for causal models alone.
 
     Raises:
         CheckpointError: there is no such thing, or it is incomplete, or no tokenizer is found.
@@ -49,11 +53,54 @@ def load_subject(source: str | os.PathLike[str], base: str | os.PathLike[str] | 
         raise CheckpointError(_nothing_in(path))
     if base is not None and not adapter:
         raise CheckpointError(f"{source} is a whole model, so it has no base; leave --base out")
-    model: Any = load(path, base) if adapter else load_base(source)
+    kind = CLASSIFIER if classes is not None and _classifies(path) else CAUSAL
+    if adapter and kind == CLASSIFIER:
+        adapter_base = base or read_adapter(path).base
+        if adapter_base is None:
+            raise CheckpointError(f"{path} does not record its base; give --base")
+        base = adapter_base
+        model: Any = load(path, _without_head(adapter_base, classes))
+    else:
+        model = load(path, base) if adapter else load_base(source, kind=kind)
     model = model.eval().requires_grad_(False)
     if torch.cuda.is_available() and not getattr(model, "hf_device_map", None):
         model = model.to("cuda")
-    return Subject(model, load_tokenizer(_tokenizer_place(path, model, base)), recorded_template(path))
+    place = _tokenizer_place(path, model, base)
+    tokenizer = load_tokenizer(place) if kind == CAUSAL else _any_tokenizer(place)
+    return Subject(model, tokenizer, recorded_template(path))
+
+
+def _classifies(path: Path) -> bool:
+    """Whether a directory says that its model, or its adapter's, classifies sequences."""
+    for name, key in (("config.json", "architectures"), (CONFIG, "task_type")):
+        try:
+            said = json.loads((path / name).read_text(encoding="utf-8"))[key]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+        if said == "SEQ_CLS" or "ForSequenceClassification" in str(said):
+            return True
+    return False
+
+
+def _without_head(base: str | os.PathLike[str], classes: int | None) -> Any:
+    """An encoder under a new head, whose weights the adapter brings."""
+    from transformers import AutoModelForSequenceClassification
+
+    check_model_directory(base)
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a classifier from {base}: {first_line(error)}") from error
+
+
+def _any_tokenizer(place: str | os.PathLike[str]) -> Any:
+    """A tokenizer of whatever special tokens: a classifier's need not end a text."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot load a tokenizer from {place}: {first_line(error)}") from error
 
 
 def recorded_template(path: Path) -> Template | None:

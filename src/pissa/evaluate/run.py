@@ -64,8 +64,10 @@ def evaluate(
     settings |= {name: value for name, value in asdict(options).items() if name in ("limit", *found.settings)}
     bar = progress or make_progress()
     with nullcontext() if progress is not None else bar:
+        for warning in found.warnings():
+            bar.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if out is None:
-            subject = load_subject(model, base)
+            subject = load_subject(model, base, classes=found.classes)
             marks = {"model": fingerprint(subject.model), "data": _digest(Path(data))}
             made = _run(found, subject, problems, options, SampleLog(), bar, usual)
             return _results(found, made, settings, marks)
@@ -74,7 +76,7 @@ def evaluate(
             if results is not None:
                 bar.console.print(f"{out} is finished already; these are its results", markup=False)
                 return results
-            subject = load_subject(model, base)
+            subject = load_subject(model, base, classes=found.classes)
             marks = {"model": fingerprint(subject.model), "data": _digest(Path(data))}
             log = begin(directory, settings, marks)
             if len(log):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..train.prompts import Template
+from ..train.prompts import Template, prompt_text
 from ..train.rows import Example, RowError
 from .answers import extract_answer, same_answer
-from .generative import GenerativeTask, Posed, example_prompt, first_examples
+from .boxed import final_answer, same_expression
+from .generative import GenerativeTask, Posed, first_examples
 
 
 class Gsm8k(GenerativeTask):
@@ -28,7 +29,7 @@ class Gsm8k(GenerativeTask):
         expected = extract_answer(problem.response)
         if expected is None:
             raise RowError("states no answer")
-        return Posed(example_prompt(problem, tokenizer, template), {"expected": str(expected)})
+        return Posed(prompt_text(problem, tokenizer, template), {"expected": str(expected)})
 
     def judge(self, problem: Example, posed: Posed, generated: str) -> dict[str, Any]:
         """Exact equality of the two last stated answers."""
@@ -39,6 +40,35 @@ class Gsm8k(GenerativeTask):
     def notes(self, samples: list[dict[str, Any]], limit: int) -> tuple[str, ...]:
         """Also how many continuations state no answer at all."""
         return (*super().notes(samples, limit), *_unanswered(samples, '"#### N" or "The answer is: N"'))
+
+
+class Math(GenerativeTask):
+    """Problems of the MATH data set (arXiv 2103.03874): the answers, boxed or stated, must be the same expression."""
+
+    name = "math"
+    metric = "exact_match"
+    max_new_tokens = 1024
+    data_format = "MATH's {problem, solution}, or a shape of training data, whose answer is in \\boxed{…}"
+
+    def load(self, data: str | Path, limit: int | None = None) -> list[Example]:
+        """MATH's own rows, or rows as training data has them."""
+        return first_examples(data, limit, renamed={"problem": "question", "solution": "answer"})
+
+    def pose(self, problem: Example, tokenizer: Any, template: Template) -> Posed:
+        """The problem under the template."""
+        expected = final_answer(problem.response)
+        if expected is None:
+            raise RowError("states no answer")
+        return Posed(prompt_text(problem, tokenizer, template), {"expected": expected})
+
+    def judge(self, problem: Example, posed: Posed, generated: str) -> dict[str, Any]:
+        """Sameness as `boxed.py` has it."""
+        answer = final_answer(generated)
+        return {"answer": answer, "correct": same_expression(answer, posed.facts["expected"])}
+
+    def notes(self, samples: list[dict[str, Any]], limit: int) -> tuple[str, ...]:
+        """Also how many continuations state no answer at all."""
+        return (*super().notes(samples, limit), *_unanswered(samples, '"\\boxed{…}" or "The answer is: …"'))
 
 
 def _unanswered(samples: list[dict[str, Any]], wanted: str) -> tuple[str, ...]:

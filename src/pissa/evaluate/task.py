@@ -29,6 +29,18 @@ class Options:
     """Tokens after which a continuation is cut; None for the task's own (`Task.max_new_tokens`)."""
     window: int = 512
     """Of perplexity: tokens that the model sees at a time; of an example, tokens after which it is cut."""
+    allow_code_execution: bool = False
+    """Of humaneval and mbpp: let code that the model wrote run on this machine."""
+    judge_url: str | None = None
+    """Of mt-bench: base address of an endpoint that speaks OpenAI's chat completions."""
+    judge_model: str | None = None
+    """Of mt-bench: the judge, as the endpoint calls it."""
+    judge_key_env: str | None = None
+    """Of mt-bench: environment variable that holds the endpoint's key."""
+    judge_prompts: str | None = None
+    """Of mt-bench: the judge's instructions, a file in FastChat's format; None for our own."""
+    references: str | None = None
+    """Of mt-bench: the file of reference answers."""
     limit: int | None = None
     """Of perplexity of a text: windows at most. Everywhere else the limit is that of `Task.load`."""
 
@@ -73,6 +85,20 @@ class Task(ABC):
     """What a row of the data looks like, for messages."""
     settings: ClassVar[tuple[str, ...]] = ("template", "batch_size", "max_new_tokens")
     """The options that this task has a use for, besides `limit`."""
+
+    @property
+    def remedy(self) -> str:
+        """What its data has to look like."""
+        return f"A row of {self.name} is {self.data_format}"
+
+    @property
+    def classes(self) -> int | None:
+        """Outputs of the sequence-classification model that the task takes besides causal ones; None: it takes none."""
+        return None
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the user has to know before the work begins."""
+        return ()
 
     def check(self, options: Options) -> None:
         """Refuse options that this task has no use for, before anything is loaded.

@@ -11,18 +11,23 @@ from importlib import import_module
 
 from ..errors import ConfigError
 from .task import Evaluation, Options, Task
+from .understanding import KINDS, Understanding
 
 __all__ = ["Evaluation", "Options", "Task", "find_task", "task_names"]
 
 _PLACES = {
     "gsm8k": ("solutions", "Gsm8k"),
+    "math": ("solutions", "Math"),
+    "humaneval": ("programs", "HumanEval"),
+    "mbpp": ("programs", "Mbpp"),
+    "mt-bench": ("mtbench", "MtBench"),
     "perplexity": ("text", "PerplexityTask"),
 }
 
 
 def task_names() -> list[str]:
     """All names that `find_task` knows."""
-    return [*_PLACES]
+    return [*_PLACES, *(f"glue/{kind}" for kind in KINDS)]
 
 
 def find_task(name: str) -> Task:
@@ -31,6 +36,8 @@ def find_task(name: str) -> Task:
     Raises:
         ConfigError: there is none.
     """
+    if name.startswith("glue/"):
+        return Understanding(name.removeprefix("glue/"))
     if name not in _PLACES:
         raise ConfigError(f"no task is called {name!r}; allowed: {', '.join(task_names())}")
     module, kind = _PLACES[name]

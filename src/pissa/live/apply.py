@@ -57,6 +57,7 @@ from .state import (
     set_marks,
 )
 from .targets import Target, pattern_keys, peft_targets, resolve_targets
+from .tokens import fill_tokens
 
 Progress = Callable[[str, int, int], None]
 MOMENT_BYTES = 1 << 28
@@ -79,6 +80,8 @@ class AdaptationRecord:
     """The base configuration's value, where untying changed it."""
     trainable: frozenset[str] = frozenset()
     """The base's parameters that required a gradient."""
+    method: str | None = None
+    """Name of the method, where it is known."""
     quantization: Quantization | None = None
     """How the residual was quantised; None where it is not, or where pissa did not do it."""
     quantized: bool = False
@@ -162,6 +165,7 @@ def adapt(
     )
     record: Any = adapted.pissa
     record.config, record.certificates, record.quantization = config, certificates, config.quantization
+    record.method = config.title
     return adapted
 
 
@@ -368,6 +372,7 @@ def _attach(
         if subtract:
             adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
     settle_names(adapted)
+    fill_tokens(adapted)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")
@@ -454,12 +459,20 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
         lora_dropout=config.dropout,
         fan_in_fan_out=config.quantization is None and set(linear) == {TRANSPOSED},
         modules_to_save=list(config.modules_to_save) or None,
+        trainable_token_indices=_token_indices(config),
         init_lora_weights=True,
         task_type=_task_type(model),
     )
     if parameters:
         set_marks(result, **{NESTING: parameters})
     return adalora_config(result, config.orthogonality) if config.use_adalora else result
+
+
+def _token_indices(config: PissaConfig) -> list[int] | dict[str, list[int]] | None:
+    tokens = config.trainable_token_indices
+    if isinstance(tokens, Mapping):
+        return {module: list(ids) for module, ids in tokens.items()} or None
+    return list(tokens) or None
 
 
 def _lora_alpha(config: PissaConfig, rank: int, alpha: float | None) -> float:

@@ -8,7 +8,8 @@ whose weights are residuals both would silently compute something else, so `atta
     add_adapter(name, config) with the configuration of an adapter that the model has: another one that starts at the
                               base, from the same initial factors, so that nothing is decomposed again; with any
                               other: as PEFT does it on an untouched base, refused where it could not be right
-    load_adapter(path, name)  refused under a new name where the weights are residuals
+    save_pretrained, push_to_hub, load_adapter
+                              files hold adapters for the base, see `saving.py`
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ _SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use
 
 def guard(model: PeftModel) -> None:
     """Put the methods below on an adapted model whose adapter starts elsewhere than at zero."""
+    from ..saving import METHODS  # files are made above this room; nothing there is used before a model calls it
+
     runtime: Any = model
-    runtime.add_adapter = MethodType(add_adapter, model)
-    runtime.load_adapter = MethodType(load_adapter, model)
+    for method in (add_adapter, *METHODS):
+        setattr(runtime, method.__name__, MethodType(method, model))
     if has_initial_adapter(model):
         runtime.disable_adapter = MethodType(disable_adapter, model)
 
@@ -104,24 +107,6 @@ def add_adapter(
         _start_at_base(self, adapter_name)
 
 
-def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *arguments: Any, **options: Any) -> Any:
-    """PEFT's `load_adapter`, for adapters of this model.
-
-    Raises:
-        PissaError: another adapter, which is for the base, on weights that are residuals.
-    """
-    if has_initial_adapter(self) and adapter_name not in self.peft_config:
-        raise PissaError(
-            f"{model_id} cannot be loaded beside an adapter whose weights are residuals: what it was trained on is the "
-            'base. Load it with pissa.load, or by PEFT on the base, or adapt with placement="offset"'
-        )
-    theirs: Any = type(self).load_adapter
-    result = theirs(self, model_id, adapter_name, *arguments, **options)
-    if is_offset(self, adapter_name):
-        _freeze(self, adapter_name)
-    return result
-
-
 def _same_place(config: Any, own: Any) -> bool:
     """Whether an adapter's factors have the shapes, scales and places of another's."""
     if not isinstance(config, LoraConfig) or any(getattr(config, k) != getattr(own, k) for k in _SHAPE):
@@ -143,7 +128,7 @@ def _start_at_base(model: PeftModel, adapter: str) -> None:
         layers = adapter_layers(model)
         for name, (A, B) in concatenated(initial, initial).items():
             set_factors(layers[name], adapter, A, B, trainable=False)
-        _freeze(model, adapter)
+        freeze_ahead(model, adapter)
     for name, parameter in model.named_parameters():
         if f".{INITIAL}." in name:
             model.get_parameter(name.replace(f".{INITIAL}.", f".{adapter}.")).copy_(parameter)
@@ -154,7 +139,7 @@ def _start_at_base(model: PeftModel, adapter: str) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _freeze(model: PeftModel, adapter: str) -> None:
+def freeze_ahead(model: PeftModel, adapter: str) -> None:
     """Keep an offset adapter's second half as it is from the moment the adapter is trained."""
     held = [(p, p.requires_grad) for name, p in model.named_parameters() if f".{adapter}." in name]
     for parameter, _ in held:

@@ -8,22 +8,30 @@ server saves, copies or merges is the trained function, with no further code.
 
 Two guards keep the second half. Its gradient is set to zero as soon as it is accumulated, so that clipping, gradient
 norms and the optimizer's moments never see it. That does not stop decoupled weight decay, which shrinks a parameter
-whatever its gradient is; so after each step of any torch optimizer the half is put back.
+whatever its gradient is; so after each step of any torch optimizer the half is put back, and where the optimizer has
+copies of its own, as with DeepSpeed's ZeRO-2, before each forward.
 
-FSDP2's `fully_shard` puts new parameters in the place of the old ones: call `freeze_second_halves(model)` after it.
+What replaces or cuts up parameters is told apart at the first step, which is refused before it changes anything:
+FSDP2's `fully_shard` puts new parameters in the place of the old ones, so `freeze_second_halves(model)` has to be
+called after it; and in DeepSpeed's ZeRO-3 nothing can be put back, so its weight decay has to be 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ..errors import PissaError
 from .state import TRAINABLE, adapter_layers, config_with_ranks, parameters_of, place_at, set_marks
@@ -32,6 +40,12 @@ FROZEN = "_pissa_frozen_half"
 """A parameter's attribute: (dimension that is cut in halves, stacks along it, the second halves as they must stay)."""
 GUARDED = "_pissa_guarded"
 """A layer's attribute: (its identity, the adapters whose second halves are frozen)."""
+PUT_BACK = "_pissa_put_back"
+"""A parameter's attribute: some torch optimizer has it, after whose steps its second half is put back."""
+SHARDED = "ds_id"
+"""The attribute by which DeepSpeed's ZeRO-3 knows the parameters that it cut up."""
+_layers: WeakSet[Any] = WeakSet()
+"""All layers with frozen halves."""
 _watching: list[Any] = []
 
 
@@ -60,20 +74,39 @@ def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:
         _freeze_layer(layer, adapter)
         runtime: Any = layer
         if not hasattr(layer, GUARDED):
-            runtime.register_forward_pre_hook(_freeze_copy)
+            runtime.register_forward_pre_hook(_keep)
         setattr(layer, GUARDED, (id(layer), {*getattr(layer, GUARDED, (0, ()))[1], adapter}))
 
 
-def _freeze_copy(layer: Any, *_: Any) -> None:
-    """Freeze in a copy of a layer, whose parameters are its own, what is frozen in the original."""
+def put_back_second_halves(model: PeftModel) -> None:
+    """Put every frozen half back that an optimizer with copies of its own has moved at its last step."""
+    for layer in adapter_layers(model).values():
+        if hasattr(layer, GUARDED):
+            _keep(layer)
+
+
+def _keep(layer: Any, *_: Any) -> None:
+    """Freeze in a copy of a layer, whose parameters are its own, what is frozen in the original; and put back what
+    an optimizer's own copy has brought."""
     original, adapters = getattr(layer, GUARDED)
+    adapters = adapters & {*layer.r}
     if original != id(layer):
         setattr(layer, GUARDED, (id(layer), adapters))
-        for adapter in adapters & {*layer.r}:
+        for adapter in adapters:
             _freeze_layer(layer, adapter)
+    for parameter in (parameter for adapter in adapters for parameter in parameters_of(layer, adapter)):
+        if hasattr(parameter, FROZEN) and not hasattr(parameter, PUT_BACK) and not _is_cut(parameter):
+            dimension, stacks, values = getattr(parameter, FROZEN)
+            second_half(parameter.data, dimension, stacks).copy_(values)
+
+
+def _is_cut(parameter: nn.Parameter) -> bool:
+    """Whether this process holds a part of a parameter, or none of it."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, SHARDED)
 
 
 def _freeze_layer(layer: Any, adapter: str) -> None:
+    _layers.add(layer)
     A, B = parameters_of(layer, adapter)
     _freeze(A, 0, place_at(layer).kind.stacks(A, layer.r[adapter]))
     _freeze(B, 1)
@@ -92,6 +125,7 @@ def _freeze(parameter: nn.Parameter, dimension: int, stacks: int = 1) -> None:
         parameter.requires_grad_(trained)
     setattr(parameter, FROZEN, (dimension, stacks, second_half(parameter.detach(), dimension, stacks).clone()))
     if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_check))
         _watching.append(register_optimizer_step_post_hook(_put_back))
 
 
@@ -116,10 +150,33 @@ def trained_values(parameter: nn.Parameter) -> int:
     return parameter.numel() // (2 if hasattr(parameter, FROZEN) else 1)
 
 
+def _check(optimizer: Optimizer, *_: Any) -> None:
+    """Refuse a step that would move a frozen half for good.
+
+    Raises:
+        PissaError: with the line that is missing.
+    """
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in _layers:
+        for adapter in getattr(layer, GUARDED)[1] & {*layer.r}:
+            for parameter in parameters_of(layer, adapter):
+                if id(parameter) in stepped and not hasattr(parameter, FROZEN):
+                    raise PissaError(
+                        "an offset adapter's parameters were replaced, as fully_shard does, so that its second half "
+                        "is no longer frozen: call pissa.live.offset.freeze_second_halves(model) after that"
+                    )
+                if hasattr(parameter, SHARDED) and any(group.get("weight_decay") for group in optimizer.param_groups):
+                    raise PissaError(
+                        'weight decay moves the frozen half of a placement "offset" that ZeRO-3 has cut up: set '
+                        'weight_decay to 0, use ZeRO-2, or placement "residual"'
+                    )
+
+
 @torch.no_grad()
 def _put_back(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if hasattr(parameter, FROZEN):
+                setattr(parameter, PUT_BACK, True)
                 dimension, stacks, values = getattr(parameter, FROZEN)
                 second_half(parameter, dimension, stacks).copy_(values)

@@ -244,14 +244,12 @@ def active_adapter_name(model: PeftModel) -> str:
     return chosen[0]
 
 
-def adapter_factors(model: PeftModel, adapter: str | None = None, *, split: bool = True) -> dict[str, AdapterFactors]:
+def adapter_factors(model: PeftModel, adapter: str | None = None) -> dict[str, AdapterFactors]:
     """Detached views of a live model's adapter, by the name of what each adapts.
 
     Args:
         model: an adapted model.
         adapter: the adapter's name; None for the active one.
-        split: whether the two halves of an offset adapter are told apart, which in a sharded model every process has
-             to do together.
 
     Raises:
         PissaError: PEFT's layer computes something else from these factors than their product.
@@ -270,7 +268,7 @@ def adapter_factors(model: PeftModel, adapter: str | None = None, *, split: bool
             A, B, layer_scale(layer, adapter), magnitude=_magnitude(layer, adapter), E=singular_values(layer, adapter)
         )
         if is_offset(model, adapter):
-            found = halves(found) if split else found
+            found = halves(found)
         elif INITIAL in held:
             A0, B0 = _pair(layer, INITIAL)
             found = replace(found, A0=A0, B0=B0, E0=singular_values(layer, INITIAL))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
@@ -244,12 +245,14 @@ def _check_loaded(targets: list[Target]) -> None:
     for target in targets:
         weight = target.place.weight
         whole = weight.dtype in STORAGE_DTYPES and not weight.is_meta and weight.numel() > 0 and weight.ndim > 1
+        whole = whole and not isinstance(weight, DTensor)
         if bits_of(target.module) is None and not whole:
             unready.append(f"{target.name} ({weight.dtype}, {'meta' if weight.is_meta else tuple(weight.shape)})")
     if unready:
         raise WeightError(
             f"cannot split {listed(unready)}: weights must be loaded whole in float32, bfloat16 or float16 "
-            "(a base that is sharded, or quantised by other means than bitsandbytes, cannot be split)"
+            "(adapt a model before fully_shard or deepspeed.initialize, or shard what `pissa init` made of it; a base "
+            "that is quantised by other means than bitsandbytes cannot be split)"
         )
 
 

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checkpoint.card import BESIDE, front_matter, loading, ranks_of
 from ..export import LoraExport
-
-LOADING = """```python
-from transformers import AutoModelForCausalLM
-from peft import PeftModel
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH-OF-THIS-DIRECTORY")
-```"""
 
 
 def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
@@ -26,8 +19,8 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
     base = results["base"]
     quantized = results.get("quantization") is not None
     adapter = export is not None or quantized
-    front = ["---", f"base_model: {base}", "library_name: " + ("peft" if adapter else "transformers")]
-    front += ["tags:", "- pissa", "- lora" if adapter else "- full-fine-tuning", "---", ""]
+    tags = ("pissa", "lora" if adapter else "full-fine-tuning", *(["quantized"] if quantized else []))
+    front = front_matter(base, "peft" if adapter else "transformers", tags)
     losses = results["losses"]
     facts = [
         f"- base: `{base}`, loaded in {results['dtype']}",
@@ -48,15 +41,15 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
         else f"the best approximation of its rank; largest relative error of a module's update: {worst:.2e}"
     )
     variant = "DoRA" if export.config.use_dora else "LoRA"
-    ranks = f"ranks up to {export.config.r}" if export.config.rank_pattern else f"rank {export.config.r}"
     body = [
         f"# {variant} for the untouched base",
         "",
-        f"Fine-tuned with pissa. This directory is an ordinary {variant} of {ranks} for `{base}`, {kind}.",
+        f"Fine-tuned with pissa. This directory is an ordinary {variant} of {ranks_of(export.config)} for `{base}`, "
+        f"{kind}.",
         "",
         *filter(None, facts),
         "",
-        LOADING.format(base=base),
+        loading(base),
         "",
         "`state/` holds what continues the run; it is not needed to use the adapter.",
     ]
@@ -76,7 +69,7 @@ def _quantized_body(results: dict[str, Any], facts: list[str]) -> list[str]:
         f"base by {100 * results['mean_quantization_gap']:.2f} % of a weight's norm on average, at most "
         f"{100 * results['largest_quantization_gap']:.2f} %",
         "",
-        LOADING.format(base="PATH-OF-THIS-DIRECTORY/residual"),
+        BESIDE,
         "",
         f"`pissa export` makes an ordinary LoRA for `{base}` of it, which is off by just that difference, or, with",
         "`--merged`, one 16-bit model that computes what was trained. `state/` holds what continues the run.",

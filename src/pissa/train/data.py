@@ -73,10 +73,21 @@ def read_examples(source: str | Path, *, split: str = "train", subset: str | Non
         if isinstance(source, str) and HUB_ID.fullmatch(name) and not ending.endswith(FILE_ENDINGS):
             return collect(_hub_rows(name, split, subset), name)
         raise DataError(f"there is no file {name}; {ALLOWED}")
+    return collect(file_rows(path), name)
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row of a .jsonl, .json or .parquet file; a row that is not JSON is the `RowError`.
+
+    Raises:
+        DataError: a file that is damaged or of another kind.
+    """
+    name = str(path)
+    ending = name.lower()
     if ending.endswith(PARQUET):
-        return collect(_parquet_rows(path, name), name)
+        return _parquet_rows(path, name)
     if ending.endswith((*LINES, *JSON)):
-        return collect(_json_rows(path, name, may_be_list=ending.endswith(JSON)), name)
+        return _json_rows(path, name, may_be_list=ending.endswith(JSON))
     raise DataError(f"{name} is of a kind that is not read; {ALLOWED}")
 
 

@@ -39,7 +39,8 @@ def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
         output_dir=str(state),
         per_device_train_batch_size=recipe.micro_batch_size,
         gradient_accumulation_steps=recipe.batch_size // per_step,
-        learning_rate=recipe.learning_rate,
+        # the run puts what it estimates in the place of "auto"
+        learning_rate=0.0 if isinstance(recipe.learning_rate, str) else recipe.learning_rate,
         lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
         warmup_steps=recipe.warmup_ratio,
         weight_decay=recipe.weight_decay,

@@ -40,3 +40,10 @@ def parameter_groups(
             rate = ratio * learning_rate if parameter in left else learning_rate
             groups[rate, weight_decay if name in decayed else 0.0].append(parameter)
     return [{"params": held, "lr": rate, "weight_decay": decay} for (rate, decay), held in groups.items() if held]
+
+
+def trained_groups(model: Any, learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
+    """What is trained, with its learning rates: `parameter_groups` under LoRA+, else one group."""
+    if ratio is not None:
+        return parameter_groups(model, (), learning_rate=learning_rate, ratio=ratio, weight_decay=0.0)
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": learning_rate}]

@@ -43,6 +43,8 @@ ADAPTER_ONLY += ("orthogonality", "loraplus_ratio", "rank_budget")
 """Settings that full fine-tuning would ignore, and therefore refuses."""
 PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 ALL_LINEAR = "all-linear"
+AUTO = "auto"
+"""In the place of a learning rate: it is estimated."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Recipe:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen weights; auto: bf16 where the hardware computes in it, else fp32. Adapters are always fp32.
     With method full the weights are fp32 and bf16 means autocast."""
-    learning_rate: float = 2e-5
-    """Peak learning rate."""
+    learning_rate: float | Literal["auto"] = 2e-5
+    """Peak learning rate; auto: estimated on a few batches before the first step, see `adviser.py`."""
     loraplus_ratio: float | None = None
     """LoRA+: B is trained at this many times the learning rate; None for the same rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -280,11 +282,14 @@ def _converted(name: str, value: Any, annotation: str) -> Any:
         return tuple(str(item) for item in value)
     if isinstance(value, bool) or value is None or not annotation.startswith(("int", "float")):
         return value
+    if value == AUTO and AUTO in annotation:
+        return value
     try:
         number = float(value)
         return int(number) if annotation.startswith("int") and number == int(number) else number
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{name} is {value!r}; give a number") from error
+        allowed = "a number, or auto" if AUTO in annotation else "a number"
+        raise ConfigError(f"{name} is {value!r}; give {allowed}") from error
 
 
 def _check_types(recipe: Recipe) -> None:
@@ -294,8 +299,11 @@ def _check_types(recipe: Recipe) -> None:
             continue
         if annotation == "bool" and not isinstance(value, bool):
             raise ConfigError(f"{setting.name} is {value!r}; give true or false")
+        if value == AUTO and AUTO in annotation:
+            continue
         if annotation.startswith("float") and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{setting.name} is {value!r}; give a number")
+            allowed = "a number, or auto" if AUTO in annotation else "a number"
+            raise ConfigError(f"{setting.name} is {value!r}; give {allowed}")
         if annotation.startswith("Mapping"):
             _check_pattern(setting.name, value)
         if annotation.startswith("str | tuple"):
@@ -390,9 +398,10 @@ def _check_ranges(recipe: Recipe) -> None:
         value, least = getattr(recipe, name), 2 if name == "max_length" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
-    for name in ("learning_rate", "epochs"):
-        if not 0 < getattr(recipe, name) < float("inf"):
-            raise ConfigError(f"{name} is {getattr(recipe, name)!r}; give a positive number")
+    rates = {} if recipe.learning_rate == AUTO else {"learning_rate": recipe.learning_rate}
+    for name, value in {**rates, "epochs": recipe.epochs}.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{name} is {value!r}; give a positive number")
     if recipe.loraplus_ratio is not None and not 1 <= recipe.loraplus_ratio < float("inf"):
         raise ConfigError(f"loraplus_ratio is {recipe.loraplus_ratio!r}; give a number of at least 1")
     for name in ("weight_decay", "max_grad_norm"):

@@ -11,13 +11,14 @@ import logging
 import os
 import warnings
 from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.progress import Progress
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -28,6 +29,7 @@ from ..checkpoint.write import explained, output_files, write_json
 from ..errors import ConfigError, Interrupted, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
+from .adviser import advise, probe_data
 from .card import model_card
 from .data import read_examples
 from .directory import (
@@ -48,10 +50,13 @@ from .engine import autocasts, is_main_process, process_count, storage_dtype, tr
 from .prepare import prepare
 from .progress import StepLog, StopAtStepEnd, make_progress, read_log
 from .ready import ready_split, recipe_of_split
-from .recipe import Recipe
+from .recipe import AUTO, Recipe
 from .rows import examples_from_rows
 from .sampler import WithBlank
 from .trainer import ResponseTrainer
+
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""Set by accelerate's launcher."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,13 @@ def _train(
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
+    advice = None
+    if recipe.learning_rate == AUTO:
+        with _shown(progress, f"{label or recipe.method}, learning rate"):
+            advice = _advice(directory, prepared.model, encoded, recipe, arguments, tokenizer.pad_token_id)
+        arguments.learning_rate = advice["learning_rate"]
+        if progress is not None:
+            progress.console.print(f"learning rate {advice['learning_rate']:g}, estimated", markup=False)
     if progress is not None and label is None:
         progress.console.print(encoded.summary, markup=False, highlight=False, soft_wrap=True)
     # nobody writes before everybody has looked
@@ -159,14 +171,15 @@ def _train(
     with ExitStack() as held:
         if is_main_process():
             held.enter_context(only_writer(directory))
-            write_record(directory, {"settings": settings, "fingerprints": fingerprints, "split": split})
+            advised = {"advice": advice} if advice is not None else {}
+            write_record(directory, {"settings": settings, "fingerprints": fingerprints, "split": split, **advised})
             if recipe.quantization is not None and prepared.split is not None and prepared.model.pissa.residual is None:
                 save_residual(prepared.model, directory.residual, tokenizer=tokenizer)
         log = StepLog(directory.log, progress=progress, label=label or recipe.method)
         trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log, callbacks)
         trained = trainer.accelerator.unwrap_model(trainer.model).eval()
         whole = trainer.whole_state()
-        results = _results(recipe, settings, encoded, fingerprints, split, trained, read_log(directory.log))
+        results = _results(recipe, settings, encoded, fingerprints, split, trained, read_log(directory.log), advice)
         _check_finite(directory, results)
         if is_main_process():
             step = trainer.state.global_step
@@ -265,6 +278,7 @@ def _results(
     split: dict[str, float | None],
     model: Any,
     log: list[dict[str, float]],
+    advice: dict[str, Any] | None,
 ) -> dict[str, Any]:
     rates = sorted(record["tokens_per_second"] for record in log)
     ready = ready_split(settings["model"])
@@ -274,7 +288,8 @@ def _results(
         "base": (ready.base if ready is not None else None) or settings["model"],
         "method": recipe.method,
         "rank": recipe.rank if recipe.adapts else None,
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": recipe.learning_rate if advice is None else advice["learning_rate"],
+        "advice": advice,
         "seed": recipe.seed,
         "dtype": dtype,
         "losses": [record["loss"] for record in log],
@@ -302,6 +317,39 @@ def _encoded(data: str | list[dict[str, Any]], tokenizer: Any, recipe: Recipe) -
     else:
         examples = examples_from_rows(data)
     return encode(examples, tokenizer, template=recipe.template, max_length=recipe.max_length)
+
+
+def _advice(
+    directory: RunDirectory, model: Any, encoded: Encoded, recipe: Recipe, arguments: TrainingArguments, pad_id: int
+) -> dict[str, Any]:
+    """The learning rate to train with and what it rests on: that of the run's record where it has one.
+
+    Raises:
+        ConfigError: the model would be sharded.
+        TrainingError: nothing can be estimated.
+    """
+    if directory.record.is_file() and (kept := read_record(directory).get("advice")) is not None:
+        return kept
+    if any(os.environ.get(name, "false").lower() == "true" for name in SHARDING):
+        raise ConfigError(
+            "learning_rate auto needs the whole model on one device, before FSDP or DeepSpeed shard it; give a number"
+        )
+    if next(model.parameters()).device.type != arguments.device.type:
+        model.to(arguments.device)
+    found = advise(model, probe_data(encoded, recipe, pad_id), recipe, autocast=autocasts(recipe))
+    # several processes find the same up to rounding; all use the first one's
+    return broadcast_object_list([asdict(found)])[0]
+
+
+@contextmanager
+def _shown(progress: Progress | None, label: str) -> Iterator[None]:
+    """A line on the bar, without an end, while this goes on."""
+    task = progress.add_task(label, total=None, note="") if progress is not None else None
+    try:
+        yield
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
 
 
 def _scored_batches(encoded: Encoded, recipe: Recipe, pad_id: int) -> list[dict[str, Any]]:

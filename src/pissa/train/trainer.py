@@ -263,10 +263,7 @@ class ResponseTrainer(Trainer):
             if record is not None and record.quantized:
                 write_trained(model, directory, final=self.state_directory / directory.name)
                 return None
-            export = export_state(model, state=state_dict)
-            # whoever continues trains with it; in evaluation it does nothing
-            export.config.lora_dropout = self._dropout(model)
-            write_lora(export, directory)
+            write_lora(export_state(model, state=state_dict), directory)
         return None
 
     def whole_state(self) -> dict[str, Any] | None:
@@ -292,11 +289,6 @@ class ResponseTrainer(Trainer):
                 'a quantised residual, placement "offset" and AdaLoRA need whole layers, and FSDP shards them; use '
                 "several processes without FSDP"
             )
-
-    @staticmethod
-    def _dropout(model: PeftModel) -> float:
-        config: Any = model.peft_config[active_adapter_name(model)]
-        return config.lora_dropout
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # adapters were loaded with the model, before the optimizer was made for them

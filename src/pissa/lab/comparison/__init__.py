@@ -7,5 +7,6 @@ trial.py    one run: trained by `pissa.train`, scored, recorded, its weights rem
 watch.py    seconds and test loss while a run trains
 score.py    what is measured on a trained model
 record.py   the directory, and results.json made from what lies in it
+continuation.py  whether a directory may be gone on with
 run.py      all of it in order; the same command goes on where it stopped
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -49,14 +49,20 @@ class Plan:
     """By which learning rates are chosen."""
     test_rows: int = 200
     """On which the runs are reported."""
+    evaluation: str | None = None
+    """The task of `pissa eval` whose problems are solved; None for the test problems, by the answers they state."""
+    evaluation_data: str | None = None
+    """File with its problems; None for the test problems, where they are of that kind."""
     accuracy_problems: int | None = None
-    """How many test problems are solved by generating; None for all where every answer is marked, else none."""
+    """How many problems are solved by generating; None for all where every answer is marked, else none."""
     new_tokens: int = 256
     """Of a generated solution."""
     curve_points: int = 4
     """How often a reported run's test loss is measured while it trains; 0 for never."""
     curve_problems: int = 32
     """Test problems for that."""
+    curve_accuracy: bool = False
+    """Solve them too."""
     forgetting: str | None = None
     """Text whose perplexity is measured before and after; .txt or .jsonl, each also as .gz."""
     seed: int = 0
@@ -96,9 +102,7 @@ class Plan:
     @property
     def null_method(self) -> str | None:
         """What is compared with itself; None for nothing."""
-        if not self.null:
-            return None
-        return NULL_METHOD if NULL_METHOD in self.methods else self.methods[0]
+        return null_method_of(self.methods) if self.null else None
 
     @property
     def total_steps(self) -> int:
@@ -141,6 +145,11 @@ class Plan:
         null = f"; {self.null_method} again under {self.seeds} other seeds" if self.null_method else ""
         final = f"then {self.seeds} runs of {self.steps} steps each{null}"
         return f"{names} | {search} | {final} | {self.total_steps} steps in all"
+
+
+def null_method_of(methods: Sequence[str]) -> str:
+    """Which of them is compared with itself."""
+    return NULL_METHOD if NULL_METHOD in methods else methods[0]
 
 
 def search_runs_within(budget: int, steps: int, rungs: int) -> int:

@@ -6,6 +6,7 @@ OUT/search/METHOD/rung-K/lr-RATE/         one run each: run.json, log.jsonl, res
 OUT/runs/METHOD/seed-N/
 OUT/null/seed-N/
 OUT/results.json                          everything together
+OUT/report.html, report.md, *.png         the same for people
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class ComparisonDirectory:
         found = _records(self.path / "search" / method, "rung-*/lr-*")
         return sorted(found, key=lambda record: (record["rung"], record["learning_rate"]))
 
+    def null_runs(self) -> list[dict[str, Any]]:
+        """The finished runs of the null arm, by seed."""
+        return _by_seed(_records(self.path / "null", "seed-*"))
+
 
 def assemble(directory: ComparisonDirectory) -> dict[str, Any]:
     """What results.json holds, from the directories alone; runs that are missing are missing in it.
@@ -82,8 +87,9 @@ def assemble(directory: ComparisonDirectory) -> dict[str, Any]:
     base = read_json(directory.base) if directory.base.is_file() else None
     before = base["perplexity"] if base is not None else None
     methods = {method: _method(directory, method, before) for method in record["settings"]["plan"]["methods"]}
-    null = [_run(found, before) for found in _by_seed(_records(directory.path / "null", "seed-*"))]
-    named = {run["method"] for run in _records(directory.path / "null", "seed-*")}
+    null_runs = directory.null_runs()
+    null = [_run(found, before) for found in null_runs]
+    named = {run["method"] for run in null_runs}
     rate = null[0]["learning_rate"] if null else None
     return {
         **record,

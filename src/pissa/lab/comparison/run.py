@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from rich.progress import Progress
 from ...checkpoint.manifest import hardware, package_versions
 from ...checkpoint.read import check_model_directory, load_base, load_tokenizer
 from ...checkpoint.write import explained, locked, write_json
-from ...errors import ConfigError, Interrupted, OutputError
+from ...errors import ConfigError, Interrupted, MissingExtraError, OutputError
 from ...train.directory import absolute
 from ...train.engine import process_count, storage_dtype
 from ...train.progress import make_progress
 from ...train.run import quieten
+from .continuation import record_to_keep
 from .plan import Plan
-from .record import ComparisonDirectory, assemble, chosen_rate, losses_of, read_json
+from .record import ComparisonDirectory, assemble, chosen_rate, losses_of
+from .report import write_report
 from .score import Scorer, make_scorer
 from .search import best_rates, good_rate, next_rate
 from .task import make_task
@@ -45,8 +48,9 @@ def compare(
     test: str | None = None,
     command: str = "",
     quiet: bool = False,
+    report: bool = True,
 ) -> dict[str, Any]:
-    """Compare methods on a task; go on where an earlier call of the same settings stopped.
+    """Compare methods on a task; go on where an earlier call stopped, also with more seeds or methods.
 
     Args:
         model: the base's directory or hub id.
@@ -57,16 +61,20 @@ def compare(
         test: rows that are reported; None to hold some of `data` out.
         command: how it was called, for the record.
         quiet: no bar, no lines.
+        report: write report.html and report.md too.
 
     Returns:
         What results.json holds.
 
     Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed, and a report is asked for; before anything is run.
         PissaError: the input or the settings are wrong, or `out` holds something else.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
     if process_count() > 1:
         raise ConfigError("a comparison runs in one process; start it without a launcher")
+    if report:
+        _check_extra()
     quieten()
     directory = ComparisonDirectory(Path(out))
     model = absolute(model)
@@ -80,12 +88,11 @@ def compare(
         "hardware": hardware(),
         "task": task.as_dict(),
     }
-    _check_output(directory, record)
+    record = record_to_keep(directory, record)
     scorer = make_scorer(task, load_tokenizer(model), plan)
     progress = make_progress()
     with explained(directory.path), _only_writer(directory.path):
-        if not directory.record.is_file():
-            write_json(directory.record, record)
+        write_json(directory.record, record)
         session = _Session(model, plan, directory, scorer, None if quiet else progress)
         try:
             if quiet:
@@ -96,19 +103,32 @@ def compare(
         except KeyboardInterrupt as stopped:
             reason = str(stopped) or "interrupted"
             raise Interrupted(f"{reason} (of the comparison, all finished runs are saved)") from None
-        return rebuild(directory.path)
+        return rebuild(directory.path, report=report)
 
 
-def rebuild(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write results.json again from the directories of a comparison's runs, finished or not.
+def rebuild(out: str | os.PathLike[str], *, report: bool = True) -> dict[str, Any]:
+    """Write results.json, and the report, again from the directories of a comparison's runs, finished or not.
 
     Raises:
+        MissingExtraError: as `compare`.
         OutputError: `out` is no comparison's, or cannot be written.
     """
+    if report:
+        _check_extra()
     directory = ComparisonDirectory(Path(out))
     results = assemble(directory)
     write_json(directory.results, results)
+    if report:
+        write_report(results, directory.path)
     return results
+
+
+def _check_extra() -> None:
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"the report needs {' and '.join(missing)}: pip install 'pissa[report]', or do without it (--no-report)"
+        )
 
 
 @dataclass
@@ -232,45 +252,6 @@ def _remaining(session: _Session) -> str:
         return "all done"
     minutes = session.left * session.seconds / session.steps / 60
     return f"about {minutes / 60:.1f} h left" if minutes >= 90 else f"about {math.ceil(minutes)} min left"
-
-
-def _check_output(directory: ComparisonDirectory, record: dict[str, Any]) -> None:
-    """Refuse a directory that holds something other than this comparison. Nothing is written."""
-    out = directory.path
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a directory with --out")
-    if not directory.record.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} already holds something else; name another directory with --out")
-        return
-    before = read_json(directory.record)
-    now, then = _flat(record["settings"]), _flat(before.get("settings", {}))
-    changed = [
-        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in {**then, **now} if _differs(key, now, then)
-    ]
-    if changed:
-        raise OutputError(
-            f"{out} is another comparison ({'; '.join(changed)}); give the same settings to continue it, or another "
-            "directory"
-        )
-    if before.get("task") != record["task"]:
-        raise OutputError(
-            f"the rows of {record['settings']['data']}, or of the held-out files, are not those that {out} was "
-            "started with; continue with those, or name another directory"
-        )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict) and name in ("plan", "recipe")
-        flat |= _flat(value, prefix) if nested else {f"{prefix}{name}": value}
-    return flat
-
-
-def _differs(key: str, now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return key != "keep_runs" and now.get(key) != then.get(key)
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 
 from ...calibrate.text import texts_of
-from ...errors import ConfigError, DataError
-from ...evaluate.generate import exact_match
+from ...errors import DataError
 from ...evaluate.loss import HeldOutLoss, held_out_loss
 from ...evaluate.perplexity import perplexity
 from ...live.state import is_offset
 from ...train.recipe import Recipe
 from .plan import Plan
+from .solve import Solver, make_solver
 from .task import Task
 
 WINDOW, WINDOWS = 512, 32
@@ -29,9 +29,10 @@ class Scorer:
     task: Task
     tokenizer: Any
     recipe: Recipe
-    accuracy_problems: int
-    new_tokens: int
+    solver: Solver | None
+    """Whose problems are solved; None for no accuracy."""
     curve_problems: int
+    curve_accuracy: bool
     text: list[int] | None
     """Token ids of the text on which forgetting is measured."""
 
@@ -42,6 +43,12 @@ class Scorer:
     def curve_loss(self, model: Any) -> float:
         """Nats per response token over the first test problems."""
         return self._loss(model, self.task.test[: self.curve_problems]).mean
+
+    def curve(self, model: Any) -> dict[str, float | None]:
+        """What is seen while a model trains: the loss on the first test problems and, where asked for, the share of
+        the first problems that it solves."""
+        solved = self.solver.correct(model, self.curve_problems) if self.solver and self.curve_accuracy else None
+        return {"loss": self.curve_loss(model), "accuracy": sum(solved) / len(solved) if solved else None}
 
     def test(self, model: Any) -> dict[str, Any]:
         """Test loss, over all tokens and of every problem per token; which problems are solved; perplexity."""
@@ -71,14 +78,10 @@ class Scorer:
         return loss
 
     def _correct(self, model: Any) -> list[bool] | None:
-        if self.accuracy_problems == 0:
+        if self.solver is None:
             return None
-        problems = self.task.test[: self.accuracy_problems]
         _merge_for_speed(model, self.recipe)
-        found = exact_match(
-            model, self.tokenizer, problems, template=self.recipe.template, max_new_tokens=self.new_tokens
-        )
-        return [sample.correct for sample in found.samples]
+        return self.solver.correct(model)
 
     def _perplexity(self, model: Any) -> float | None:
         if self.text is None:
@@ -91,23 +94,16 @@ def make_scorer(task: Task, tokenizer: Any, plan: Plan) -> Scorer:
     """A scorer for a plan.
 
     Raises:
-        ConfigError: accuracy is asked for, and answers are not marked.
+        ConfigError: accuracy is asked for, and answers are not marked, or the task needs problems of its own.
         DataError: the text for forgetting cannot be read or has no tokens.
     """
-    problems = plan.accuracy_problems
-    if problems is None:
-        problems = len(task.test) if task.has_answers else 0
-    elif problems and not task.has_answers:
-        raise ConfigError(
-            f'accuracy_problems is {problems}, and not every test problem ends in "The answer is: N" or "#### N"; '
-            "leave it out, or give 0"
-        )
+    solver = make_solver(task, tokenizer, plan)
     text = None
     if plan.forgetting is not None:
         text = _tokens(plan.forgetting, tokenizer)
         if len(text) < 2:
             raise DataError(f"{plan.forgetting} has {len(text)} tokens; forgetting is measured on at least 2")
-    return Scorer(task, tokenizer, plan.recipe, problems, plan.new_tokens, plan.curve_problems, text)
+    return Scorer(task, tokenizer, plan.recipe, solver, plan.curve_problems, plan.curve_accuracy, text)
 
 
 def _tokens(source: str, tokenizer: Any) -> list[int]:

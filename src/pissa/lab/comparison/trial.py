@@ -82,7 +82,7 @@ def run_trial(
     directory = RunDirectory(trial.directory)
     steps = trial.recipe.max_steps or 0
     watch_path = directory.state / "watch.jsonl"
-    watch = Watch(watch_path, curve_steps(steps, curve_points), scorer.curve_loss)
+    watch = Watch(watch_path, curve_steps(steps, curve_points), scorer.curve)
     start_peak()
     try:
         result = train(

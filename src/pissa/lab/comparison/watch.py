@@ -1,4 +1,5 @@
-"""What is seen while a run trains: the seconds of each step, and now and then the loss on test problems.
+"""What is seen while a run trains: the seconds of each step, and now and then the loss on test problems
+and, where that is asked for, how many of them are solved.
 
 One JSON line a step in state/watch.jsonl, beside the run's own log; a resumed run takes out the lines of steps that it
 does again. Measuring draws no random numbers and leaves the model's mode as it was, so that training is the same
@@ -20,9 +21,11 @@ from ...train.progress import keep_up_to, read_log
 
 
 class Watch(TrainerCallback):
-    """Writes the lines; `measure` is called with the model at the given steps."""
+    """Writes the lines; at the given steps also what `measure` makes of the model, "loss" among it."""
 
-    def __init__(self, path: Path, steps: tuple[int, ...], measure: Callable[[Any], float] | None) -> None:
+    def __init__(
+        self, path: Path, steps: tuple[int, ...], measure: Callable[[Any], dict[str, float | None]] | None
+    ) -> None:
         self.path, self.steps, self.measure = path, steps, measure
         self.started = 0.0
 
@@ -44,7 +47,7 @@ class Watch(TrainerCallback):
         """Write the step's line."""
         record: dict[str, Any] = {"step": state.global_step, "seconds": time.perf_counter() - self.started}
         if self.measure is not None and state.global_step in self.steps:
-            record["loss"] = self.measure(context["model"])
+            record |= self.measure(context["model"])
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -65,9 +68,9 @@ def seconds_of(path: Path) -> float:
 
 
 def curve_of(path: Path) -> list[dict[str, Any]]:
-    """The losses that were measured, step by step; those that are not finite are None."""
+    """What was measured, step by step; losses that are not finite are None, and accuracies that were not asked for."""
     return [
-        {"step": record["step"], "loss": finite(record["loss"]), "accuracy": None}
+        {"step": record["step"], "loss": finite(record["loss"]), "accuracy": record.get("accuracy")}
         for record in read_log(path)
         if "loss" in record
     ]

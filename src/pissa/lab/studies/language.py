@@ -14,9 +14,11 @@ import torch
 from ...checkpoint.read import load_tokenizer
 from ...checkpoint.write import output_directory
 from ...evaluate.loss import held_out_loss
+from ...train.encode import Collator, encode
 from ...train.recipe import Recipe
 from ...train.rows import examples_from_rows
 from ...train.run import quieten, train
+from ...train.trainer import response_loss
 from ..models import smollm2
 from .study import Settings
 
@@ -119,3 +121,28 @@ def fine_tune(
         values |= also(run.model, load_tokenizer(base))
     shutil.rmtree(directory)
     return values
+
+
+def batches_in_memory(source: str, rows: Sequence[Row], batch_size: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """Batches in the order of the rows, from the start again where they end, for a loop that keeps the model at hand.
+
+    Args:
+        source: whose tokenizer.
+        rows: training rows.
+        batch_size: rows a batch.
+        count: batches.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` of each batch.
+    """
+    tokenizer = load_tokenizer(source)
+    encoded = encode(examples_from_rows(rows), tokenizer, template="alpaca", max_length=512)
+    collate = Collator(tokenizer.pad_token_id or 0)
+    places = [[(step * batch_size + i) % len(encoded) for i in range(batch_size)] for step in range(count)]
+    return [dict(collate([encoded[place] for place in batch])) for batch in places]
+
+
+def response_mean(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of a batch's response tokens, as a loss for `fit`."""
+    total, count = response_loss(model, model.get_output_embeddings(), batch)
+    return total / count

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,20 +20,15 @@ from ...quantize.error import matrix_norm
 from ...quantize.formats import quantize_matrix
 from ...split import split_weight
 from ..figures import COLOURS, new_figure
-from ..inspect_layers import kind_of, matrices_of, select_targets
-from ..load import load_model
-from ..models import cache_directory, smollm2
-from .language import RUNS, tiny_model
+from ..inspect_layers import kind_of
 from .study import Outcome, Settings, Study, model_name
+from .weights import loaded, models
 
 NAME = "spectra"
-WIDTH_PER_RANK = 32
-"""The paper's LLaMA-2-7B: width 4096, rank 128."""
 SAMPLE = 50_000
 """Values of a matrix that a Student-t is fitted to."""
 SHOWN = 160
 """Points of a curve in the figure."""
-MINILM = "all-minilm-l6-v2"
 
 
 def run(settings: Settings) -> Outcome:
@@ -61,25 +55,6 @@ def run(settings: Settings) -> Outcome:
         for source, part in summary.items()
     )
     return Outcome({"layers": rows, "summary": summary, "example": example}, verdict, figures)
-
-
-def models(settings: Settings) -> list[str]:
-    """The model that was asked for; else SmolLM2, and MiniLM where it is at hand."""
-    if settings.model is not None:
-        return [settings.model]
-    if settings.scale == "quick":
-        return [str(tiny_model(settings.out / RUNS / "tiny-llama"))]
-    minilm = cache_directory() / MINILM
-    return [str(smollm2()), *([str(minilm)] if (minilm / "config.json").is_file() else [])]
-
-
-@lru_cache(maxsize=1)
-def loaded(source: str) -> dict[str, tuple[Tensor, int]]:
-    """Layer -> its matrix (out, in) and the rank for it."""
-    model = load_model(source, dtype=torch.float32)
-    rank = max(1, model.config.hidden_size // WIDTH_PER_RANK)
-    targets = select_targets(model, PissaConfig(rank=rank), None)
-    return {name: (W.float(), min(rank, *W.shape)) for target in targets for name, W in matrices_of(target)}
 
 
 def layer_names(source: str, blocks: int | None) -> list[str]:

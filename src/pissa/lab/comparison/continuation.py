@@ -1,0 +1,91 @@
+"""Whether a directory may be gone on with: the same comparison, or the same with more seeds or more methods.
+
+Runs of other methods and seeds do not depend on each other, so that what is there stays as it is when more is asked
+for. Everything else must be as it was: runs under other settings, or on other rows, cannot be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ...errors import OutputError
+from .plan import Plan, null_method_of
+from .record import ComparisonDirectory, read_json
+
+FREE = ("keep_runs", "null")
+"""Settings that change no run; the null arm can be left out now and made later, or the other way round."""
+
+
+def record_to_keep(directory: ComparisonDirectory, record: dict[str, Any]) -> dict[str, Any]:
+    """What compare.json is to hold from now on. Nothing is written.
+
+    Args:
+        directory: new, empty, or with a comparison, finished or not.
+        record: of the comparison that is asked for.
+
+    Returns:
+        The record itself in a new directory; the one that is there for the same comparison; and for one that is
+        extended the record with the earlier commands under "earlier".
+
+    Raises:
+        OutputError: the directory holds something other than this comparison.
+    """
+    out = directory.path
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; name a directory with --out")
+    if not directory.record.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} already holds something else; name another directory with --out")
+        return record
+    before = read_json(directory.record)
+    # what was started before a setting existed had its default
+    usual = json.loads(json.dumps({"plan": Plan().as_dict()}))
+    now, then = _flat(record["settings"]), {**_flat(usual), **_flat(before.get("settings", {}))}
+    changed = [
+        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in {**then, **now} if _differs(key, now, then)
+    ]
+    if changed:
+        raise OutputError(
+            f"{out} is another comparison ({'; '.join(changed)}); give the same settings, or more seeds or methods, to "
+            "continue it, or another directory"
+        )
+    if before.get("task") != record["task"]:
+        raise OutputError(
+            f"the rows of {record['settings']['data']}, or of the held-out files, are not those that {out} was "
+            "started with; continue with those, or name another directory"
+        )
+    if now == then:
+        return before
+    _check_null(directory, now, then)
+    earlier = {key: before[key] for key in ("command", "versions", "hardware") if key in before}
+    made = {"methods": then["methods"], "seeds": then["seeds"]}
+    return {**record, "earlier": [*before.get("earlier", []), {**earlier, **made}]}
+
+
+def _differs(key: str, now: dict[str, Any], then: dict[str, Any]) -> bool:
+    """Whether a setting is neither the same nor one that may grow."""
+    if key in FREE or now.get(key) == then.get(key):
+        return False
+    if key == "methods":
+        return not set(then.get(key, ())) <= set(now[key])
+    return key != "seeds" or now[key] < then.get(key, 0)
+
+
+def _check_null(directory: ComparisonDirectory, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Refuse to go on with the null arm of another method."""
+    method, before = null_method_of(now["methods"]), null_method_of(then["methods"])
+    if now["null"] and method != before and directory.null_runs():
+        raise OutputError(
+            f"{directory.path} has a null arm of {before}, and with these methods it would be of {method}; leave the "
+            "null arm out (--no-null), or name another directory"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, dict) and name in ("plan", "recipe")
+        flat |= _flat(value, prefix) if nested else {f"{prefix}{name}": value}
+    return flat

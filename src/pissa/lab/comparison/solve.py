@@ -1,0 +1,75 @@
+"""Which problems a model solves: those of a task of `pissa eval`, or the test problems by the answers they state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import ConfigError
+from ...evaluate.task import Options
+from ...evaluate.task import Task as EvaluationTask
+from ...evaluate.tasks import find_task
+from .plan import Plan
+from .task import Task
+
+USUAL = "gsm8k"
+"""Compares the answers that solution and reference state."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A task, its problems, and how they are put."""
+
+    task: EvaluationTask
+    tokenizer: Any
+    problems: Sequence[Any]
+    options: Options
+
+    def correct(self, model: Any, limit: int | None = None) -> list[bool]:
+        """Of each of the first problems, whether the model solves it."""
+        found = self.task.run(model, self.tokenizer, list(self.problems)[:limit], self.options)
+        return [bool(sample["correct"]) for sample in found.samples]
+
+
+def make_solver(task: Task, tokenizer: Any, plan: Plan) -> Solver | None:
+    """The solver of a plan; None where nothing is to be solved.
+
+    Raises:
+        ConfigError: no such task, one that judges nothing right or wrong, or problems that are not of its kind.
+        DataError: the problems' file cannot be read.
+    """
+    _check(plan)
+    count = plan.accuracy_problems
+    if count == 0:
+        return None
+    if plan.evaluation is None:
+        if count is None and not task.has_answers:
+            return None
+        if not task.has_answers:
+            raise ConfigError(
+                f'accuracy_problems is {count}, and not every test problem ends in "The answer is: N" or "#### N"; '
+                "leave it out, or give 0"
+            )
+    found = find_task(plan.evaluation or USUAL)
+    options = Options(template=plan.recipe.template, max_new_tokens=plan.new_tokens)
+    if plan.evaluation_data is not None:
+        return Solver(found, tokenizer, found.load(plan.evaluation_data, count), options)
+    if plan.evaluation not in (None, USUAL):
+        raise ConfigError(f"task {plan.evaluation} has problems of its own; give their file with --eval-data")
+    if not task.has_answers:
+        raise ConfigError(
+            f'task {found.name} reads its answers from "The answer is: N" or "#### N", and not every test problem ends '
+            "so; give a file that does with --eval-data"
+        )
+    return Solver(found, tokenizer, task.test[:count], options)
+
+
+def _check(plan: Plan) -> None:
+    """Refuse settings that nothing would use, and tasks without a right and wrong."""
+    if plan.evaluation is None and plan.evaluation_data is not None:
+        raise ConfigError("evaluation_data (--eval-data) is of a task; name it with --eval")
+    if plan.evaluation == "perplexity":
+        raise ConfigError("task perplexity judges nothing right or wrong; --forgetting measures it")
+    if plan.accuracy_problems == 0 and (plan.evaluation is not None or plan.curve_accuracy):
+        raise ConfigError("accuracy_problems is 0, so that nothing is solved; leave it out, or leave the task out")

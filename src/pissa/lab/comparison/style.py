@@ -1,0 +1,76 @@
+"""One look for each method, in every figure and on every page.
+
+Seven colours that people with any colour vision tell apart, in a light and a dark version, told apart by dashes and
+markers as well. A quantised method has the colour of what it quantises, dashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+INK, GRID = "#1b1f24", "#d7dbe0"
+"""Of text and axes, and of the grid, in a picture on white."""
+LIGHT = ("#0d4eae", "#d95015", "#338b6f", "#7c3370", "#484c14", "#3597ed", "#2c263c")
+DARK = ("#6289f6", "#f9630d", "#33cea4", "#ba71a5", "#ecc618", "#b8d9fe", "#fffae0")
+CIRCLE, SQUARE, TRIANGLE, DIAMOND, DOWN = "o", "s", "^", "D", "v"
+Dashes: TypeAlias = Literal["-"] | tuple[float, tuple[float, ...]]
+SOLID: Dashes = "-"
+DASHED: Dashes = (0, (4, 2))
+DOTTED: Dashes = (0, (1, 1.6))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn."""
+
+    slot: int
+    """Place of its colour in LIGHT and DARK."""
+    dashes: Dashes
+    """A line style of matplotlib."""
+    marker: str
+
+    @property
+    def colour(self) -> str:
+        """On white."""
+        return LIGHT[self.slot]
+
+    @property
+    def svg_dashes(self) -> str:
+        """For stroke-dasharray, at a stroke of 2."""
+        return "none" if isinstance(self.dashes, str) else " ".join(f"{2 * part:g}" for part in self.dashes[1])
+
+
+LOOKS = {
+    "lora": Look(0, SOLID, CIRCLE),
+    "lora-kaiming": Look(0, SOLID, CIRCLE),
+    "lora-gaussian": Look(0, DOTTED, TRIANGLE),
+    "qlora": Look(0, DASHED, DIAMOND),
+    "pissa": Look(1, SOLID, SQUARE),
+    "random-pissa": Look(1, DOTTED, TRIANGLE),
+    "qpissa": Look(1, DASHED, DIAMOND),
+    "dora": Look(2, SOLID, TRIANGLE),
+    "cura": Look(2, DOTTED, DOWN),
+    "adalora": Look(3, SOLID, DIAMOND),
+    "loftq": Look(3, DASHED, DOWN),
+    "pissa+dora": Look(4, SOLID, DOWN),
+    "pissa+adalora": Look(5, SOLID, DIAMOND),
+    "robust-pissa": Look(5, DOTTED, SQUARE),
+    "full": Look(6, SOLID, CIRCLE),
+}
+
+
+def looks_of(methods: Iterable[str]) -> dict[str, Look]:
+    """Method -> its look; methods that are not known take what is left over."""
+    left = [Look(slot, dashes, CIRCLE) for dashes in (SOLID, DASHED, DOTTED) for slot in range(len(LIGHT))]
+    known = {method: LOOKS[method] for method in methods if method in LOOKS}
+    free = [look for look in left if (look.slot, look.dashes) not in {(k.slot, k.dashes) for k in known.values()}]
+    looks, place = {}, 0
+    for method in methods:
+        if method in known:
+            looks[method] = known[method]
+        else:
+            looks[method] = (free or left)[place % len(free or left)]
+            place += 1
+    return looks

@@ -1,0 +1,36 @@
+"""Invariants of the l1 solvers' study."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from passes import Quick
+
+from pissa.lab.studies.robust_solvers import DESCENT, OURS, SKETCH, SOLVERS, TUNED, best_of, verdict_of
+
+
+def test_ours_is_never_worse_than_the_svd(quick: Quick) -> None:
+    results = quick("robust-solvers")["results"]
+    assert {row["layer"].rpartition(".")[2] for row in results["rows"]} == {"q_proj", "v_proj", "up_proj"}
+    for row in results["rows"]:
+        assert row[OURS]["error"] <= 1 + 1e-6 < row[SKETCH]["error"]
+        assert all(row[solver]["seconds"] > 0 for solver in SOLVERS)
+    assert len(results["matrices"]) == len(results["rows"]) / 2  # two seeds
+
+
+def test_the_error_is_the_mean_magnitude_and_the_best_run_counts() -> None:
+    W = torch.tensor([[3.0, 0, 0], [0, 1, 1], [0, 1, 1]])
+    spike = torch.tensor([[1.0, 0, 0]]), torch.tensor([[3.0], [0], [0]])
+    block = torch.tensor([[0.0, 1, 1]]), torch.tensor([[0.0], [1], [1]])
+    error, seconds = best_of(W, [lambda: spike, lambda: block])
+    assert error == pytest.approx(3 / 9)
+    assert seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds", "verdict"),
+    [(0.5, 0.5, "holds"), (0.5, 9, "holds in part"), (9, 0.5, "holds in part"), (9, 9, "does not hold here")],
+)
+def test_both_halves_of_the_claim_count(error: float, seconds: float, verdict: str) -> None:
+    found = verdict_of({DESCENT: {"high": error}, TUNED: {"high": 0}}, {DESCENT: {"high": seconds}})
+    assert found == verdict
