@@ -23,8 +23,8 @@ NAMES = {"lora": "vanilla", "dora": "DoRA", "adalora": "AdaLoRA"}
 
 def run(settings: Settings) -> Outcome:
     """Every method at every rate with every seed."""
-    task = language_task(settings, steps=40)
-    rates = settings.pick(quick=(1e-3,), default=(1e-3, 4e-3, 1.6e-2), full=(2e-5, 2e-4, 1e-3, 2e-3))
+    task = language_task(settings, steps=30)
+    rates = settings.pick(quick=(1e-3,), default=(2e-3, 8e-3), full=(2e-5, 2e-4, 1e-3, 2e-3))
     keys = [
         {"method": method, "rate": rate, "seed": seed, "task": task.name, "steps": task.steps}
         for method in METHODS

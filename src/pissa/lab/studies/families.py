@@ -43,7 +43,7 @@ COMMANDS = tuple(f"pissa study families --model {name}" for name in PAPER)
 def run(settings: Settings) -> Outcome:
     """Every family, method and seed at one learning rate."""
     bases = _bases(settings)
-    general = language_task(settings, steps=30, held_out=48)
+    general = language_task(settings, steps=20, held_out=48)
     rate = settings.pick(quick=1e-3, default=2e-3, full=2e-4)
     keys = [
         {"family": family, "method": method, "seed": seed, "rate": rate, "task": general.name, "steps": general.steps}
@@ -89,7 +89,7 @@ def _bases(settings: Settings) -> dict[str, Any]:
         return {model_name(source): lambda: source}
     if settings.scale == "quick":
         return {"llama": lambda: tiny_model(settings.out / RUNS / "tiny-llama")}
-    sizes = {"hidden": 128, "layers": 2, "steps": 200}
+    sizes = {"hidden": 128, "layers": 2, "steps": 150}
     small = {family: lambda family=family: small_lm(family, **sizes) for family in FAMILIES}
     return {**small, "SmolLM2-135M": smollm2} if settings.scale == "full" else small
 

@@ -54,7 +54,7 @@ MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 def run(settings: Settings) -> Outcome:
     """Every method on every task with every seed."""
     names = ["SST-2", "STS-B"] if settings.scale == "quick" else list(GLUE)
-    steps = settings.pick(quick=2, default=40, full=2000)
+    steps = settings.pick(quick=2, default=25, full=2000)
     batch = settings.pick(quick=4, default=16, full=32)
     blocks = settings.pick(quick=2, default=BLOCKS, full=None) if settings.model is None else None
     keys = [
@@ -118,7 +118,7 @@ def _measure(
         steps=steps,
         schedule="linear",
     )
-    test = test[: settings.pick(quick=8, default=256, full=len(test))]
+    test = test[: settings.pick(quick=8, default=200, full=len(test))]
     return {
         "scores": score(chosen, predict(prepared, tokenizer, chosen, test), [row.label for row in test]),
         "losses": seen.losses,

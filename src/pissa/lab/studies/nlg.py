@@ -32,7 +32,7 @@ QUANTIZED = tuple(f"{form} {method}" for form in FORMATS for method in ("lora", 
 
 def run(settings: Settings) -> Outcome:
     """Every method, and the adapters once more on a base in few bits, with every seed."""
-    task = language_task(settings, steps=120, held_out=settings.pick(quick=4, default=96, full=400))
+    task = language_task(settings, steps=60, held_out=settings.pick(quick=4, default=64, full=400))
     rates: dict[str, float] = settings.pick(
         quick=dict.fromkeys(METHODS, 1e-3),
         default={"full": 1e-3, "lora-gaussian": 8e-3, "lora": 8e-3, "pissa": 4e-3},

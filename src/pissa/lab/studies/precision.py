@@ -24,7 +24,7 @@ MEASURES = ("final_loss", "held_out_loss")
 
 def run(settings: Settings) -> Outcome:
     """Every method in both precisions with every seed."""
-    task = language_task(settings, steps=60)
+    task = language_task(settings, steps=40)
     rate = settings.pick(
         quick=dict.fromkeys(METHODS, 1e-3),
         default={"full": 1e-3, "lora": 8e-3, "pissa": 4e-3},

@@ -24,10 +24,10 @@ TRIED_AT = 8
 
 def run(settings: Settings) -> Outcome:
     """Choose a rate, then train every method at every rank with every seed."""
-    task = language_task(settings, steps=40)
-    ranks = settings.pick(quick=(1, 4), default=(1, 4, 16, 64), full=(1, 2, 4, 8, 16, 32, 64, 128))
-    quantized = settings.pick(quick=(4,), default=(4, 64), full=ranks)
-    tried = settings.pick(quick=(1e-3,), default=(1e-3, 2e-3, 4e-3), full=(1e-4, 2e-4, 1e-3))
+    task = language_task(settings, steps=30)
+    ranks = settings.pick(quick=(1, 4), default=(1, 8, 64), full=(1, 2, 4, 8, 16, 32, 64, 128))
+    quantized = settings.pick(quick=(4,), default=(8,), full=ranks)
+    tried = settings.pick(quick=(1e-3,), default=(2e-3, 4e-3), full=(1e-4, 2e-4, 1e-3))
 
     def measure(method: str, rank: int, rate: float, seed: int, **_: Any) -> dict[str, Any]:
         return cell(settings, task, _recipe(task, method, rank, rate, seed))
