@@ -214,7 +214,7 @@ def _measured(comparisons: Sequence[Comparison], *, searched: bool) -> list[str]
         "is judged by Student’s t with two sources of noise, the seeds and the test problems (the same for all "
         "methods); seeds are not paired. Loss is the mean over test problems of nats per token.",
         f"{count} comparison{'s' if count != 1 else ''} made together, corrected by Holm’s procedure: the probability "
-        f"of one or more false calls is at most {100 * ERROR:g} %. P\u2011values are taken {CAUTION:g} times as large as "
+        f"of one or more false calls is at most {100 * ERROR:g} %. P-values are taken {CAUTION:g} times as large as "
         "Student’s t gives them, because with few seeds it is too eager. An interval of a difference has the level at "
         "which it was tested; intervals in the tables are 95 %, one by one.",
         f"A verdict needs {FEWEST_SEEDS} finished seeds of both methods. “Most likely seen” means in four of five "
