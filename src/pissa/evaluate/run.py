@@ -56,7 +56,7 @@ def evaluate(
     options = options or Options()
     found = find_task(task)
     recorded = recorded_template(Path(model))
-    usual = options.template is None and recorded is None and found.template != "none"
+    usual = options.template is None and recorded is None and "template" in found.settings
     options = replace(options, template=options.template or recorded or found.template)
     found.check(options)
     problems = found.load(Path(data), options.limit)
