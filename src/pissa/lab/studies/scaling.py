@@ -27,8 +27,8 @@ from ...config import PissaConfig
 from ...decompose.svd import truncated_svd
 from ...errors import MissingExtraError
 from ..figures import COLOURS, new_figure
-from ..interval import t_quantile
 from ..memory import peak_gib, start_peak
+from ..student_t import quantile
 from .language import RUNS
 from .study import Outcome, Settings, Study, Verdict
 
@@ -242,7 +242,7 @@ def fitted(rows: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> dict[st
     ratios = (A @ torch.from_numpy(c)) / T
     freedom = max(1, len(rows) - int((c > 0).sum()))
     spread = math.sqrt(float(ratios.log().square().sum()) / freedom)
-    factor = math.exp(min(50.0, t_quantile(0.975, freedom) * spread * math.sqrt(1 + 1 / len(rows))))
+    factor = math.exp(min(50.0, quantile(0.05, freedom) * spread * math.sqrt(1 + 1 / len(rows))))
     return {"coefficients": c.tolist(), "residuals": (ratios - 1).tolist(), "factor": factor}
 
 
