@@ -25,9 +25,11 @@ def run(settings: Settings) -> Outcome:
     """Every method at every rate with every seed."""
     task = language_task(settings, steps=30)
     rates = settings.pick(quick=(1e-3,), default=(2e-3, 8e-3), full=(2e-5, 2e-4, 1e-3, 2e-3))
+    pairs = PAIRS if settings.scale != "quick" else {"lora": "pissa"}
+    methods = [method for pair in pairs.items() for method in pair]
     keys = [
         {"method": method, "rate": rate, "seed": seed, "task": task.name, "steps": task.steps}
-        for method in METHODS
+        for method in methods
         for rate in rates
         for seed in settings.seeds
     ]
@@ -35,12 +37,12 @@ def run(settings: Settings) -> Outcome:
         NAME, keys, lambda method, rate, seed, **_: cell(settings, task, recipe(task, method, rate, seed))
     )
     best = best_rates(rows)
-    same, tuned = _gains(rows, dict.fromkeys(METHODS, rates[0])), _gains(rows, best)
+    same, tuned = _gains(rows, pairs, dict.fromkeys(METHODS, rates[0])), _gains(rows, pairs, best)
     parts = {
         **{f"gain from PiSSA at rate {rates[0]:g}, {name}": gain for name, gain in same.items()},
         **{f"each at its best rate, {name}": gain for name, gain in tuned.items()},
     }
-    table = {m: mean_interval(by_seed(rows, "held_out_loss", method=m, rate=best[m])).as_dict() for m in METHODS}
+    table = {m: mean_interval(by_seed(rows, "held_out_loss", method=m, rate=best[m])).as_dict() for m in methods}
     results = {
         "task": task.name,
         "runs": rows,
@@ -49,12 +51,14 @@ def run(settings: Settings) -> Outcome:
         "parts": {name: part.as_dict() for name, part in parts.items()},
     }
     figures = f"{task.name}; held-out loss at the best rate: " + ", ".join(
-        f"{m} {table[m]['mean']:.3f} ({best[m]:g})" for m in METHODS
+        f"{m} {table[m]['mean']:.3f} ({best[m]:g})" for m in methods
     )
     return Outcome(results, verdict_of(parts), f"{figures}; {sentence(parts)}")
 
 
-def _gains(rows: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> dict[str, Interval]:
+def _gains(
+    rows: Sequence[Mapping[str, Any]], pairs: Mapping[str, str], rates: Mapping[str, float]
+) -> dict[str, Interval]:
     """By how much each method's held-out loss falls when it starts from PiSSA."""
     return {
         NAMES[without]: advantage(
@@ -63,7 +67,7 @@ def _gains(rows: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> dic
             {"method": without, "rate": rates[without]},
             {"method": with_pissa, "rate": rates[with_pissa]},
         )
-        for without, with_pissa in PAIRS.items()
+        for without, with_pissa in pairs.items()
     }
 
 
@@ -72,7 +76,7 @@ def draw(results: Mapping[str, Any]) -> Any:
     figure, panels = new_figure(1, 2, width=5.6)
     rows = results["runs"]
     rates = sorted({row["rate"] for row in rows})
-    for method in METHODS:
+    for method in results["best_rates"]:
         style = {"color": colour_of(method), "linestyle": "-" if method in PAIRS.values() else "--"}
         losses = [by_seed(rows, "held_out_loss", method=method, rate=rate) for rate in rates]
         panels[0].plot(rates, [sum(v) / len(v) for v in losses], marker="o", markersize=3, label=method, **style)

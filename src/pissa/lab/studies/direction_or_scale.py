@@ -41,7 +41,7 @@ RANK = 8
 def run(settings: Settings) -> Outcome:
     """Every arm at every learning rate with every seed."""
     task = language_task(settings, steps=30)
-    rates = settings.pick(quick=(1e-3,), default=(1e-3, 4e-3, 1.6e-2), full=(2e-5, 1e-4, 5e-4, 2e-3, 8e-3))
+    rates = settings.pick(quick=(1e-3,), default=(5e-3, 1.2e-2), full=(2e-5, 1e-4, 5e-4, 2e-3, 8e-3))
     memory: list[InMemory] = []
 
     def measure(method: str, rate: float, seed: int, **_: Any) -> dict[str, Any]:

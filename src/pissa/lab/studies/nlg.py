@@ -38,11 +38,13 @@ def run(settings: Settings) -> Outcome:
         default={"full": 1e-3, "lora-gaussian": 8e-3, "lora": 8e-3, "pissa": 4e-3},
         full={"full": 2e-5, "lora-gaussian": 1e-3, "lora": 1e-3, "pissa": 2e-4},
     )
+    quantized = settings.pick(quick=QUANTIZED[1:2], default=QUANTIZED, full=QUANTIZED)
+    methods = settings.pick(quick=METHODS[2:], default=METHODS, full=METHODS)
     tasks = {"problems": task, **({"code": _code(settings, task)} if settings.scale == "full" else {})}
     keys = [
         {"part": part, "method": method, "seed": seed, "rate": rates[method.split()[-1]], "steps": own.steps}
         for part, own in tasks.items()
-        for method in (*METHODS, *(QUANTIZED if part == "problems" else ()))
+        for method in (*methods, *(quantized if part == "problems" else ()))
         for seed in settings.seeds
     ]
     rows = settings.grid(NAME, keys, lambda **key: _measure(settings, tasks[key["part"]], **key))
@@ -120,12 +122,14 @@ def _parts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
         chosen = {"part": "problems"}
         return advantage(rows, "exact_match", {**chosen, "method": left}, {**chosen, "method": right})
 
-    return {
-        "PiSSA − LoRA (Kaiming)": versus("pissa", "lora"),
-        "PiSSA − LoRA (Gaussian)": versus("pissa", "lora-gaussian"),
-        "PiSSA − full": versus("pissa", "full"),
-        **{f"{form}: PiSSA − LoRA": versus(f"{form} pissa", f"{form} lora") for form in FORMATS},
+    pairs = {
+        "PiSSA − LoRA (Kaiming)": ("pissa", "lora"),
+        "PiSSA − LoRA (Gaussian)": ("pissa", "lora-gaussian"),
+        "PiSSA − full": ("pissa", "full"),
+        **{f"{form}: PiSSA − LoRA": (f"{form} pissa", f"{form} lora") for form in FORMATS},
     }
+    trained = {row["method"] for row in rows}
+    return {name: versus(*pair) for name, pair in pairs.items() if trained.issuperset(pair)}
 
 
 def draw(results: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ MEASURES = ("final_loss", "held_out_loss")
 def run(settings: Settings) -> Outcome:
     """Every method in both precisions with every seed."""
     task = language_task(settings, steps=40)
+    methods = settings.pick(quick=METHODS[:1], default=METHODS, full=METHODS)
     rate = settings.pick(
         quick=dict.fromkeys(METHODS, 1e-3),
         default={"full": 1e-3, "lora": 8e-3, "pissa": 4e-3},
@@ -32,7 +33,7 @@ def run(settings: Settings) -> Outcome:
     )
     keys = [
         {"method": method, "dtype": dtype, "seed": seed, "rate": rate[method], "task": task.name, "steps": task.steps}
-        for method in METHODS
+        for method in methods
         for dtype in DTYPES
         for seed in settings.seeds
     ]
@@ -41,7 +42,7 @@ def run(settings: Settings) -> Outcome:
         keys,
         lambda method, dtype, seed, rate, **_: cell(settings, task, recipe(task, method, rate, seed, dtype=dtype)),
     )
-    summary = {method: {name: _compared(rows, method, name) for name in MEASURES} for method in METHODS}
+    summary = {method: {name: _compared(rows, method, name) for name in MEASURES} for method in methods}
     full = summary["full"]["held_out_loss"]
     results = {"task": task.name, "runs": rows, "summary": summary}
     figures = f"{task.name}; held-out loss in fp32 and what bf16 adds: " + ", ".join(
@@ -81,7 +82,8 @@ def draw(results: Mapping[str, Any]) -> Any:
     """Both losses in both precisions, a line for each seed."""
     figure, panels = new_figure(1, 2)
     for panel, measure, title in zip(panels, MEASURES, ("final training loss", "held-out loss"), strict=True):
-        for place, method in enumerate(METHODS):
+        methods = list(results["summary"])
+        for place, method in enumerate(methods):
             for row in results["runs"]:
                 if row["method"] != method or row["dtype"] != "fp32":
                     continue
@@ -90,7 +92,7 @@ def draw(results: Mapping[str, Any]) -> Any:
                 )
                 ends = [place - 0.2, place + 0.2]
                 panel.plot(ends, [row[measure], other[measure]], marker="o", color=colour_of(method))
-        panel.set_xticks(range(len(METHODS)), [f"{method}\nfp32   bf16" for method in METHODS])
+        panel.set_xticks(range(len(methods)), [f"{method}\nfp32   bf16" for method in methods])
         panel.set(title=title, ylabel="nats a token")
     figure.suptitle(results["task"], fontsize=10)
     return figure

@@ -1,7 +1,7 @@
 """Loss and gradient norm against rank: PiSSA, LoRA and full fine-tuning, and the three with a 4-bit base.
 
 The paper's figures 7, 15, 16 and 17 hold one learning rate fixed for all ranks and methods; so does this study, at the
-rate where LoRA and PiSSA of rank 8 together do best among a few (`rates`). Reduction ratios against rank are the
+rate of two where LoRA and PiSSA of rank 8 together do best (`trials`). Reduction ratios against rank are the
 quantisation study's.
 """
 
@@ -41,8 +41,8 @@ def run(settings: Settings) -> Outcome:
             for seed in settings.seeds
         ]
 
-    trials = settings.grid(NAME, keys(PLAIN, (TRIED_AT,), tried), measure)
-    rate = best_rates([{**row, "method": "both"} for row in trials])["both"]
+    trials = settings.grid(NAME, keys(PLAIN, (TRIED_AT,), tried), measure) if len(tried) > 1 else []
+    rate = best_rates([{**row, "method": "both"} for row in trials])["both"] if trials else tried[0]
     rows = settings.grid(
         NAME, keys(PLAIN, ranks, [rate]) + keys(QUANTIZED, quantized, [rate]), measure
     ) + settings.grid(NAME, keys(("full",), (0,), [rate / 4]), measure)
