@@ -28,7 +28,20 @@ def test_the_printed_loss_is_the_mean_over_problems(tmp_path: Path, capsys: pyte
     out = tmp_path / "out"
     arguments = ["compare", "--model", str(tmp_path / "model"), "--data", str(data), "--out", str(out)]
     arguments += ["--methods", "lora", "--lrs", "1e-3", "--steps", "1", "--seeds", "1", "--no-null", "--no-report"]
-    arguments += ["--rank", "2", "--batch-size", "2", "--template", "none", "--dtype", "fp32", "--curve-points", "0"]
+    arguments += [
+        "--rank",
+        "2",
+        "--batch-size",
+        "2",
+        "--micro-batch-size",
+        "2",
+        "--template",
+        "none",
+        "--dtype",
+        "fp32",
+        "--curve-points",
+        "0",
+    ]
     assert exit_code(*arguments) == 0
     (run,) = json.loads((out / "results.json").read_text())["methods"]["lora"]["runs"]
     trial = json.loads((out / "runs" / "lora" / "seed-0" / "trial.json").read_text())
