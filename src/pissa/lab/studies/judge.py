@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from ..interval import Interval, paired_difference
-from .study import Verdict
+from .study import Settings, Verdict
 
 Row = Mapping[str, Any]
 
@@ -25,6 +25,12 @@ def verdict_of(parts: Mapping[str, Interval]) -> Verdict:
 def sentence(parts: Mapping[str, Interval], unit: str = "") -> str:
     """All parts with their differences in one line, and what the seeds say of each."""
     return "; ".join(f"{name} {difference}{unit} ({standing(difference)})" for name, difference in parts.items())
+
+
+def looked_at(settings: Settings) -> str:
+    """What must be said of a default pass on the study's own model: its recipe was not chosen blindly."""
+    own = settings.scale == "default" and settings.model is None
+    return "; rates and steps were chosen after a look at one seed on the same held-out data" if own else ""
 
 
 def standing(difference: Interval) -> str:

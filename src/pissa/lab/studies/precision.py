@@ -13,7 +13,7 @@ from typing import Any
 
 from ..figures import colour_of, new_figure
 from ..interval import mean_interval, paired_difference
-from .judge import by_seed
+from .judge import by_seed, looked_at
 from .lm import cell, language_task, recipe
 from .study import Outcome, Settings, Study, Verdict
 
@@ -52,7 +52,7 @@ def run(settings: Settings) -> Outcome:
     )
     figures += (
         f"; in full fine-tuning precision moves it by {full['mean_move']:.2g}, the seed by {full['seed_spread']:.2g} "
-        "(standard deviation)"
+        f"(standard deviation){looked_at(settings)}"
     )
     return Outcome(results, verdict(full), figures)
 

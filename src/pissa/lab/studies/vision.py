@@ -30,7 +30,7 @@ from ..fit import fit
 from ..image_models import pretrained, with_new_head
 from ..images import DOMAINS, Images, accuracy, image_loss, mnist, pacs, patterns
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, looked_at, sentence, verdict_of
 from .language import RUNS
 from .study import Outcome, Settings, Study
 
@@ -98,8 +98,8 @@ def run(settings: Settings) -> Outcome:
     seconds = {row["method"]: row["seconds"] for row in timings}
     results["parts"] = {name: part.as_dict() for name, part in parts.items()}
     figures = (
-        f"accuracy on {ADAPTED_TO} over ranks: {_listed(results['pacs'])}; {sentence(parts)}; "
-        f"rates and steps were chosen after a look at one seed; splitting {shape[0]}×{shape[1]}: "
+        f"accuracy on {ADAPTED_TO} over ranks: {_listed(results['pacs'])}; {sentence(parts)}{looked_at(settings)}; "
+        f"splitting {shape[0]}×{shape[1]}: "
         + ", ".join(f"{method} {value * 1000:.0f} ms" for method, value in seconds.items())
         + (f"; convolutional network: {_listed(results['cnn'])}" if results["cnn"] else "")
     )
