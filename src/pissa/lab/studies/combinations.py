@@ -11,7 +11,7 @@ from typing import Any
 
 from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, looked_at, sentence, verdict_of
 from .lm import best_rates, cell, language_task, mean_curve, recipe
 from .study import Outcome, Settings, Study
 
@@ -53,7 +53,7 @@ def run(settings: Settings) -> Outcome:
     figures = f"{task.name}; held-out loss at the best rate: " + ", ".join(
         f"{m} {table[m]['mean']:.3f} ({best[m]:g})" for m in methods
     )
-    return Outcome(results, verdict_of(parts), f"{figures}; {sentence(parts)}")
+    return Outcome(results, verdict_of(parts), f"{figures}; {sentence(parts)}{looked_at(settings)}")
 
 
 def _gains(

@@ -28,7 +28,7 @@ from ...live.targets import resolve_targets
 from ...split import derive_seed
 from ..figures import COLOURS, new_figure
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, looked_at, sentence, verdict_of
 from .lm import InMemory, best_rates, final_loss, language_task, mean_curve
 from .study import Outcome, Settings, Study
 
@@ -70,7 +70,7 @@ def run(settings: Settings) -> Outcome:
     figures = f"{task.name}; held-out loss at each arm's best rate: " + ", ".join(
         f"{arm} {table[arm]['mean']:.3f} ({best[arm]:g})" for arm in ARMS
     )
-    return Outcome(results, verdict_of(_claimed(parts)), f"{figures}; {sentence(parts)}")
+    return Outcome(results, verdict_of(_claimed(parts)), f"{figures}; {sentence(parts)}{looked_at(settings)}")
 
 
 def _parts(rows: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> dict[str, Interval]:

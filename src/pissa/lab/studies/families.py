@@ -16,7 +16,7 @@ from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval
 from ..models import smollm2
 from ..small_lm import FAMILIES, small_lm
-from .judge import advantage, by_seed, standing, verdict_of
+from .judge import advantage, by_seed, looked_at, standing, verdict_of
 from .language import RUNS, tiny_model
 from .lm import cell, language_task, recipe
 from .study import Outcome, Settings, Study, model_name
@@ -78,7 +78,7 @@ def run(settings: Settings) -> Outcome:
     figures = f"rate {rate:g}; gain in final training loss: " + ", ".join(
         f"{name} {part}" for name, part in parts.items()
     )
-    figures += f"; shown in {count['shown']} of {len(parts)}, undecided in {count['undecided']}"
+    figures += f"; shown in {count['shown']} of {len(parts)}, undecided in {count['undecided']}{looked_at(settings)}"
     return Outcome(results, verdict_of(parts), figures)
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from ..interval import Interval, paired_difference
-from .study import Verdict
+from .study import Settings, Verdict
 
 Row = Mapping[str, Any]
 
@@ -34,6 +34,12 @@ def tally(parts: Mapping[str, Mapping[str, Any]]) -> str:
     undecided = len(parts) - shown - against
     others = ((f"the opposite in {against}", against), (f"undecided in {undecided}", undecided))
     return ", ".join([f"shown in {shown} of {len(parts)} parts", *(text for text, count in others if count)])
+
+
+def looked_at(settings: Settings) -> str:
+    """What must be said of a default pass on the study's own model: its recipe was not chosen blindly."""
+    own = settings.scale == "default" and settings.model is None
+    return "; rates and steps were chosen after a look at one seed on the same held-out data" if own else ""
 
 
 def standing(difference: Interval) -> str:

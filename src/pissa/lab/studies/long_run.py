@@ -14,7 +14,7 @@ from ...config import PissaConfig
 from ...live.apply import adapt
 from ..figures import band, colour_of, new_figure
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, looked_at, sentence, verdict_of
 from .lm import InMemory, final_loss, language_task
 from .study import Outcome, Settings, Study
 
@@ -65,7 +65,7 @@ def run(settings: Settings) -> Outcome:
         f"{statistics.fmean(by_seed(rows, 'final_loss', method=m)):.3f}"
         for m in METHODS
     )
-    return Outcome(results, verdict_of(parts), f"{figures}; {sentence(parts)}")
+    return Outcome(results, verdict_of(parts), f"{figures}; {sentence(parts)}{looked_at(settings)}")
 
 
 def _lowest(row: Mapping[str, Any]) -> float:

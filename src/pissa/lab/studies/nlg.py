@@ -20,7 +20,7 @@ from ...evaluate.generate import exact_match
 from ...train.rows import examples_from_rows
 from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, looked_at, sentence, verdict_of
 from .lm import LanguageTask, cell, language_task, recipe
 from .study import Outcome, Settings, Study
 
@@ -75,7 +75,7 @@ def run(settings: Settings) -> Outcome:
         figures += "; held-out loss on code: " + ", ".join(
             f"{method} {entry['held_out_loss']['mean']:.3f}" for method, entry in table["code"].items()
         )
-    return Outcome(results, verdict_of(parts), f"{figures}; {sentence(parts)}")
+    return Outcome(results, verdict_of(parts), f"{figures}; {sentence(parts)}{looked_at(settings)}")
 
 
 def _measure(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval, paired_difference
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, looked_at, sentence, verdict_of
 from .lm import LanguageTask, best_rates, cell, language_task, recipe
 from .study import Outcome, Settings, Study
 
@@ -61,7 +61,9 @@ def run(settings: Settings) -> Outcome:
         if method != "full"
     )
     full = results["held_out_loss"]["full"]["0"]["mean"]
-    figures = f"{task.name}, rate {rate:g}; held-out loss: {listed}; full {full:.3f}; {sentence(parts)}"
+    figures = (
+        f"{task.name}, rate {rate:g}; held-out loss: {listed}; full {full:.3f}; {sentence(parts)}{looked_at(settings)}"
+    )
     return Outcome(results, verdict_of(parts), figures)
 
 
