@@ -10,7 +10,7 @@ from ...checkpoint.write import explained
 from ...errors import DataError
 from .judge import tally
 from .registry import find_study, study_names
-from .study import VERDICTS, Study, Verdict, read_result
+from .study import Study, Verdict, read_result
 
 PAGE = "README.md"
 PLURAL: dict[Verdict, str] = {
@@ -64,7 +64,7 @@ def page(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> str:
 
 def summary(documents: Sequence[dict[str, Any]]) -> str:
     """The verdicts, counted: `1 holds, 2 hold in part`."""
-    counts = [(sum(d["verdict"] == verdict for d in documents), verdict) for verdict in VERDICTS]
+    counts = [(sum(d["verdict"] == verdict for d in documents), verdict) for verdict in PLURAL]
     return ", ".join(f"{count} {verdict if count == 1 else PLURAL[verdict]}" for count, verdict in counts if count)
 
 
