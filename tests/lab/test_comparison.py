@@ -268,7 +268,7 @@ def test_programs_are_run_where_that_is_allowed_and_their_file_stays_the_same(
 ) -> None:
     problems = tmp_path / "problems.jsonl"
     row = {"task_id": "a/0", "prompt": "x = 1\n", "test": "def check(_): assert x == 1", "entry_point": "x"}
-    problems.write_text(json.dumps(row) + "\n")
+    problems.write_text("".join(json.dumps({**row, "task_id": name}) + "\n" for name in ("a/0", "a/1")))
     ran: list[str] = []
 
     def passed(program: str, *_: Any) -> Verdict:
@@ -283,11 +283,11 @@ def test_programs_are_run_where_that_is_allowed_and_their_file_stays_the_same(
     )  # fmt: skip
     out = tmp_path / "out"
     results = made(model, data, out, chosen, quiet=True)
-    assert results["base"]["test_correct"] == results["methods"]["lora"]["runs"][0]["test_correct"] == [True]
-    assert len(ran) == 2 and all(program.startswith("x = 1\n") for program in ran)
+    assert results["base"]["test_correct"] == results["methods"]["lora"]["runs"][0]["test_correct"] == [True, True]
+    assert len(ran) == 4 and all(program.startswith("x = 1\n") for program in ran)
     assert results["warnings"] == ["this machine cannot keep generated code from: using the network"]
     assert any("cannot keep generated code from: using the network" in line for line in page_of(results).cautions)
-    problems.write_text(json.dumps({**row, "prompt": "x = 2\n"}) + "\n")
+    problems.write_text(problems.read_text().replace("x = 1\\n", "x = 2\\n", 1))
     with pytest.raises(OutputError, match=r"or of the other files, are not those that .* was started with"):
         made(model, data, out, chosen, quiet=True)
 
@@ -320,6 +320,7 @@ def test_what_cannot_be_solved_is_refused(model: str, data: str, tmp_path: Path)
         ({"evaluation": "gsm8k", "allow_code_execution": True}, "has no use for allow_code_execution"),
         ({"evaluation": "math"}, "give their file with --eval-data"),
         ({"allow_code_execution": True}, "name it with --eval"),
+        ({"accuracy_problems": 1}, "one problem makes no accuracy"),
     ):
         chosen = plan(**{"accuracy_problems": None, **settings})
         with pytest.raises(ConfigError, match=message):

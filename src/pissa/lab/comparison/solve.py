@@ -62,7 +62,7 @@ def make_solver(task: Task, tokenizer: Any, plan: Plan) -> Solver | None:
     )
     found.check(options)
     if plan.evaluation_data is not None:
-        return Solver(found, tokenizer, found.load(plan.evaluation_data, count), options)
+        return _solver(found, tokenizer, found.load(plan.evaluation_data, count), options)
     if plan.evaluation not in (None, USUAL):
         raise ConfigError(f"task {plan.evaluation} has problems of its own; give their file with --eval-data")
     if not task.has_answers:
@@ -70,7 +70,13 @@ def make_solver(task: Task, tokenizer: Any, plan: Plan) -> Solver | None:
             f'task {found.name} reads its answers from "The answer is: N" or "#### N", and not every test problem ends '
             "so; give a file that does with --eval-data"
         )
-    return Solver(found, tokenizer, task.test[:count], options)
+    return _solver(found, tokenizer, task.test[:count], options)
+
+
+def _solver(task: EvaluationTask, tokenizer: Any, problems: Sequence[Any], options: Options) -> Solver:
+    if len(problems) < 2:
+        raise ConfigError("one problem makes no accuracy to compare; give at least 2, or accuracy_problems 0")
+    return Solver(task, tokenizer, problems, options)
 
 
 def _check(plan: Plan) -> None:
