@@ -25,8 +25,8 @@ from pissa.calibrate.text import calibration_batches, texts_of
 from pissa.checkpoint.manifest import hardware, package_versions
 from pissa.checkpoint.read import load_base, load_tokenizer
 from pissa.config import PissaConfig
-from pissa.lab.models import smollm2
 from pissa.evaluate.perplexity import perplexity
+from pissa.lab.models import smollm2
 from pissa.lab.variants import Variant, variant
 from pissa.live.layers import place_of, weight_matrix
 from pissa.live.targets import resolve_targets

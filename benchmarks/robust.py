@@ -5,88 +5,65 @@
 Without MODEL_DIR, weights of SmolLM2-135M. The report's Algorithm 1 gets the best of several learning rates for each
 matrix, once with torch's Huber threshold of 1 and once with one tuned to the weights; only the time of the best run is
 counted. The sketching algorithm (arXiv 1611.00898) gets the best of three seeds, likewise. Ours runs once, as
-`--method robust-pissa` does. Times are CPU seconds of one thread, so that other work on the machine hardly counts.
-Writes `robust.json` and `robust.png`.
+`--method robust-pissa` does. The solvers are those of `pissa study robust-solvers`. Times are CPU seconds of one
+thread, so that other work on the machine hardly counts. Writes `robust.json` and `robust.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pissa import truncated_svd
 from pissa.checkpoint.manifest import hardware, package_versions
 from pissa.decompose.l1_sketch import cauchy_sketch
-from pissa.decompose.robust import huber_descent, l1_approximation
+from pissa.lab.inspect_layers import kind_of
 from pissa.lab.models import smollm2
+from pissa.lab.studies.robust_solvers import (
+    DESCENT,
+    KINDS,
+    LEARNING_RATES,
+    OURS,
+    SKETCH,
+    SOLVERS,
+    TUNED,
+    TUNED_DELTA,
+    best_of,
+    descent,
+    ours,
+)
+from pissa.lab.studies.weights import loaded, spread
 
-KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
-LEARNING_RATES = (0.03, 0.1, 0.3)
-TUNED_DELTA = 0.1
-"""Threshold of the tuned Huber loss, in units of the weight's mean magnitude."""
 ITERATIONS = 1000
 SEEDS = (0, 1, 2)
-SOLVERS = ("Algorithm 1", "Algorithm 1, tuned threshold", "sketching", "ours")
-Factors = tuple[Tensor, Tensor]
 
 
-def weights_of(directory: Path, layers: int) -> dict[str, Tensor]:
+def weights_of(source: str, blocks: int) -> dict[str, Tensor]:
     """Matrices (out, in), fp32, of some blocks at even distances."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names = {
-                name: int(name.split(".layers.")[1].split(".")[0])
-                for name in list(file.keys())
-                if name.endswith(tuple(f"{kind}.weight" for kind in KINDS))
-            }
-            blocks = sorted(set(names.values()))
-            chosen = {blocks[i * (len(blocks) - 1) // max(1, layers - 1)] for i in range(layers)}
-            found |= {name: file.get_tensor(name).float() for name, block in names.items() if block in chosen}
+    found = {name: loaded(source)[name][0] for name in spread(source, blocks) if kind_of(name) in KINDS}
     if not found:
-        raise SystemExit(f"no {', '.join(KINDS)} in {directory}; give a Llama-like model's directory with safetensors")
+        raise SystemExit(f"no {', '.join(KINDS)} in {source}; give a Llama-like model's directory with safetensors")
     return found
 
 
-def best_of(W: Tensor, runs: list[Callable[[], Factors]]) -> dict[str, float]:
-    """Error and time of the run with the smallest error."""
-    found = []
-    for run in runs:
-        start = time.thread_time()
-        A, B = run()
-        seconds = time.thread_time() - start
-        found.append({"mean_absolute_error": float((W - B @ A).abs().mean()), "seconds": seconds})
-    return min(found, key=lambda entry: entry["mean_absolute_error"])
-
-
-def ours(W: Tensor, rank: int) -> Factors:
-    U, S, Vh, _ = l1_approximation(W, rank)
-    return Vh, U * S
-
-
 def measure(W: Tensor, rank: int, iterations: int) -> dict[str, Any]:
-    """Error and time of every solver on one matrix."""
-
-    def descent(learning_rate: float, delta: float) -> Callable[[], Factors]:
-        return lambda: huber_descent(W, rank, iterations=iterations, learning_rate=learning_rate, delta=delta)
-
+    """Mean absolute error and CPU seconds of every solver on one matrix, and the truncated SVD's error."""
     tuned = TUNED_DELTA * float(W.abs().mean())
-    runs: dict[str, list[Callable[[], Factors]]] = {
-        SOLVERS[0]: [descent(rate, 1.0) for rate in LEARNING_RATES],
-        SOLVERS[1]: [descent(rate, tuned) for rate in LEARNING_RATES],
-        SOLVERS[2]: [lambda seed=seed: cauchy_sketch(W, rank, seed=seed) for seed in SEEDS],
-        SOLVERS[3]: [lambda: ours(W, rank)],
+    runs = {
+        DESCENT: [descent(W, rank, iterations, rate, 1.0, 0) for rate in LEARNING_RATES],
+        TUNED: [descent(W, rank, iterations, rate, tuned, 0) for rate in LEARNING_RATES],
+        SKETCH: [lambda seed=seed: cauchy_sketch(W, rank, seed=seed) for seed in SEEDS],
+        OURS: [lambda: ours(W, rank, 0)],
     }
-    found: dict[str, Any] = {solver: best_of(W, runs[solver]) for solver in SOLVERS}
+    found: dict[str, Any] = {
+        solver: dict(zip(("mean_absolute_error", "seconds"), best_of(W, runs[solver]), strict=True))
+        for solver in SOLVERS
+    }
     U, S, Vh, _ = truncated_svd(W, rank)
     found["svd_mean_absolute_error"] = float((W - (U * S) @ Vh).abs().mean())
     return found
@@ -142,10 +119,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="blocks, at even distances")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     ranks = [8] if options.quick else [int(rank) for rank in options.ranks.split(",")]
     iterations = 100 if options.quick else ITERATIONS
-    weights = weights_of(options.model or smollm2(), 1 if options.quick else options.layers)
+    weights = weights_of(str(options.model or smollm2()), 1 if options.quick else options.layers)
     rows = []
     for rank in ranks:
         for name, W in weights.items():

@@ -146,8 +146,8 @@ def test_a_merged_model_comes_with_its_base_s_tokenizer_and_licence(run: Path, t
     (tmp_path / "out").mkdir()
     export_merged(run / "adapter", tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {file.name for file in (run / "base").iterdir()}
-    for name in names - {"model.safetensors", "config.json"}:
+    assert names == {file.name for file in (run / "base").iterdir()} | {"README.md"}
+    for name in names - {"model.safetensors", "config.json", "README.md"}:
         assert (tmp_path / "out" / name).read_bytes() == (run / "base" / name).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 

@@ -45,7 +45,7 @@ def test_a_figure_with_its_interval_or_one_json_document(
     assert exit_code(*arguments, "--out", str(tmp_path / "out"), "--json") == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)
-    assert document["count"] == 3 and document["settings"]["limit"] == 3 and "finished already" in printed.err
+    assert document["count"] == 3 and document["settings"]["limit"] == 3 and "finished already" in " ".join(printed.err.split())
     assert exit_code("eval", model, "--task", "perplexity", "--data", data) == 0
     assert "perplexity: perplexity " in capsys.readouterr().out
 

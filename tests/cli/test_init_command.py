@@ -48,7 +48,7 @@ def test_init_and_verify(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     document = json.loads(capsys.readouterr().out)
     assert document["tensors"] == 49 and document["largest_error"] < 1e-6 and len(document["errors"]) == 14
     assert exit_code("verify", out) == 0
-    assert capsys.readouterr().out.startswith(f"{out} is what its pissa.json says: 9 files, 49 tensors, ")
+    assert capsys.readouterr().out.startswith(f"{out} is what its pissa.json says: 10 files, 49 tensors, ")
     with (out / "config.json").open("a") as stream:
         stream.write("\n")
     assert exit_code("verify", out) == 2

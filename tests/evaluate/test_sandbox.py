@@ -207,6 +207,22 @@ def test_a_flood_on_the_report_is_cut_and_no_pass() -> None:
     assert not run_program(program, QUICK).passed
 
 
+def test_whatever_a_program_reports_is_no_pass_and_no_failure_of_the_jail() -> None:
+    for line in ("b'5'", "b'[1]'", "b'null'", "b'[' * 60000", "b'{\"result\": {}}'", "b'\\xff'"):
+        program = f"import os\nos.write(3, {line} + b'\\n')"
+        assert run_program(program, QUICK).result == "ended without a verdict", line
+
+
+def test_system_calls_alone_keep_a_program_from_other_processes_and_from_lasting_memory() -> None:
+    for program, result in {
+        "import resource, os; resource.prlimit(os.getpid(), resource.RLIMIT_NOFILE, (32, 32))": "failed: Permission",
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))": "passed",
+        "import os; os.setpriority(os.PRIO_PROCESS, 0, 19)": "failed: Permission",
+        "import ctypes; assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) == -1": "passed",
+    }.items():
+        assert run_program(program, QUICK, skip=("namespaces", "landlock")).result.startswith(result), program
+
+
 @under_each
 def test_no_way_up_is_open(skip: tuple[str, ...]) -> None:
     for call in (
@@ -232,7 +248,8 @@ def test_no_way_up_is_open(skip: tuple[str, ...]) -> None:
         ({"namespaces": True, "landlock": 7, "seccomp": True, "unprivileged": True}, 0),
         ({"namespaces": True, "landlock": 0, "seccomp": True, "unprivileged": True}, 1),
         ({"namespaces": False, "landlock": 7, "seccomp": True, "unprivileged": True}, 2),
-        ({}, 7),
+        ({"namespaces": True, "landlock": 7, "seccomp": False, "unprivileged": True}, 1),
+        ({}, 9),
     ],
 )
 def test_every_layer_that_is_missing_opens_gaps(layers: dict[str, object], stated: int) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from pissa.errors import ConfigError, DataError, MissingExtraError, OutputError
+from pissa.evaluate.sandbox import Verdict
 from pissa.evaluate.task import Evaluation, accuracy
 from pissa.lab.comparison import run as comparison
+from pissa.lab.comparison.page import page_of
 from pissa.lab.comparison.plan import Plan
 from pissa.lab.comparison.run import compare, rebuild
 from pissa.lab.comparison.trial import KEPT, TRIAL
-from pissa.train.recipe import Recipe
+from pissa.train.recipe import QUANTIZED_METHODS, Recipe
 from tiny import tiny_llama, tiny_tokenizer
 
 RECIPE = Recipe(rank=2, batch_size=2, micro_batch_size=2, dtype="fp32", template="none", max_length=64)
@@ -116,8 +118,11 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
         assert run["learning_rate"] == best["learning_rate"]
         assert len(run["losses"]) == len(run["grad_norms"]) == 4
         assert [point["step"] for point in run["during"]] == [2, 4]
-        # the last measurement while training is of the model that is tested
-        assert run["during"][-1]["loss"] == pytest.approx(run["test_loss"], abs=1e-5), name
+        # the last measurement while training is of the model that is tested, here over all tokens of all problems
+        tokens = json.loads((out / "runs" / name / "seed-0" / TRIAL).read_text())["test_tokens"]
+        pooled = sum(loss * count for loss, count in zip(run["test_losses"], tokens, strict=True)) / sum(tokens)
+        assert run["during"][-1]["loss"] == pytest.approx(pooled, abs=1e-5), name
+        assert run["test_loss"] == pytest.approx(sum(run["test_losses"]) / 4)
         assert len(run["test_losses"]) == 4
         assert len(run["test_correct"]) == 2
         assert run["perplexity_before"] == results["base"]["perplexity"] != run["perplexity_after"]
@@ -224,12 +229,14 @@ def test_every_other_kind_of_method_can_be_compared(data: str, tmp_path: Path) -
     # NF4 needs a multiple of 64 columns
     tiny_llama(hidden=64).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    methods = ("dora", "adalora", "qpissa")
+    methods = ("dora", "adalora", "qpissa", "qlora", "loftq")
     results = made(str(tmp_path / "model"), data, tmp_path / "out", plan(methods=methods, steps=1), quiet=True)
     for name in methods:
         (run,) = results["methods"][name]["runs"]
         assert run["status"] == "done" and len(run["test_losses"]) == 4, name
-        assert (results["methods"][name]["quantization_error"] is not None) == name.startswith("q")
+        assert (results["methods"][name]["quantization_error"] is not None) == (name in QUANTIZED_METHODS)
+    # each quantises another residual, so that each begins elsewhere
+    assert len({results["methods"][name]["runs"][0]["losses"][0] for name in QUANTIZED_METHODS}) == 3
 
 
 def test_a_task_of_pissa_eval_is_solved_in_the_place_of_the_test_problems(
@@ -256,16 +263,71 @@ def test_a_task_of_pissa_eval_is_solved_in_the_place_of_the_test_problems(
     assert posed == [[f"The answer is: {3 * i}" for i in range(count)] for count in (3, 2, 3)]
 
 
+def test_programs_are_run_where_that_is_allowed_and_their_file_stays_the_same(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    row = {"task_id": "a/0", "prompt": "x = 1\n", "test": "def check(_): assert x == 1", "entry_point": "x"}
+    problems.write_text(json.dumps(row) + "\n")
+    ran: list[str] = []
+
+    def passed(program: str, *_: Any) -> Verdict:
+        ran.append(program)
+        return Verdict(True, "passed", {})
+
+    monkeypatch.setattr("pissa.evaluate.programs.run_program", passed)
+    monkeypatch.setattr("pissa.evaluate.programs.gaps", lambda: ("using the network",))
+    chosen = plan(
+        methods=("lora",), steps=1, evaluation="humaneval", evaluation_data=str(problems), allow_code_execution=True,
+        accuracy_problems=None, new_tokens=2,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    results = made(model, data, out, chosen, quiet=True)
+    assert results["base"]["test_correct"] == results["methods"]["lora"]["runs"][0]["test_correct"] == [True]
+    assert len(ran) == 2 and all(program.startswith("x = 1\n") for program in ran)
+    assert results["warnings"] == ["this machine cannot keep generated code from: using the network"]
+    assert any("cannot keep generated code from: using the network" in line for line in page_of(results).cautions)
+    problems.write_text(json.dumps({**row, "prompt": "x = 2\n"}) + "\n")
+    with pytest.raises(OutputError, match=r"or of the other files, are not those that .* was started with"):
+        made(model, data, out, chosen, quiet=True)
+
+
+def test_a_task_of_glue_is_asked_without_generating(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def likeliest(*_: Any, **options: Any) -> Any:
+        return iter([[-2.0, -1.0], [-2.0, -1.0]])
+
+    monkeypatch.setattr("pissa.evaluate.understanding.likelihoods", likeliest)
+    problems = tmp_path / "dev.tsv"
+    problems.write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
+    chosen = plan(
+        methods=("lora",), steps=1, evaluation="glue/sst2", evaluation_data=str(problems), accuracy_problems=None
+    )
+    results = made(model, data, tmp_path / "out", chosen, quiet=True)
+    assert results["methods"]["lora"]["runs"][0]["test_correct"] == [True, False]
+
+
 def test_what_cannot_be_solved_is_refused(model: str, data: str, tmp_path: Path) -> None:
     for settings, message in (
         ({"evaluation": "nosuch"}, "no task is called 'nosuch'"),
         ({"evaluation": "perplexity"}, "judges nothing right or wrong"),
         ({"evaluation_data": data}, "name it with --eval"),
         ({"evaluation": "gsm8k", "accuracy_problems": 0}, "nothing is solved"),
+        ({"evaluation": "mt-bench"}, r"judges nothing right or wrong; pissa eval on a run \(--keep-runs\)"),
+        ({"evaluation": "glue/stsb", "evaluation_data": data}, "judges nothing right or wrong"),
+        ({"evaluation": "humaneval", "evaluation_data": data}, "nothing was run. Add --allow-code-execution"),
+        ({"evaluation": "gsm8k", "allow_code_execution": True}, "has no use for allow_code_execution"),
+        ({"evaluation": "math"}, "give their file with --eval-data"),
+        ({"allow_code_execution": True}, "name it with --eval"),
     ):
         chosen = plan(**{"accuracy_problems": None, **settings})
         with pytest.raises(ConfigError, match=message):
             made(model, data, tmp_path / "out", chosen, quiet=True)
+    unmarked = tmp_path / "unmarked.jsonl"
+    unmarked.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(40)))
+    with pytest.raises(ConfigError, match="an accuracy is asked for"):
+        made(model, str(unmarked), tmp_path / "out", plan(accuracy_problems=None, curve_accuracy=True), quiet=True)
     assert not (tmp_path / "out").exists()
 
 

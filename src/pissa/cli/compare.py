@@ -39,6 +39,10 @@ def command(
     evaluation_data: Annotated[
         str | None, typer.Option("--eval-data", help="File with the task's problems. [the test problems]")
     ] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option("--allow-code-execution", help="Let code that the models wrote run here (humaneval, mbpp)."),
+    ] = False,
     accuracy_problems: Annotated[
         int | None, typer.Option(help="Problems solved by generating. [all where answers are marked]")
     ] = None,
@@ -87,12 +91,15 @@ def command(
             if search_runs is not None:
                 raise ConfigError("--budget and --search-runs say the same; give one of them")
             search_runs = search_runs_within(budget, steps, rungs)
+        rates = read_rates(lrs)
+        if rates is not None and search_runs is not None:
+            raise ConfigError("--budget and --search-runs are of --lrs auto; with given rates leave them out")
         plan = Plan(
             methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
             recipe=recipe,
             steps=steps,
             seeds=seeds,
-            rates=read_rates(lrs),
+            rates=rates,
             search_runs=Plan.search_runs if search_runs is None else search_runs,
             rungs=rungs,
             null=null,
@@ -100,6 +107,7 @@ def command(
             test_rows=test_rows,
             evaluation=evaluation,
             evaluation_data=evaluation_data,
+            allow_code_execution=allow_code_execution,
             accuracy_problems=accuracy_problems,
             new_tokens=new_tokens,
             curve_points=curve_points,

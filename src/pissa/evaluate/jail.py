@@ -40,12 +40,20 @@ READABLE = (
     "/dev/random", "/dev/urandom", "/proc",
 )  # fmt: skip
 
-# System calls by machine: AUDIT_ARCH, clone, and those that are refused.
+# System calls by machine: AUDIT_ARCH, clone, prlimit64, and those that are refused.
 SYSTEM_CALLS = {
-    "x86_64": (0xC000003E, 56, [57, 58, 41, 101, 165, 166, 155, 161, 272, 308, 321, 248, 249, 250, 298, 323, 310, 311,
-                                246, 320, 175, 313, 176, 169, 167, 304, 425, 426, 427, 428, 429, 430, 431, 432, 442]),
-    "aarch64": (0xC00000B7, 220, [198, 117, 40, 39, 41, 51, 97, 268, 280, 217, 218, 219, 241, 282, 270, 271, 104, 294,
-                                  105, 273, 106, 142, 224, 265, 425, 426, 427, 428, 429, 430, 431, 432, 442]),
+    "x86_64": (0xC000003E, 56, 302, [
+        57, 58, 41, 101, 165, 166, 155, 161, 272, 308, 321, 248, 249, 250, 298, 323, 310, 311, 246, 320, 175, 313, 176,
+        169, 167, 304, 425, 426, 427, 428, 429, 430, 431, 432, 438, 442,
+        29, 30, 31, 64, 66, 68, 71, 240, 241,  # memory, semaphores and messages that outlive a process
+        141, 142, 144, 203, 251, 256, 279, 314,  # priorities, processors and pages, also of other processes
+    ]),
+    "aarch64": (0xC00000B7, 220, 261, [
+        198, 117, 40, 39, 41, 51, 97, 268, 280, 217, 218, 219, 241, 282, 270, 271, 104, 294, 105, 273, 106, 142, 224,
+        265, 425, 426, 427, 428, 429, 430, 431, 432, 438, 442,
+        194, 195, 196, 190, 191, 186, 187, 180, 181,
+        140, 118, 119, 122, 30, 238, 239, 274,
+    ]),
 }  # fmt: skip
 CLONE3, CLONE_THREAD = 435, 0x10000
 
@@ -92,10 +100,13 @@ def _watch(pipe: int, deadline: float) -> dict[str, Any]:
 
 
 def _read(data: bytes) -> dict[str, Any]:
+    """Layers from the first line, the verdict from the second, where they are such: a program may write anything."""
     found: dict[str, Any] = {}
-    for line in data.split(b"\n")[:2]:
-        with contextlib.suppress(ValueError):
-            found |= json.loads(line)
+    for (name, kind), line in zip((("layers", dict), ("result", str)), data.split(b"\n"), strict=False):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            value = json.loads(line)[name]
+            if isinstance(value, kind):
+                found[name] = value
     return found
 
 
@@ -251,10 +262,10 @@ def _restrict_files(scratch: str) -> int:
 
 
 def _filter_system_calls() -> bool:
-    """seccomp: threads but no processes, no sockets, nothing that changes the system."""
+    """seccomp: threads but no processes, no sockets, nothing that changes the system or other processes."""
     if platform.machine() not in SYSTEM_CALLS:
         return False
-    machine, clone, refused = SYSTEM_CALLS[platform.machine()]
+    machine, clone, prlimit, refused = SYSTEM_CALLS[platform.machine()]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, absent, kill = 0x7FFF0000, 0x50000 | 1, 0x50000 | 38, 0x80000000
     code = [
@@ -263,6 +274,7 @@ def _filter_system_calls() -> bool:
         (equal, 0, 1, CLONE3), (give, 0, 0, absent),  # then the C library takes clone
         (equal, 0, 4, clone), (load, 0, 0, 16), (any_bit, 0, 1, CLONE_THREAD), (give, 0, 0, allow),
         (give, 0, 0, refuse),
+        (equal, 0, 4, prlimit), (load, 0, 0, 16), (equal, 0, 1, 0), (give, 0, 0, allow), (give, 0, 0, refuse),
         *(step for number in refused for step in ((equal, 0, 1, number), (give, 0, 0, refuse))),
         (give, 0, 0, allow),
     ]  # fmt: skip

@@ -56,7 +56,7 @@ def evaluate(
     options = options or Options()
     found = find_task(task)
     recorded = recorded_template(Path(model))
-    usual = options.template is None and recorded is None and found.template != "none"
+    usual = options.template is None and recorded is None and "template" in found.settings
     options = replace(options, template=options.template or recorded or found.template)
     found.check(options)
     problems = found.load(Path(data), options.limit)
@@ -68,17 +68,17 @@ def evaluate(
             bar.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if out is None:
             subject = load_subject(model, base, classes=found.classes)
-            marks = {"model": fingerprint(subject.model), "data": _digest(Path(data))}
+            marks = _marks(subject, data, options)
             made = _run(found, subject, problems, options, SampleLog(), bar, usual)
             return _results(found, made, settings, marks)
         with evaluation_directory(Path(out), settings) as directory:
             results = finished(directory)
+            subject = load_subject(model, base, classes=found.classes)
+            marks = _marks(subject, data, options)
+            log = begin(directory, settings, marks)
             if results is not None:
                 bar.console.print(f"{out} is finished already; these are its results", markup=False)
                 return results
-            subject = load_subject(model, base, classes=found.classes)
-            marks = {"model": fingerprint(subject.model), "data": _digest(Path(data))}
-            log = begin(directory, settings, marks)
             if len(log):
                 bar.console.print(f"going on after {len(log)} samples in {directory / SAMPLES}", markup=False)
             try:
@@ -127,6 +127,13 @@ def _results(task: Task, made: Evaluation, settings: dict[str, Any], marks: dict
         "versions": package_versions(),
         "hardware": hardware(),
     }
+
+
+def _marks(subject: Subject, data: str | os.PathLike[str], options: Options) -> dict[str, str]:
+    """What tells the model and the files from others of the same name."""
+    files = {"data": data, "references": options.references, "judge_prompts": options.judge_prompts}
+    digests = {name: _digest(Path(path)) for name, path in files.items() if path is not None}
+    return {"model": fingerprint(subject.model), **digests}
 
 
 def _digest(path: Path) -> str:

@@ -119,8 +119,12 @@ def missing(layers: dict[str, Any]) -> tuple[str, ...]:
         found.append("reading files that its user may read")
     if not namespaces and not seccomp:
         found.append("using the network")
+    if not seccomp:
+        found.append("talking to services of this machine through their sockets")
     if not namespaces and landlock < 6:
         found.append("sending signals to processes of its user")
+    if not namespaces and not seccomp:
+        found.append("changing limits and priorities of processes of its user, and leaving shared memory behind")
     if not seccomp and not unprivileged:
         found.append("starting any number of processes until its time is over")
     if not namespaces:

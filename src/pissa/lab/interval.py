@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError
+from .student_t import quantile
 
 CONFIDENCE = 0.95
 
@@ -60,14 +61,13 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
     Raises:
         ConfigError: no values.
-        MissingExtraError: scipy is not installed.
     """
     if not values:
         raise ConfigError("no values to average; give one for each seed")
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, None, None, tuple(values))
-    half = t_quantile((1 + confidence) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = quantile(1 - confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, tuple(values))
 
 
@@ -80,12 +80,3 @@ def paired_difference(left: Sequence[float], right: Sequence[float], confidence:
     if len(left) != len(right):
         raise ConfigError(f"{len(left)} values against {len(right)}; give one of each for each seed")
     return mean_interval([a - b for a, b in zip(left, right, strict=True)], confidence)
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution."""
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise MissingExtraError("intervals need scipy: pip install 'pissa[studies]'") from error
-    return float(t.ppf(probability, degrees))

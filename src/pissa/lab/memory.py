@@ -12,17 +12,22 @@ RESET_PEAK = "5"
 """What Linux takes to let the peak start again from what is resident now (proc(5))."""
 
 
-def start_peak() -> None:
-    """Forget the peak so far; what nobody refers to any more is freed first."""
+def start_peak() -> bool:
+    """Forget the peak so far; what nobody refers to any more is freed first.
+
+    Returns:
+        Whether it is forgotten; where it is not, `peak_gib` is that of the whole process.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return
+        return True
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError:
-        return
+        return False
+    return True
 
 
 def peak_gib() -> float | None:

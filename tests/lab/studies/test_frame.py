@@ -14,7 +14,7 @@ from pissa.errors import ConfigError, DataError, Interrupted, OutputError
 from pissa.lab.figures import new_figure
 from pissa.lab.interval import mean_interval, paired_difference
 from pissa.lab.studies import page as pages
-from pissa.lab.studies.page import write_page
+from pissa.lab.studies.page import rows, summary, write_page
 from pissa.lab.studies.study import Outcome, Settings, Study, run_study
 
 CALLS: list[int] = []
@@ -116,11 +116,25 @@ def test_the_page_has_a_row_for_every_study(tmp_path: Path, monkeypatch: pytest.
         write_page(tmp_path)
     run_study(squares(1), Settings(tmp_path))
     text = write_page(tmp_path).read_text(encoding="utf-8")
-    assert "Of 1 claims: 1 does not hold here." in text
+    assert "1 of 2 claims measured: 1 does not hold here." in text
     [ours] = [line for line in text.splitlines() if "[squares](squares.json)" in line]
-    assert "1 squares \\| of (0, 1, 2)" in ours and ours.endswith("| **does not hold here** |")
+    assert "1 squares \\| of (0, 1, 2)" in ours and ours.startswith("| **does not hold here** |")
     [missing] = [line for line in text.splitlines() if "cubes" in line]
-    assert missing.endswith("| not run yet |")
+    assert missing.startswith("| not run yet |")
+
+
+def test_verdicts_are_counted_in_sentences() -> None:
+    verdicts = ["holds in part", "holds", "holds in part", "does not hold here", "does not hold here"]
+    assert summary([{"verdict": v} for v in verdicts]) == "1 holds, 2 hold in part, 2 do not hold here"
+
+
+def test_a_row_says_first_how_many_parts_were_shown() -> None:
+    parts = {str(i): mean_interval([x, 1.1 * x, 0.9 * x]).as_dict() for i, x in enumerate((1.0, 2.0, -1.0))}
+    parts["one seed"] = mean_interval([5.0]).as_dict()
+    study = squares(1)
+    document = {"verdict": "holds in part", "claim": "c", "figures": "f", "results": {"parts": parts}}
+    [row] = rows([study], {"squares": document})
+    assert row.startswith("| **holds in part**: shown in 2 of 4 parts, the opposite in 1, undecided in 1 | c |")
 
 
 CUBES = Study("cubes", "cubes are smaller (nowhere, table 1)", squares(1).run, squares(1).draw, minutes=1)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from passes import Quick
 
 from pissa.lab.studies.scaling import (
     MEASURED,
+    MEASURED_THREADS,
     PREDICTED,
     all_svds,
     fitted,
     memory_law,
+    parts_of,
     power_law,
     predicted,
-    verdict_of,
 )
 
 
@@ -62,10 +66,24 @@ def test_models_are_measured_and_predicted(quick: Quick) -> None:
     assert all(each["low"] <= each["seconds"] <= each["high"] for each in results["predictions"])
 
 
-def test_the_verdict_needs_seconds_and_a_small_share() -> None:
-    def verdict(seconds: float, share: float) -> str:
-        return verdict_of([{"name": "7B", "rank": 8, "seconds": 1, "high": seconds, "training_share": share}], 8)
+def test_the_parts_are_seconds_and_a_small_share() -> None:
+    def shown(high: float, share: float) -> list[bool]:
+        prediction = {"name": "7B", "rank": 8, "seconds": 1, "low": 0.5, "high": high, "training_share": share}
+        return [part.above_zero for part in parts_of([prediction], 8).values()]
 
-    assert verdict(10, 1e-6) == "holds"
-    assert verdict(100, 1e-6) == verdict(10, 0.5) == "holds in part"
-    assert verdict(100, 0.5) == "does not hold here"
+    assert shown(10, 1e-6) == [True, True]
+    assert shown(100, 1e-6) == [False, True]
+    assert shown(10, 0.5) == [True, False]
+    slow = {"name": "7B", "rank": 8, "seconds": 200, "low": 100, "high": 400, "training_share": 1e-6}
+    seconds, share = parts_of([slow], 8).values()
+    assert (seconds.low, seconds.mean, seconds.high) == pytest.approx((22.7 - 400, 22.7 - 200, 22.7 - 100))
+    assert (share.low, share.high) == pytest.approx((0.01 - 2e-6, 0.01 - 0.5e-6))
+
+
+def test_the_published_measurements_are_the_benchmark_s() -> None:
+    path = Path(__file__).parents[3] / "benchmarks" / "results" / "init.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found = {row["bytes"]: (row["init_seconds"], row["peak_bytes"], row["threads"]) for row in rows}
+    for _, _, size, seconds, peak in MEASURED:
+        assert found[size] == (pytest.approx(seconds, abs=0.005), peak, MEASURED_THREADS)
+    assert len(found) == len(MEASURED)

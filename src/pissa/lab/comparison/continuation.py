@@ -50,10 +50,12 @@ def record_to_keep(directory: ComparisonDirectory, record: dict[str, Any]) -> di
             f"{out} is another comparison ({'; '.join(changed)}); give the same settings, or more seeds or methods, to "
             "continue it, or another directory"
         )
-    if before.get("task") != record["task"]:
+    # a fingerprint that was not taken then is not missed now
+    rows = before.get("task") or {}
+    if not rows or any(rows[key] != record["task"].get(key) for key in rows):
         raise OutputError(
-            f"the rows of {record['settings']['data']}, or of the held-out files, are not those that {out} was "
-            "started with; continue with those, or name another directory"
+            f"the rows of {record['settings']['data']}, or of the other files, are not those that {out} was started "
+            "with; continue with those, or name another directory"
         )
     if now == then:
         return before

@@ -53,6 +53,8 @@ class Plan:
     """The task of `pissa eval` whose problems are solved; None for the test problems, by the answers they state."""
     evaluation_data: str | None = None
     """File with its problems; None for the test problems, where they are of that kind."""
+    allow_code_execution: bool = False
+    """Let code that the models wrote run on this machine; humaneval and mbpp do nothing without it."""
     accuracy_problems: int | None = None
     """How many problems are solved by generating; None for all where every answer is marked, else none."""
     new_tokens: int = 256

@@ -15,6 +15,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ...errors import OutputError
@@ -84,7 +85,7 @@ def assemble(directory: ComparisonDirectory) -> dict[str, Any]:
         OutputError: the directory is no comparison's, or a file in it is damaged.
     """
     record = read_json(directory.record)
-    base = read_json(directory.base) if directory.base.is_file() else None
+    base = _with_mean(read_json(directory.base)) if directory.base.is_file() else None
     before = base["perplexity"] if base is not None else None
     methods = {method: _method(directory, method, before) for method in record["settings"]["plan"]["methods"]}
     null_runs = directory.null_runs()
@@ -148,7 +149,13 @@ def _method(directory: ComparisonDirectory, method: str, before: float | None) -
 
 
 def _run(record: dict[str, Any], before: float | None) -> dict[str, Any]:
-    return {key: {**record, "perplexity_before": before}.get(key) for key in RUN_KEYS}
+    return {key: {**_with_mean(record), "perplexity_before": before}.get(key) for key in RUN_KEYS}
+
+
+def _with_mean(record: dict[str, Any]) -> dict[str, Any]:
+    """With the test loss that is reported, the mean over problems; None for a run that diverged."""
+    losses = record.get("test_losses")
+    return {**record, "test_loss": fmean(losses) if losses else None}
 
 
 def _records(place: Path, pattern: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from .record import ComparisonDirectory, assemble, chosen_rate, losses_of
 from .report import write_report
 from .score import Scorer, make_scorer
 from .search import best_rates, good_rate, next_rate
-from .task import make_task
+from .task import digests, make_task
 from .trial import TRIAL, Trial, run_trial, trim
 
 
@@ -81,15 +82,17 @@ def compare(
     check_model_directory(model)
     task = make_task(data, plan, validation=validation, test=test)
     settings = {"model": model, "data": data, "validation": validation, "test": test, "plan": plan.as_dict()}
+    scorer = make_scorer(task, load_tokenizer(model), plan)
     record = {
         "command": command,
         "settings": json.loads(json.dumps(settings)),
         "versions": package_versions(),
         "hardware": hardware(),
-        "task": task.as_dict(),
+        "task": {**task.as_dict(), **digests(plan)},
     }
     record = record_to_keep(directory, record)
-    scorer = make_scorer(task, load_tokenizer(model), plan)
+    if scorer.warnings:
+        record = {**record, "warnings": list(scorer.warnings)}
     progress = make_progress()
     with explained(directory.path), _only_writer(directory.path):
         write_json(directory.record, record)
@@ -153,6 +156,8 @@ class _Session:
         parts = f"{len(task.train)} rows to learn from, {len(task.validation)} for validation, {len(task.test)} to test"
         self._say(f"{task.name}: {parts}" + (f"; {task.removed} removed from training" if task.removed else ""))
         self._say(self.plan.describe())
+        for warning in self.scorer.warnings:
+            self._say(f"warning: {warning}")
         if not self.directory.base.is_file():
             write_json(self.directory.base, self._base())
         rates = {method: self._rate(method) for method in self.plan.methods}
@@ -227,7 +232,7 @@ class _Session:
         base.to("cuda" if torch.cuda.is_available() else "cpu")
         losses = {"validation_loss": self.scorer.validation_loss(base), "curve_loss": self.scorer.curve_loss(base)}
         scores = {**losses, **self.scorer.test(base)}
-        self._say(f"base: test loss {scores['test_loss']:.4f}")
+        self._say(f"base{_test_loss(scores)}")
         return scores
 
     def _say(self, line: str) -> None:
@@ -243,8 +248,12 @@ class _Session:
 def _outcome(found: dict[str, Any]) -> str:
     if found["status"] != "done":
         return "diverged"
-    test = f", test loss {found['test_loss']:.4f}" if "test_loss" in found else ""
-    return f"validation loss {found['validation_loss']:.4f}{test}"
+    return f"validation loss {found['validation_loss']:.4f}{_test_loss(found)}"
+
+
+def _test_loss(found: dict[str, Any]) -> str:
+    """The mean over test problems, as the report has it; nothing where none was tested."""
+    return f", test loss {fmean(found['test_losses']):.4f}" if "test_losses" in found else ""
 
 
 def _remaining(session: _Session) -> str:

@@ -36,6 +36,11 @@ class Scorer:
     text: list[int] | None
     """Token ids of the text on which forgetting is measured."""
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user has to know before anything is solved."""
+        return self.solver.task.warnings() if self.solver is not None else ()
+
     def validation_loss(self, model: Any) -> float:
         """Nats per response token over all validation rows."""
         return self._loss(model, self.task.validation).mean
@@ -51,11 +56,10 @@ class Scorer:
         return {"loss": self.curve_loss(model), "accuracy": sum(solved) / len(solved) if solved else None}
 
     def test(self, model: Any) -> dict[str, Any]:
-        """Test loss, over all tokens and of every problem per token; which problems are solved; perplexity."""
+        """Nats per token of every test problem; which problems are solved; perplexity."""
         loss = self._loss(model, self.task.test)
         forgetting = self._perplexity(model)
         return {
-            "test_loss": loss.mean,
             "test_losses": [nats / tokens for nats, tokens in zip(loss.nats, loss.tokens, strict=True)],
             "test_tokens": loss.tokens,
             "test_correct": self._correct(model),

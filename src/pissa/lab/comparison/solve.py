@@ -15,6 +15,8 @@ from .task import Task
 
 USUAL = "gsm8k"
 """Compares the answers that solution and reference state."""
+UNDECIDED = ("perplexity", "mt-bench", "glue/stsb")
+"""Tasks that judge nothing right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,21 @@ def make_solver(task: Task, tokenizer: Any, plan: Plan) -> Solver | None:
     if count == 0:
         return None
     if plan.evaluation is None:
-        if count is None and not task.has_answers:
+        if count is None and not task.has_answers and not plan.curve_accuracy:
             return None
         if not task.has_answers:
             raise ConfigError(
-                f'accuracy_problems is {count}, and not every test problem ends in "The answer is: N" or "#### N"; '
-                "leave it out, or give 0"
+                "an accuracy is asked for (accuracy_problems or curve_accuracy), and not every test problem ends in "
+                '"The answer is: N" or "#### N"; leave that out, or name a task with --eval'
             )
     found = find_task(plan.evaluation or USUAL)
-    options = Options(template=plan.recipe.template, max_new_tokens=plan.new_tokens)
+    generates = "max_new_tokens" in found.settings
+    options = Options(
+        template=plan.recipe.template,
+        max_new_tokens=plan.new_tokens if generates else None,
+        allow_code_execution=plan.allow_code_execution,
+    )
+    found.check(options)
     if plan.evaluation_data is not None:
         return Solver(found, tokenizer, found.load(plan.evaluation_data, count), options)
     if plan.evaluation not in (None, USUAL):
@@ -69,7 +77,10 @@ def _check(plan: Plan) -> None:
     """Refuse settings that nothing would use, and tasks without a right and wrong."""
     if plan.evaluation is None and plan.evaluation_data is not None:
         raise ConfigError("evaluation_data (--eval-data) is of a task; name it with --eval")
-    if plan.evaluation == "perplexity":
-        raise ConfigError("task perplexity judges nothing right or wrong; --forgetting measures it")
+    if plan.evaluation is None and plan.allow_code_execution:
+        raise ConfigError("allow_code_execution (--allow-code-execution) is of a task; name it with --eval")
+    if plan.evaluation in UNDECIDED:
+        instead = "--forgetting" if plan.evaluation == "perplexity" else "pissa eval on a run (--keep-runs)"
+        raise ConfigError(f"task {plan.evaluation} judges nothing right or wrong; {instead} measures it")
     if plan.accuracy_problems == 0 and (plan.evaluation is not None or plan.curve_accuracy):
         raise ConfigError("accuracy_problems is 0, so that nothing is solved; leave it out, or leave the task out")

@@ -61,20 +61,24 @@ def make_task(data: str, plan: Plan, *, validation: str | None = None, test: str
         data: file or hub id to learn from, see `read_examples`; with the recipe's data_split and data_subset.
         plan: how many rows are held out at most; from a file with fewer, all. Out of `data` itself at most a tenth
             becomes validation and a fifth test.
-        validation: file or hub id of the rows by which learning rates are chosen.
-        test: file or hub id of the rows that are reported; of a hub id's data set, split "test".
+        validation: file or hub id of the rows by which learning rates are chosen; of a hub id, split "validation".
+        test: file or hub id of the rows that are reported; of a hub id, split "test". Where either is the id of `data`,
+            it is the same subset.
 
     Raises:
         DataError: a file that cannot be read, or too few rows.
     """
     draw = random.Random(plan.seed)
-    rows = read_examples(data, split=plan.recipe.data_split, subset=plan.recipe.data_subset)
-    kept_for_test = _drawn(read_examples(test, split="test"), plan.test_rows, draw) if test is not None else []
-    kept_for_validation = (
-        _drawn(read_examples(validation, split="validation"), plan.validation_rows, draw)
-        if validation is not None
-        else []
-    )
+    subset = plan.recipe.data_subset
+    rows = read_examples(data, split=plan.recipe.data_split, subset=subset)
+
+    def held_out(source: str | None, split: str, count: int) -> list[Example]:
+        if source is None:
+            return []
+        return _drawn(read_examples(source, split=split, subset=subset if source == data else None), count, draw)
+
+    kept_for_test = held_out(test, "test", plan.test_rows)
+    kept_for_validation = held_out(validation, "validation", plan.validation_rows)
     rows, repeated = _without(rows, [*kept_for_test, *kept_for_validation])
     total = len(rows)
     if test is None:
@@ -93,6 +97,16 @@ def make_task(data: str, plan: Plan, *, validation: str | None = None, test: str
             "and 2: give more data, or a smaller batch size"
         )
     return Task(Path(data).name, [row_of(row) for row in rows], kept_for_validation, kept_for_test, repeated)
+
+
+def digests(plan: Plan) -> dict[str, str]:
+    """Fingerprints of the other files that a plan names."""
+    files = {"evaluation_data": plan.evaluation_data, "forgetting": plan.forgetting}
+    return {
+        f"{name}_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        for name, path in files.items()
+        if path is not None
+    }
 
 
 def _drawn(rows: Sequence[Example], count: int, draw: random.Random) -> list[Example]:

@@ -83,7 +83,7 @@ def run_trial(
     steps = trial.recipe.max_steps or 0
     watch_path = directory.state / "watch.jsonl"
     watch = Watch(watch_path, curve_steps(steps, curve_points), scorer.curve)
-    start_peak()
+    from_here = start_peak()
     try:
         result = train(
             model,
@@ -98,7 +98,7 @@ def run_trial(
     except TrainingError as error:
         found = _diverged(directory, str(error))
     else:
-        measured = {"peak_memory_gib": peak_gib(), **_of_results(result.results)}
+        measured = {"peak_memory_gib": peak_gib() if from_here else None, **_of_results(result.results)}
         found = {**measured, **_scores(trial, result, model, scorer)}
     record = {
         "purpose": trial.purpose,

@@ -27,6 +27,7 @@ from ..arithmetic import make_problems
 from ..figures import COLOURS, new_figure
 from ..fit import fit
 from ..interval import Interval, mean_interval, paired_difference
+from ..threads import one_thread
 from .judge import by_seed, sentence, verdict_of
 from .language import batches_in_memory, language_model, response_mean
 from .study import Outcome, Settings, Study, model_name
@@ -79,9 +80,10 @@ def decomposed(source: str, rank: int, blocks: int | None, seed: int, method: st
         W, _ = loaded(source)[name]
         if rank > min(W.shape):
             continue
-        start = time.thread_time()
-        found = principal(W, rank, method, seed)
-        seconds += time.thread_time() - start
+        with one_thread():
+            start = time.thread_time()
+            found = principal(W, rank, method, seed)
+            seconds += time.thread_time() - start
         count += 1
         if "attn" in name or "attention" in name:
             U, S, Vh = exact_svd(source, name)
@@ -115,16 +117,17 @@ def trained_loss(base: str, rank: int, seed: int, method: str, steps: int, batch
     """Fine-tune from one kind of factors; the mean loss of the last steps."""
     quieten()
     model = load_base(base, dtype=torch.float32)
-    start = time.thread_time()
-    if method == OURS:
-        model = adapt(model, PissaConfig(rank, seed=seed))
-    else:
-        kind = "pissa" if method == EXACT else f"pissa_niter_{method}"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=kind, target_modules="all-linear")  # pyright: ignore[reportArgumentType]
-            model = get_peft_model(model, config)
-    seconds = time.thread_time() - start
+    with one_thread():
+        start = time.thread_time()
+        if method == OURS:
+            model = adapt(model, PissaConfig(rank, seed=seed))
+        else:
+            kind = "pissa" if method == EXACT else f"pissa_niter_{method}"
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=kind, target_modules="all-linear")  # pyright: ignore[reportArgumentType]
+                model = get_peft_model(model, config)
+        seconds = time.thread_time() - start
     rows, _ = make_problems(seed, steps * batch, 0)
     batches = batches_in_memory(base, rows, batch, steps)
     found = fit(model.train(), batches, response_mean, learning_rate=LEARNING_RATE, steps=steps)

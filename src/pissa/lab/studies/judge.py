@@ -27,6 +27,15 @@ def sentence(parts: Mapping[str, Interval], unit: str = "") -> str:
     return "; ".join(f"{name} {difference}{unit} ({standing(difference)})" for name, difference in parts.items())
 
 
+def tally(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many of a result's parts were shown, and how many went the other way: `shown in 3 of 5 parts, …`."""
+    shown = sum(part["low"] is not None and part["low"] > 0 for part in parts.values())
+    against = sum(part["high"] is not None and part["high"] < 0 for part in parts.values())
+    undecided = len(parts) - shown - against
+    others = ((f"the opposite in {against}", against), (f"undecided in {undecided}", undecided))
+    return ", ".join([f"shown in {shown} of {len(parts)} parts", *(text for text, count in others if count)])
+
+
 def looked_at(settings: Settings) -> str:
     """What must be said of a default pass on the study's own model: its recipe was not chosen blindly."""
     own = settings.scale == "default" and settings.model is None

@@ -8,15 +8,23 @@ from typing import Any
 
 from ...checkpoint.write import explained
 from ...errors import DataError
+from .judge import tally
 from .registry import find_study, study_names
-from .study import VERDICTS, Study, read_result
+from .study import Study, Verdict, read_result
 
 PAGE = "README.md"
+PLURAL: dict[Verdict, str] = {
+    "holds": "hold",
+    "holds in part": "hold in part",
+    "does not hold here": "do not hold here",
+}
 HEAD = """# Studies: the claims, measured again
 
-Each line is one `pissa study NAME`: the claim with its source, our numbers on the model and grid that the JSON names,
-and whether the claim held there. These are small models on a laptop's budget: a claim that does not hold here may hold
-for 7 billion parameters, and the other way round. `pissa study --list` shows the runtimes, `--full` is the whole grid.
+Each line is one `pissa study NAME`: whether the claim held here and in how many of the parts into which the study
+takes it, the claim with its source, and our numbers on the model and grid that the JSON names. A part is shown where
+the whole 95 % interval is on the claim's side, and undecided where the interval holds zero. These are small models on a
+laptop's budget: a claim that does not hold here may hold for 7 billion parameters, and the other way round.
+`pissa study --list` shows the runtimes, `--full` is the whole grid.
 """
 
 
@@ -49,24 +57,28 @@ def write_page(directory: Path) -> Path:
 
 def page(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> str:
     """The page's text: a count of the verdicts, and a row for every study."""
-    counts = [(verdict, sum(d["verdict"] == verdict for d in documents.values())) for verdict in VERDICTS]
-    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
-    lines = [HEAD, f"Of {len(documents)} claims: {summary}.", ""]
-    lines += ["| Claim | Study | Our figures | Verdict |", "| --- | --- | --- | --- |"]
+    lines = [HEAD, f"{len(documents)} of {len(studies)} claims measured: {summary(list(documents.values()))}.", ""]
+    lines += ["| Verdict | Claim | Study | Our figures |", "| --- | --- | --- | --- |"]
     return "\n".join([*lines, *rows(studies, documents), ""])
 
 
+def summary(documents: Sequence[dict[str, Any]]) -> str:
+    """The verdicts, counted: `1 holds, 2 hold in part`."""
+    counts = [(sum(d["verdict"] == verdict for d in documents), verdict) for verdict in PLURAL]
+    return ", ".join(f"{count} {verdict if count == 1 else PLURAL[verdict]}" for count, verdict in counts if count)
+
+
 def rows(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """One row of the table for each study; those that were not run say so."""
+    """One row of the table for each study, its verdict first; those that were not run say so."""
     for study in studies:
         document = documents.get(study.name)
         if document is None:
-            yield f"| {cell(study.claim)} | {study.name} | `pissa study {study.name}` | not run yet |"
+            yield f"| not run yet | {cell(study.claim)} | {study.name} | `pissa study {study.name}` |"
             continue
+        parts = document["results"].get("parts")
+        verdict = f"**{document['verdict']}**{f': {tally(parts)}' if parts else ''}"
         links = f"[{study.name}]({study.name}.json), [figure]({study.name}.png)"
-        emphasis = "**" if document["verdict"] != "holds" else ""
-        verdict = f"{emphasis}{document['verdict']}{emphasis}"
-        yield f"| {cell(document['claim'])} | {links} | {cell(document['figures'])} | {verdict} |"
+        yield f"| {verdict} | {cell(document['claim'])} | {links} | {cell(document['figures'])} |"
 
 
 def cell(text: str) -> str:

@@ -27,10 +27,12 @@ from ...config import PissaConfig
 from ...decompose.svd import truncated_svd
 from ...errors import MissingExtraError
 from ..figures import COLOURS, new_figure
-from ..interval import t_quantile
+from ..interval import Interval
 from ..memory import peak_gib, start_peak
+from ..student_t import quantile
+from .judge import sentence, verdict_of
 from .language import RUNS
-from .study import Outcome, Settings, Study, Verdict
+from .study import Outcome, Settings, Study
 
 NAME = "scaling"
 RANK = 16
@@ -121,8 +123,10 @@ def run(settings: Settings) -> Outcome:
         "memory": memory,
         "flops_per_thread": rate,
     }
-    results = {"matrices": matrices, "inits": rows, **fits, "predictions": predictions}
-    return Outcome(results, verdict_of(predictions, max(ranks)), figures_of(results, max(ranks)))
+    parts = parts_of(predictions, max(ranks))
+    listed = {name: part.as_dict() for name, part in parts.items()}
+    results = {"matrices": matrices, "inits": rows, **fits, "predictions": predictions, "parts": listed}
+    return Outcome(results, verdict_of(parts), f"{sentence(parts)}. {figures_of(results, max(ranks))}")
 
 
 def weight_like(m: int, n: int, generator: torch.Generator) -> Tensor:
@@ -242,7 +246,7 @@ def fitted(rows: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> dict[st
     ratios = (A @ torch.from_numpy(c)) / T
     freedom = max(1, len(rows) - int((c > 0).sum()))
     spread = math.sqrt(float(ratios.log().square().sum()) / freedom)
-    factor = math.exp(min(50.0, t_quantile(0.975, freedom) * spread * math.sqrt(1 + 1 / len(rows))))
+    factor = math.exp(min(50.0, quantile(0.05, freedom) * spread * math.sqrt(1 + 1 / len(rows))))
     return {"coefficients": c.tolist(), "residuals": (ratios - 1).tolist(), "factor": factor}
 
 
@@ -289,12 +293,21 @@ def training_seconds(shape: Shape, rate: float) -> float:
     return 4 * shape.parameters * TRAINING_TOKENS / (rate * MEASURED_THREADS)
 
 
-def verdict_of(predictions: Sequence[Mapping[str, Any]], rank: int) -> Verdict:
+def parts_of(predictions: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Interval]:
     """Seconds at 7B, as many as the paper's at most; and negligible beside training at every size."""
     found = [each for each in predictions if each["rank"] == rank]
-    quick = next(each for each in found if each["name"] == "7B")["high"] <= PAPER_SECONDS
-    negligible = all(each["training_share"] * each["high"] / each["seconds"] < NEGLIGIBLE for each in found)
-    return "holds" if quick and negligible else "holds in part" if quick or negligible else "does not hold here"
+    at_7b = next(each for each in found if each["name"] == "7B")
+    most = max(found, key=lambda each: each["training_share"] * each["high"] / each["seconds"])
+    return {
+        f"seconds at 7B, the paper's {PAPER_SECONDS} less ours": below(PAPER_SECONDS, at_7b, at_7b["seconds"]),
+        f"share of the training run, {NEGLIGIBLE} less ours": below(NEGLIGIBLE, most, most["training_share"]),
+    }
+
+
+def below(limit: float, prediction: Mapping[str, Any], value: float) -> Interval:
+    """How far a multiple of a prediction's seconds lies below a limit."""
+    low, mean, high = (limit - value * prediction[name] / prediction["seconds"] for name in ("high", "seconds", "low"))
+    return Interval(mean, low, high, (mean,))
 
 
 def figures_of(results: Mapping[str, Any], rank: int) -> str:
@@ -304,7 +317,7 @@ def figures_of(results: Mapping[str, Any], rank: int) -> str:
     share = max(each["training_share"] for each in found)
     off = max(abs(value) for value in results["model"]["residuals"])
     return (
-        f"rank {rank}, {MEASURED_THREADS} processor cores: {times}; at most {share:.1e} of the paper's training run "
+        f"Rank {rank}, {MEASURED_THREADS} processor cores: {times}; at most {share:.1e} of the paper's training run "
         f"on the same cores; the model is off by up to {off:.0%} where it was measured, up to 8B; peak memory "
         f"{max(row['peak_gib'] or 0 for row in results['inits']):.1f} GiB at most there, {found[-1]['peak_gib']:.1f} "
         f"GiB at {found[-1]['name']} (off by up to {max(map(abs, results['memory']['residuals'])):.1f})"

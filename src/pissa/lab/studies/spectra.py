@@ -3,10 +3,12 @@
 For every linear layer, W and its residual W_res at the paper's share of the width (rank 128 of 4096: hidden size / 32)
 are described by their values' Gaussian fit (mean, sigma), by the degrees of freedom of a Student-t fit (more is closer
 to a Gaussian), by the excess kurtosis, and by singular values. One matrix is shown in full, with both NF4 errors.
+Nothing is drawn at random: intervals are over a model's layers.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,8 @@ from ...quantize.formats import quantize_matrix
 from ...split import split_weight
 from ..figures import COLOURS, new_figure
 from ..inspect_layers import kind_of
+from ..interval import Interval, mean_interval
+from .judge import sentence, verdict_of
 from .study import Outcome, Settings, Study, model_name
 from .weights import loaded, models
 
@@ -42,19 +46,38 @@ def run(settings: Settings) -> Outcome:
     rows = settings.grid(NAME, keys, lambda source, layer: describe(paths[source], layer))
     summary = {source: summarise([row for row in rows if row["source"] == source]) for source in paths}
     example = spectrum_of(*example_layer(sources[0]))
-    narrower = [part["narrower"] for part in summary.values()]
-    rounder = [part["closer_to_gaussian"] for part in summary.values()]
-    if min(narrower) > 0.95 and min(rounder) > 0.9:
-        verdict = "holds"
-    else:
-        verdict = "holds in part" if min(narrower) > 0.95 or min(rounder) > 0.9 else "does not hold here"
-    figures = "; ".join(
+    parts = {name: part for source in paths for name, part in parts_of(rows, source).items()}
+    listed = {name: part.as_dict() for name, part in parts.items()}
+    results = {"layers": rows, "summary": summary, "parts": listed, "example": example}
+    return Outcome(results, verdict_of(parts), f"{figures_of(summary)}; {sentence(parts)}")
+
+
+def figures_of(summary: Mapping[str, Any]) -> str:
+    """Sigma, mean and degrees of freedom of every model."""
+    return "; ".join(
         f"{source}: sigma {part['sigma_ratio']:.3f} of W's (narrower in {part['narrower']:.0%} of {part['layers']} "
         f"layers), |mean| smaller in {part['mean_nearer_zero']:.0%}, Student-t degrees of freedom "
         f"{part['freedom']:.1f} → {part['freedom_residual']:.1f} (median; larger in {part['closer_to_gaussian']:.0%})"
         for source, part in summary.items()
     )
-    return Outcome({"layers": rows, "summary": summary, "example": example}, verdict, figures)
+
+
+def parts_of(rows: Sequence[Mapping[str, Any]], source: str) -> dict[str, Interval]:
+    """What the claim says of a model, each part as a difference over its layers that should be positive."""
+    pairs = [(row["W"], row["residual"]) for row in rows if row["source"] == source]
+    differences = {
+        "sigma, 1 − W_res / W": [1 - residual["sigma"] / W["sigma"] for W, residual in pairs],
+        "log10 of Student-t degrees of freedom, W_res − W": [
+            math.log10(residual["student_freedom"] / W["student_freedom"]) for W, residual in pairs
+        ],
+        "excess kurtosis, |W| − |W_res|": [
+            abs(W["excess_kurtosis"]) - abs(residual["excess_kurtosis"]) for W, residual in pairs
+        ],
+        "largest singular value, 1 − W_res / W": [
+            1 - residual["largest_singular_value"] / W["largest_singular_value"] for W, residual in pairs
+        ],
+    }
+    return {f"{source}: {name}": mean_interval(values) for name, values in differences.items()}
 
 
 def layer_names(source: str, blocks: int | None) -> list[str]:

@@ -21,6 +21,7 @@ from ... import __version__
 from ...checkpoint.manifest import hardware, package_versions
 from ...checkpoint.write import explained, output_files, write_json
 from ...errors import ConfigError, DataError, Interrupted, OutputError
+from .layout import laid_out, rounded
 
 Scale = Literal["quick", "default", "full"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -158,8 +159,8 @@ def run_study(study: Study, settings: Settings) -> dict[str, Any]:
         settings: where and at what scale.
 
     Returns:
-        What NAME.json holds: `verdict`, `study`, `claim`, `figures`, `results`, `settings`, `seconds`, `versions`,
-        `hardware`.
+        What NAME.json holds: `verdict`, `study`, `claim`, `figures`, `results` (rounded, see `layout.py`), `settings`,
+        `seconds`, `versions`, `hardware`.
 
     Raises:
         PissaError: data or an extra is missing, the model cannot be used, or `out` cannot be written.
@@ -182,7 +183,7 @@ def run_study(study: Study, settings: Settings) -> dict[str, Any]:
         "study": study.name,
         "claim": study.claim,
         "figures": outcome.figures,
-        "results": plain(outcome.results),
+        "results": rounded(plain(outcome.results)),
         "settings": {
             "scale": settings.scale,
             "seeds": list(settings.seeds),
@@ -194,7 +195,7 @@ def run_study(study: Study, settings: Settings) -> dict[str, Any]:
     }
     with output_files(settings.out, last=f"{study.name}.json") as partial:
         study.draw(document["results"]).savefig(partial / f"{study.name}.png")
-        write_json(partial / f"{study.name}.json", document)
+        (partial / f"{study.name}.json").write_text(laid_out(document) + "\n", encoding="utf-8")
     return document
 
 
@@ -208,7 +209,8 @@ def read_result(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a study's result ({error}); run the study again") from error
-    if not isinstance(document, dict) or not {"study", "claim", "figures", "verdict", "settings"} <= document.keys():
+    expected = {"study", "claim", "figures", "verdict", "settings", "results"}
+    if not isinstance(document, dict) or not expected <= document.keys():
         raise DataError(f"{path} is not a study's result; run the study again")
     return document
 
