@@ -61,7 +61,8 @@ def test_every_glue_method_starts_as_the_base_and_trains_its_part(method: str) -
 def test_precision_needs_a_visible_move_to_both_sides() -> None:
     assert verdict({"mean_move": 2.0, "seed_spread": 1.0, "one_sided": False}) == "holds"
     assert verdict({"mean_move": 2.0, "seed_spread": 1.0, "one_sided": True}) == "holds in part"
-    assert verdict({"mean_move": 0.5, "seed_spread": 1.0, "one_sided": True}) == "does not hold here"
+    for one_sided in (True, False):
+        assert verdict({"mean_move": 0.5, "seed_spread": 1.0, "one_sided": one_sided}) == "does not hold here"
 
 
 def test_grids_are_complete(quick: Quick) -> None:
