@@ -10,10 +10,10 @@ from ...checkpoint.write import explained
 from ...errors import DataError
 from .judge import tally
 from .registry import find_study, study_names
-from .study import Study, Verdict, read_result
+from .study import Study, read_result
 
 PAGE = "README.md"
-PLURAL: dict[Verdict, str] = {
+PLURAL: dict[str, str] = {
     "holds": "hold",
     "holds in part": "hold in part",
     "does not hold here": "do not hold here",
