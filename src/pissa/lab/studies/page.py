@@ -25,6 +25,10 @@ takes it, the claim with its source, and our numbers on the model and grid that 
 the whole 95 % interval is on the claim's side, and undecided where the interval holds zero. These are small models on a
 laptop's budget: a claim that does not hold here may hold for 7 billion parameters, and the other way round.
 `pissa study --list` shows the runtimes, `--full` is the whole grid.
+
+Beside them stand two comparisons of PiSSA and LoRA on GSM8K, made by `pissa compare` with SmolLM2-135M and five seeds:
+[at one fixed learning rate](gsm8k-fixed/report.md), where PiSSA is clearly better, and [each at its
+own](gsm8k-swept/report.md), where there is no detectable difference.
 """
 
 
