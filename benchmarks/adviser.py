@@ -38,7 +38,7 @@ from pissa.lab.arithmetic import make_problems
 from pissa.lab.fit import fit
 from pissa.lab.models import smollm2
 from pissa.live.apply import adapt
-from pissa.train.adviser import MULTIPLE, advise, probe_data
+from pissa.train.adviser import MULTIPLE, advise, probe_data, vertex
 from pissa.train.data import read_examples
 from pissa.train.encode import Collator, Encoded, encode
 from pissa.train.recipe import Recipe
@@ -175,18 +175,6 @@ def _on_grid(rate: float, start: float) -> bool:
     return abs(place - round(place)) < 0.1
 
 
-def optimum(tried: dict[float, float]) -> float:
-    """The vertex of the parabola through the best rate and its neighbours."""
-    rates = sorted(tried)
-    place = min(range(len(rates)), key=lambda index: tried[rates[index]])
-    near = rates[place - 1 : place + 2]
-    if any(math.isinf(tried[rate]) for rate in near):
-        return rates[place]
-    (a, b, c), (x, y, z) = ([math.log(rate) for rate in near], [tried[rate] for rate in near])
-    left, right = (b - a) * (y - z), (b - c) * (y - x)
-    return math.exp(b - ((b - a) * left - (b - c) * right) / (2 * (left - right)))
-
-
 def rounded(rate: float) -> float:
     """Three digits."""
     return float(f"{rate:.3g}")
@@ -302,7 +290,7 @@ def main() -> None:
                 cell["tried"][f"{rate:g}"] = loss if math.isfinite(loss) else None
             write_json(cells_file, cells)
         write_results(arguments.out, cells)
-        print(setting.name, optimum(tried), cell["estimate"]["learning_rate"], flush=True)
+        print(setting.name, vertex(tried), cell["estimate"]["learning_rate"], flush=True)
 
 
 def write_results(out: Path, cells: dict[str, Any]) -> None:
@@ -315,7 +303,7 @@ def write_results(out: Path, cells: dict[str, Any]) -> None:
             continue
         # the multiple may change, and what it multiplies does not
         estimate = {**cell["estimate"], "learning_rate": float(f"{MULTIPLE * cell['estimate']['best_probe']:.2g}")}
-        best = optimum(tried)
+        best = vertex(tried)
         factor = max(estimate["learning_rate"] / best, best / estimate["learning_rate"])
         rows.append(
             {

@@ -6,17 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 
-from pissa.cli.main import run
 from tiny import tiny_llama, tiny_tokenizer
-
-
-def exit_code(*arguments: str) -> int:
-    """Run the command line in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        run(list(arguments))
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
 
 
 def test_the_printed_loss_is_the_mean_over_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,16 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import exit_code
 
 from pissa import PissaConfig, adapt, export_lora
-from pissa.cli.main import run
 from tiny import tiny_llama, train_steps
-
-
-def exit_code(*arguments: str) -> Any:
-    with pytest.raises(SystemExit) as stopped:
-        run(["export", *arguments])
-    return stopped.value.code
 
 
 @pytest.fixture
@@ -35,20 +29,20 @@ def saved(tmp_path: Path) -> Path:
 
 def test_gguf_lora_is_one_file(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
-    assert exit_code(str(saved), str(tmp_path / "lora.gguf"), "--to", "gguf-lora", "--json") == 0
+    assert exit_code("export", str(saved), str(tmp_path / "lora.gguf"), "--to", "gguf-lora", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["rank"] == 8 and (tmp_path / "lora.gguf").read_bytes().startswith(b"GGUF")
-    assert exit_code(str(saved), str(tmp_path / "directory"), "--to", "gguf-lora") == 2
+    assert exit_code("export", str(saved), str(tmp_path / "directory"), "--to", "gguf-lora") == 2
     assert ".gguf" in capsys.readouterr().err and not (tmp_path / "directory").exists()
 
 
 def test_check_vllm_says_the_rank_or_refuses(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(str(saved), str(tmp_path / "lora"), "--check", "vllm", "--json") == 0
+    assert exit_code("export", str(saved), str(tmp_path / "lora"), "--check", "vllm", "--json") == 0
     assert json.loads(capsys.readouterr().out)["vllm_max_lora_rank"] == 8
     model = adapt(tiny_llama(), PissaConfig(4, alpha_pattern={"q_proj": 9.0}))
     export_lora(model, tmp_path / "pattern")
     before = sorted(os.listdir(tmp_path))
-    assert exit_code(str(tmp_path / "pattern"), str(tmp_path / "out"), "--check", "vllm") == 2
+    assert exit_code("export", str(tmp_path / "pattern"), str(tmp_path / "out"), "--check", "vllm") == 2
     said = capsys.readouterr().err
     assert "q_proj" in said and said.count("\n") == 1 and sorted(os.listdir(tmp_path)) == before
 
@@ -67,5 +61,5 @@ def test_check_vllm_says_the_rank_or_refuses(saved: Path, tmp_path: Path, capsys
 def test_flags_that_contradict_are_refused(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
-    assert exit_code(str(saved), str(tmp_path / "lora.gguf"), *flags) == 2
+    assert exit_code("export", str(saved), str(tmp_path / "lora.gguf"), *flags) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "lora.gguf").exists()

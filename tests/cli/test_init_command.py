@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 
 from pissa.checkpoint.workspace import WORK
 from pissa.cli.init import _bytes
-from pissa.cli.main import run
 from pissa.errors import ConfigError
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -26,12 +26,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(hidden=64).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
-
-
-def exit_code(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as ended:
-        run([str(argument) for argument in arguments])
-    return ended.value.code
 
 
 def test_init_and_verify(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

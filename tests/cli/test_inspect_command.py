@@ -6,29 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 
-from pissa.cli.main import run
 from pissa.lab.variants import PUBLISHED
-from tiny import CORPUS, tiny_llama, tiny_tokenizer
+from tiny import CORPUS
 
 # the tiny model's rows are too short for blocks of 64
 NF4 = ("--quantize", "nf4", "--block-size", "32")
-
-
-def exit_code(*arguments: str) -> int:
-    """Run the command line in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        run(list(arguments))
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    directory = tmp_path / "model"
-    tiny_llama().save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 def test_json_has_a_row_for_each_method_rank_and_norm(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,26 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 
 from pissa.cli.main import run
-from tiny import tiny_llama, tiny_tokenizer
-
-
-def exit_code(*arguments: str) -> int:
-    """Run the command line in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        run(list(arguments))
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    """A tiny model's directory."""
-    directory = tmp_path / "model"
-    tiny_llama().save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture

@@ -27,6 +27,18 @@ PREFIX = "base_model.model."
 def read_factors(
     directory: Path, config: LoraConfig
 ) -> tuple[dict[str, AdapterFactors], dict[str, Layout], dict[str, Tensor]]:
+    """The factors of a saved LoRA, DoRA or AdaLoRA.
+
+    Args:
+        directory: holds adapter_model.safetensors.
+        config: of the same adapter.
+
+    Returns:
+        Module -> its factors, module -> how PEFT lays them out, and the tensors of modules trained in full.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, incomplete, or of another kind of adapter.
+    """
     file = directory / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{directory} has no {WEIGHTS}; the adapter is incomplete")

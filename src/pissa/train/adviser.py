@@ -156,7 +156,7 @@ def best_rate(loss_after: Callable[[float], float]) -> tuple[float, dict[float, 
         )
     for half in (-0.5, 0.5):
         look(_on_grid(place + half))
-    return _vertex(tried), tried
+    return vertex(tried), tried
 
 
 def _on_grid(place: float) -> float:
@@ -169,8 +169,16 @@ def _goes_on(look: Callable[[float], float], place: int, towards: int) -> bool:
     return there < here or (towards < 0 and math.isinf(here))
 
 
-def _vertex(tried: dict[float, float]) -> float:
-    """Of the parabola through the lowest point and its neighbours; the lowest point itself beside an infinite one."""
+def vertex(tried: dict[float, float]) -> float:
+    """The rate with the lowest loss, between those that were tried.
+
+    Args:
+        tried: rate -> loss, infinite where a run diverged; rate 0, no step at all, is left out.
+
+    Returns:
+        The vertex of the parabola in log(rate) through the best rate and its neighbours; the best rate itself where it
+        is the first or the last, or beside an infinite loss.
+    """
     rates = sorted(rate for rate in tried if rate)
     place = min(range(len(rates)), key=lambda index: tried[rates[index]])
     near = rates[max(place - 1, 0) : place + 2]
