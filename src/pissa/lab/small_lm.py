@@ -73,6 +73,7 @@ def small_lm(family: str = "llama", *, hidden: int = 128, layers: int = 3, steps
     if family not in FAMILIES:
         raise ConfigError(f"no small model of family {family!r}; there are {', '.join(FAMILIES)}")
     settings = {"family": family, "hidden": hidden, "layers": layers, "steps": steps, "vocabulary": VOCABULARY}
+    settings |= {"seed": SEED, "common": COMMON, "rare": RARE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     directory = cache_directory() / f"small-{family}-{digest}"
     if not (directory / "config.json").is_file():
