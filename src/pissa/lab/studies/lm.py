@@ -80,7 +80,7 @@ class LanguageTask:
         return tuple(rate / 4 for rate in self.rates)
 
 
-def language_task(settings: Settings, *, steps: int | None = None, held_out: int = 64) -> LanguageTask:
+def language_task(settings: Settings, *, steps: int | None = None, held_out: int = 128) -> LanguageTask:
     """Base, data and lengths for a scale.
 
     Args:
