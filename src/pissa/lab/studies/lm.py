@@ -97,7 +97,15 @@ def language_task(settings: Settings, *, steps: int | None = None, held_out: int
         return LanguageTask(base, "a random model", rows, rows[:4], test, (1e-3, 4e-3), 2, 2, 4)
     if settings.scale == "default" and settings.model is None:
         name = "a small Llama learning rare kinds of word problems"
-        return LanguageTask(str(small_lm()), name, *_parts(problems()[1], held_out), SMALL_RATES, steps or 100, 8, 64)
+        return LanguageTask(
+            str(small_lm(progress=settings.progress)),
+            name,
+            *_parts(problems()[1], held_out),
+            SMALL_RATES,
+            steps or 100,
+            8,
+            64,
+        )
     base = settings.model or str(smollm2())
     length = settings.pick(quick=2, default=steps or 100, full=200)
     if settings.scale == "full" and settings.has_data_set("gsm8k"):
