@@ -29,7 +29,7 @@ from ...train.rows import examples_from_rows
 from ...train.sampler import LengthGroupedBatches
 from ...train.trainer import response_loss
 from ..arithmetic import make_problems
-from ..fit import Fit, fit
+from ..fit import Fit, fit, on_device
 from ..models import smollm2
 from ..small_lm import problems, small_lm
 from .language import RUNS, Row, fine_tune, tiny_model
@@ -253,6 +253,10 @@ class InMemory:
     def solved(self, model: Any) -> float:
         """The share of held-out problems solved."""
         return share_solved(model, self.tokenizer, self.task)
+
+    def first_loss(self, model: Any) -> Tensor:
+        """The loss of the first batch, in the order of seed 0."""
+        return _mean_response_loss(model, on_device(next(self._batches(0)), model.device))
 
     def train(self, model: Any, rate: float, seed: int, *, steps: int | None = None, **options: Any) -> Fit:
         """Train what requires a gradient as `train` would: the same loss, order, clipping and schedule."""
