@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...calibrate.moments import second_moments
-from ...config import QuantizationFormat
 from ...live.apply import attach, peft_config
 from ...live.targets import resolve_targets
 from ...split import split_weight
@@ -26,7 +25,7 @@ from ...train.encode import Collator
 from ..variants import variant
 from .lm import InMemory
 
-FORMATS: tuple[QuantizationFormat, ...] = ("nf4", "int8", "gptq")
+FORMATS = ("nf4", "int8", "gptq")
 PRESETS = {"lora": "qlora", "pissa": "qpissa-5"}
 """What becomes of the weight under a method: rounded as it is, or published QPiSSA with five iterations."""
 CALIBRATED_ON = 128
@@ -35,7 +34,7 @@ CALIBRATED_ON = 128
 
 def build(
     model: Any,
-    form: QuantizationFormat,
+    form: str,
     method: str,
     *,
     rank: int,
@@ -46,7 +45,7 @@ def build(
 
     Args:
         model: in fp32; it is changed, and a failure leaves it half changed.
-        form: of the frozen weights, which stay in fp32.
+        form: one of FORMATS.
         method: "lora" (QLoRA: the weights as they are, in few bits) or "pissa" (QPiSSA-5).
         rank: of the adapters.
         seed: of LoRA's A.
