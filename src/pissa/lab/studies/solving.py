@@ -89,8 +89,8 @@ class Part:
         return InMemory(self.task)
 
 
-def word_problems(rows: Sequence[Row]) -> Score:
+def word_problems(rows: Sequence[Row], new_tokens: int) -> Score:
     """Exact match of the answers that solutions to these problems state, as `pissa eval --task gsm8k` has it."""
     problems = examples_from_rows(rows)
-    options = Options(max_new_tokens=64 if "template" in rows[0] else 256, batch_size=32)
+    options = Options(max_new_tokens=new_tokens, batch_size=32)
     return lambda model, tokenizer: {"exact_match": find_task("gsm8k").run(model, tokenizer, problems, options).value}
