@@ -149,10 +149,19 @@ def _differences(rows: Rows, starts: Rows) -> dict[str, Interval]:
     for form in FORMATS:
         lora, pissa = f"{form} lora", f"{form} pissa"
         found[f"{form}: PiSSA − LoRA"] = versus("problems", "exact_match", pissa, lora)
-        own = {row["start"]: row["loss_by_problem"] for row in starts if row["part"] == "problems"}
-        if lora in own and pissa in own:
-            found[f"{form}, untrained: LoRA's loss − PiSSA's"] = paired_difference(own[lora], own[pissa])
+        away = _distances(starts)
+        if lora in away and pissa in away:
+            found[f"{form}, untrained: PiSSA nearer to the base by"] = paired_difference(away[lora], away[pissa])
     return {name: difference for name, difference in found.items() if difference is not None}
+
+
+def _distances(starts: Rows) -> dict[str, list[float]]:
+    """By how much few bits change the loss of each test problem, in nats a token, up or down."""
+    own = {row["start"]: row["loss_by_problem"] for row in starts if row["part"] == "problems"}
+    return {
+        start: [abs(changed - base) for changed, base in zip(losses, own[BASE], strict=True)]
+        for start, losses in own.items()
+    }
 
 
 def draw(results: Mapping[str, Any]) -> Any:
