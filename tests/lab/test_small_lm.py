@@ -10,8 +10,8 @@ import torch
 from pissa.checkpoint.read import load_base, load_tokenizer
 from pissa.errors import ConfigError
 from pissa.evaluate.loss import held_out_loss
-from pissa.lab.arithmetic import make_problems
-from pissa.lab.small_lm import FAMILIES, random_model, small_lm
+from pissa.lab.arithmetic import TRAINED, UNSEEN, make_problems
+from pissa.lab.small_lm import FAMILIES, RARE, problems, random_model, small_lm
 from pissa.train.rows import examples_from_rows
 
 
@@ -44,3 +44,13 @@ def test_every_family_has_a_model_that_computes(family: str) -> None:
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(ConfigError, match="there are llama"):
         small_lm("lstm")
+
+
+def test_what_is_adapted_to_is_rare_in_pretraining_and_not_repeated() -> None:
+    before, after = problems()
+    rare = {template.name for template in UNSEEN}
+    assert {row["template"] for row in after} == rare
+    assert sum(row["template"] in rare for row in before) == RARE
+    assert {row["template"] for row in before} == rare | {template.name for template in TRAINED}
+    assert not {row["instruction"] for row in before} & {row["instruction"] for row in after}
+    assert problems() == (before, after)

@@ -1,8 +1,8 @@
 """Solving problems by generation: the paper's table 2 in small, and table 9's accuracies with a base in few bits.
 
 What is scored is the share of test problems whose generated solution states the right answer, as task gsm8k of
-`pissa eval` has it. By default the small Llama learns kinds of word problems new to it; `--full`, or `--model`, takes a
-real model, and `--full` GSM8K. A real model also learns code, from MBPP's training part, and is scored by pass@1 on
+`pissa eval` has it. By default the small Llama learns rare kinds of word problems; `--full`, or `--model`, takes a real
+model, and `--full` GSM8K. A real model also learns code, from MBPP's training part, and is scored by pass@1 on
 HumanEval and MBPP where the user allows what it wrote to run (`coding.py`). Every method has the learning rate that
 suits it best on problems apart (`search.py`).
 
@@ -16,14 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from ...evaluate.sandbox import gaps
-from ..figures import colour_of, new_figure
+from ..figures import colour_of, dotted_bars, new_figure
 from ..interval import Interval, mean_interval, paired_difference
 from .coding import LOSS_ON, code_problems, coding_rows, passed, trains_code, warn_of_gaps, what_was_not_scored
 from .few_bits import FORMATS
 from .judge import advantage, by_seed, sentence, verdict_of
-from .lm import LanguageTask, language_task
-from .search import search_rates
-from .solving import BASE, RANK, Part, word_problems
+from .lm import LanguageTask, find_rates, language_task, share_solved
+from .solving import BASE, RANK, Part
 from .study import Outcome, Settings, Study, model_name
 
 NAME = "nlg"
@@ -34,54 +33,49 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def run(settings: Settings) -> Outcome:
-    """Every method, and the adapters once more on a base in few bits, with every seed."""
+    """Every method, and the adapters once more on a base in few bits, each at its own rate with every seed."""
     first = _problems(settings)
     parts = [first, _code(settings, first.task)] if trains_code(settings) else [first]
-    rates = settings.pick(quick=(1e-3,), default=(1e-3, 3e-3, 9e-3), full=(5e-5, 2e-4, 8e-4))
-    found: dict[str, Any] = {"rows": [], "starts": [], "searches": {}}
+    rows, starts, searches = [], [], {}
     for part in parts:
-        scored = {**part.about, "scores": list(part.scores)}
-        starts = [{"start": method, **scored} for method in (BASE, *part.quantized)]
-        found["starts"] += settings.grid(NAME, starts, part.untrained)
-        search = search_rates(settings, NAME, part.methods, rates, part.tried, **part.about)
+        about = {"part": part.name, "task": part.task.name, "steps": part.task.steps, "scores": list(part.scores)}
+        starts += settings.grid(NAME, [{"start": name, **about} for name in (BASE, *part.quantized)], part.untrained)
+        search = find_rates(settings, NAME, part.task, part.methods, part.trained, part=part.name)
         keys = [
-            {"method": method, "rate": search.best[method], "seed": seed, **scored}
+            {"method": method, "rate": search.best[method], "seed": seed, **about}
             for method in part.methods
             for seed in settings.seeds
         ]
-        found["rows"] += settings.grid(NAME, keys, part.trained)
-        found["searches"][part.name] = search
-    return _outcome(settings, parts, **found)
+        rows += settings.grid(NAME, keys, lambda part=part, **key: part.trained(part.task, **key, scored=True))
+        searches[part.name] = search
+    return _outcome(settings, parts, rows, starts, searches)
 
 
 def _problems(settings: Settings) -> Part:
-    task = language_task(settings, steps=60, held_out=settings.pick(quick=4, default=64, full=400))
-    count = len(task.held_out)
-    validation, task = task.train[-count:], replace(task, train=task.train[:-count])
+    task = language_task(settings, held_out=settings.pick(quick=4, default=64, full=400))
     plain = settings.pick(quick=METHODS[2:], default=METHODS, full=METHODS)
     quantized = settings.pick(quick=QUANTIZED[-2:], default=QUANTIZED, full=QUANTIZED)
-    longest = 64 if "template" in task.held_out[0] else 256
-    score = word_problems(task.held_out, settings.pick(quick=8, default=longest, full=longest))
-    return Part(settings, "problems", task, validation, (*plain, *quantized), ("exact_match",), score)
+
+    def solved(model: Any, tokenizer: Any) -> dict[str, float]:
+        return {"solved": share_solved(model, tokenizer, task)}
+
+    return Part(settings, "problems", task, (*plain, *quantized), ("solved",), solved)
 
 
 def _code(settings: Settings, task: LanguageTask) -> Part:
     rows, problems = coding_rows(settings), code_problems(settings)
-    few = settings.pick(quick=2, default=LOSS_ON, full=LOSS_ON)
-    name = f"{model_name(task.base)} on MBPP"
-    own = replace(task, name=name, train=rows["train"], held_out=rows["test"][:few])
-    methods = settings.pick(quick=METHODS[2:], default=METHODS, full=METHODS)
+    name, few = f"{model_name(task.base)} on MBPP", settings.pick(quick=2, default=LOSS_ON, full=LOSS_ON)
+    own = replace(
+        task, name=name, train=rows["train"], validation=rows["validation"][:few], held_out=rows["test"][:few]
+    )
     if problems:
         warn_of_gaps(settings)
-    return Part(
-        settings,
-        "code",
-        own,
-        rows["validation"],
-        methods,
-        tuple(problems),
-        lambda model, tokenizer: passed(settings, model, tokenizer, problems),
-    )
+
+    def solved(model: Any, tokenizer: Any) -> dict[str, float]:
+        return passed(settings, model, tokenizer, problems)
+
+    methods = settings.pick(quick=METHODS[2:], default=METHODS, full=METHODS)
+    return Part(settings, "code", own, methods, tuple(problems), solved)
 
 
 def _outcome(
@@ -139,7 +133,7 @@ def _differences(rows: Rows, starts: Rows) -> dict[str, Interval]:
         return advantage(rows, score, {**chosen, "method": left}, {**chosen, "method": right})
 
     names = {"lora": "LoRA (Kaiming)", "lora-gaussian": "LoRA (Gaussian)", "full": "full"}
-    scored = {"problems": ["exact_match"], "code": next((r["scores"] for r in rows if r["part"] == "code"), [])}
+    scored = {"problems": ["solved"], "code": next((r["scores"] for r in rows if r["part"] == "code"), [])}
     found = {
         f"PiSSA − {name}" + (f", {score}" if part == "code" else ""): versus(part, score, "pissa", other)
         for part, scores in scored.items()
@@ -148,7 +142,7 @@ def _differences(rows: Rows, starts: Rows) -> dict[str, Interval]:
     }
     for form in FORMATS:
         lora, pissa = f"{form} lora", f"{form} pissa"
-        found[f"{form}: PiSSA − LoRA"] = versus("problems", "exact_match", pissa, lora)
+        found[f"{form}: PiSSA − LoRA"] = versus("problems", "solved", pissa, lora)
         away = _distances(starts)
         if lora in away and pissa in away:
             found[f"{form}, untrained: PiSSA nearer to the base by"] = paired_difference(away[lora], away[pissa])
@@ -170,14 +164,11 @@ def draw(results: Mapping[str, Any]) -> Any:
     measured = [(part, name) for part, methods in table.items() for name in next(iter(methods.values()))]
     figure, panels = new_figure((len(measured) + 1) // 2, 2)
     for panel, (part, name) in zip(panels, measured, strict=False):
-        for place, (method, entry) in enumerate(table[part].items()):
-            panel.barh(place, entry[name]["mean"], color=colour_of(method.split()[-1]))
-            panel.plot(entry[name]["values"], [place] * len(entry[name]["values"]), "k.", markersize=4)
+        dotted_bars(panel, {method: entry[name] for method, entry in table[part].items()}, "")
+        for place, method in enumerate(table[part]):
             if method in before[part]:
                 panel.plot(before[part][method][name], place, "ko", markersize=6, fillstyle="none")
-        panel.set_yticks(range(len(table[part])), list(table[part]))
-        panel.invert_yaxis()
-        panel.axvline(before[part][BASE][name], color=colour_of("base"), linewidth=1)
+        panel.axvline(before[part][BASE][name], color=colour_of(BASE), linewidth=1)
         panel.set_title(f"{results['tasks'][part]}: {name.replace('_', ' ')}", fontsize=9)
     for panel in panels[len(measured) :]:
         panel.set_visible(False)
