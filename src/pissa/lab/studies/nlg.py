@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ...evaluate.sandbox import gaps
@@ -46,7 +47,7 @@ def run(settings: Settings) -> Outcome:
             for method in part.methods
             for seed in settings.seeds
         ]
-        rows += settings.grid(NAME, keys, lambda part=part, **key: part.trained(part.task, **key, scored=True))
+        rows += settings.grid(NAME, keys, partial(part.trained, part.task, scored=True))
         searches[part.name] = search
     return _outcome(settings, parts, rows, starts, searches)
 
