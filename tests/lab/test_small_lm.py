@@ -17,7 +17,7 @@ from pissa.train.rows import examples_from_rows
 
 def test_pretraining_learns_and_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PISSA_CACHE", str(tmp_path))
-    directory = small_lm("llama", hidden=64, layers=1, steps=12)
+    directory = small_lm("llama", hidden=64, layers=1, steps=16)
     held_out = examples_from_rows(make_problems(0, 0, 6)[1])
     tokenizer = load_tokenizer(str(directory))
     after = held_out_loss(load_base(directory, dtype=torch.float32), tokenizer, held_out).mean
@@ -28,7 +28,7 @@ def test_pretraining_learns_and_is_done_once(tmp_path: Path, monkeypatch: pytest
     assert tokenizer.decode(ids) == text
     assert sum(token in "0123456789" for token in tokenizer.convert_ids_to_tokens(ids)) == 5
     written = directory.stat().st_mtime_ns
-    assert small_lm("llama", hidden=64, layers=1, steps=12) == directory
+    assert small_lm("llama", hidden=64, layers=1, steps=16) == directory
     assert directory.stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
 

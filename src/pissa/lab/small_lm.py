@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from ..checkpoint.write import output_directory
@@ -58,7 +59,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """transformers' name of a family -> what it has beside SIZES."""
 
 
-def small_lm(family: str = "llama", *, hidden: int = 128, layers: int = 3, steps: int = 4000) -> Path:
+def small_lm(
+    family: str = "llama", *, hidden: int = 128, layers: int = 3, steps: int = 4000, progress: Progress | None = None
+) -> Path:
     """The directory of a small pretrained model; trained on first use (nine minutes of one core).
 
     Args:
@@ -66,6 +69,7 @@ def small_lm(family: str = "llama", *, hidden: int = 128, layers: int = 3, steps
         hidden: width, a multiple of 64 so that NF4 can hold it.
         layers: blocks.
         steps: of pretraining, on 16 problems each.
+        progress: a bar to move while it is trained.
 
     Raises:
         ConfigError: no such family.
@@ -73,10 +77,11 @@ def small_lm(family: str = "llama", *, hidden: int = 128, layers: int = 3, steps
     if family not in FAMILIES:
         raise ConfigError(f"no small model of family {family!r}; there are {', '.join(FAMILIES)}")
     settings = {"family": family, "hidden": hidden, "layers": layers, "steps": steps, "vocabulary": VOCABULARY}
+    settings |= {"seed": SEED, "common": COMMON, "rare": RARE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     directory = cache_directory() / f"small-{family}-{digest}"
     if not (directory / "config.json").is_file():
-        _pretrain(family, hidden, layers, steps, directory)
+        _pretrain(family, hidden, layers, steps, directory, progress)
     return directory
 
 
@@ -88,7 +93,7 @@ def problems() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return sorted(rows, key=lambda _: rng.random()), rare[RARE:]
 
 
-def _pretrain(family: str, hidden: int, layers: int, steps: int, directory: Path) -> None:
+def _pretrain(family: str, hidden: int, layers: int, steps: int, directory: Path, progress: Progress | None) -> None:
     rows = problems()[0][: 16 * steps]
     tokenizer = _tokenizer([prompt_text(e, None, "alpaca") + e.response for e in examples_from_rows(rows)[:1500]])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,7 +111,16 @@ def _pretrain(family: str, hidden: int, layers: int, steps: int, directory: Path
                 batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
                 yield batch
 
-    fit(model, batches(), lambda m, batch: m(**batch).loss, learning_rate=2e-3, steps=steps, weight_decay=0.01)
+    bar = None if progress is None else progress.add_task(f"pretraining a small {family}", total=steps, note="")
+
+    def advance(_: int) -> None:
+        if progress is not None and bar is not None:
+            progress.update(bar, advance=1)
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).loss
+
+    fit(model, batches(), loss, learning_rate=2e-3, steps=steps, weight_decay=0.01, after_step=advance)
     with output_directory(directory) as partial:
         model.cpu().save_pretrained(partial)
         tokenizer.save_pretrained(partial)

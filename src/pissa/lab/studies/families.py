@@ -114,7 +114,8 @@ def _bases(settings: Settings) -> dict[str, Any]:
         return {model_name(source): lambda: source}
     if settings.scale == "quick":
         return {"llama": lambda: tiny_model(settings.out / RUNS / "tiny-llama")}
-    small = {family: lambda family=family: small_lm(family, layers=2, steps=500) for family in FAMILIES}
+    sizes = {"layers": 2, "steps": 500, "progress": settings.progress}
+    small = {family: lambda family=family: small_lm(family, **sizes) for family in FAMILIES}
     return {**small, "SmolLM2-135M": smollm2} if settings.scale == "full" else small
 
 

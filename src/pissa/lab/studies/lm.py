@@ -29,7 +29,7 @@ from ...train.rows import examples_from_rows
 from ...train.sampler import LengthGroupedBatches
 from ...train.trainer import response_loss
 from ..arithmetic import make_problems
-from ..fit import Fit, fit
+from ..fit import Fit, fit, on_device
 from ..models import smollm2
 from ..small_lm import problems, small_lm
 from .language import RUNS, Row, fine_tune, tiny_model
@@ -80,7 +80,7 @@ class LanguageTask:
         return tuple(rate / 4 for rate in self.rates)
 
 
-def language_task(settings: Settings, *, steps: int | None = None, held_out: int = 64) -> LanguageTask:
+def language_task(settings: Settings, *, steps: int | None = None, held_out: int = 128) -> LanguageTask:
     """Base, data and lengths for a scale.
 
     Args:
@@ -97,7 +97,15 @@ def language_task(settings: Settings, *, steps: int | None = None, held_out: int
         return LanguageTask(base, "a random model", rows, rows[:4], test, (1e-3, 4e-3), 2, 2, 4)
     if settings.scale == "default" and settings.model is None:
         name = "a small Llama learning rare kinds of word problems"
-        return LanguageTask(str(small_lm()), name, *_parts(problems()[1], held_out), SMALL_RATES, steps or 100, 8, 64)
+        return LanguageTask(
+            str(small_lm(progress=settings.progress)),
+            name,
+            *_parts(problems()[1], held_out),
+            SMALL_RATES,
+            steps or 100,
+            8,
+            64,
+        )
     base = settings.model or str(smollm2())
     length = settings.pick(quick=2, default=steps or 100, full=200)
     if settings.scale == "full" and settings.has_data_set("gsm8k"):
@@ -245,6 +253,10 @@ class InMemory:
     def solved(self, model: Any) -> float:
         """The share of held-out problems solved."""
         return share_solved(model, self.tokenizer, self.task)
+
+    def first_loss(self, model: Any) -> Tensor:
+        """The loss of the first batch, in the order of seed 0."""
+        return _mean_response_loss(model, on_device(next(self._batches(0)), model.device))
 
     def train(self, model: Any, rate: float, seed: int, *, steps: int | None = None, **options: Any) -> Fit:
         """Train what requires a gradient as `train` would: the same loss, order, clipping and schedule."""
