@@ -53,7 +53,7 @@ def run(settings: Settings) -> Outcome:
 
 
 def _problems(settings: Settings) -> Part:
-    task = language_task(settings, held_out=settings.pick(quick=4, default=64, full=400))
+    task = language_task(settings, held_out=settings.pick(quick=4, default=128, full=400))
     plain = settings.pick(quick=METHODS[2:], default=METHODS, full=METHODS)
     quantized = settings.pick(quick=QUANTIZED[-2:], default=QUANTIZED, full=QUANTIZED)
 
