@@ -64,8 +64,10 @@ def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
 
 
 def colour_of(method: str, number: int = 0) -> str:
-    """A method's own colour; for a name with iterations or settings (`qpissa-5`) its family's, else the number's."""
-    family = method.rpartition("-")[0] if method.rpartition("-")[2].isdigit() else method
+    """A method's own colour; with iterations (`qpissa-5`) or behind a format (`nf4 lora`) its family's, else the
+    number's."""
+    name = method.rpartition(" ")[2]
+    family = name.rpartition("-")[0] if name.rpartition("-")[2].isdigit() else name
     return METHOD_COLOURS.get(family, COLOURS[number % len(COLOURS)])
 
 

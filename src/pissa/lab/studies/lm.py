@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.read import load_base, load_tokenizer
-from ...evaluate.generate import exact_match
 from ...evaluate.loss import held_out_loss
+from ...evaluate.tasks import Options, find_task
 from ...train.encode import Collator, encode
 from ...train.recipe import Recipe
 from ...train.rows import examples_from_rows
@@ -176,9 +176,9 @@ def final_loss(losses: Sequence[float]) -> float:
 
 
 def share_solved(model: Any, tokenizer: Any, task: LanguageTask) -> float:
-    """The share of held-out problems whose generated solution states the right answer."""
-    examples = examples_from_rows(task.held_out)
-    return exact_match(model, tokenizer, examples, max_new_tokens=task.answer_tokens, batch_size=32).fraction
+    """The share of held-out problems whose generated solution states the right answer, as task gsm8k has it."""
+    options = Options(max_new_tokens=task.answer_tokens, batch_size=32)
+    return find_task("gsm8k").run(model, tokenizer, examples_from_rows(task.held_out), options).value
 
 
 def find_rates(

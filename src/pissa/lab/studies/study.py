@@ -49,6 +49,8 @@ class Settings:
     """A directory or hub id in the place of the study's own model."""
     data: Path | None = None
     """The folder of data sets; None for $PISSA_DATA."""
+    allow_code_execution: bool = False
+    """Let code that the models wrote run on this machine, where a study scores any (nlg)."""
     progress: Progress | None = field(default=None, compare=False)
     """A bar to move."""
     earlier: list[float] = field(default_factory=list, compare=False, repr=False)
