@@ -106,3 +106,19 @@ def band(panel: Any, x: Sequence[float], curves: Sequence[Sequence[float]], *, l
     panel.plot(x, [sum(column) / len(column) for column in columns], label=label, color=colour, linewidth=1.6)
     if len(curves) > 1:
         panel.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)
+
+
+def dotted_bars(panel: Any, table: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """A bar for each method's mean, from above, and a dot for each of its values.
+
+    Args:
+        panel: to draw in.
+        table: method -> `mean` and `values`.
+        title: above the panel.
+    """
+    for place, (method, entry) in enumerate(table.items()):
+        panel.barh(place, entry["mean"], color=colour_of(method, place))
+        panel.plot(entry["values"], [place] * len(entry["values"]), "k.", markersize=4)
+    panel.set_yticks(range(len(table)), list(table))
+    panel.invert_yaxis()
+    panel.set_title(title)

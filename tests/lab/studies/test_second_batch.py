@@ -6,6 +6,7 @@ import pytest
 import torch
 from passes import Quick
 
+from pissa.lab.interval import Interval, mean_interval
 from pissa.lab.studies import direction_or_scale, families, glue, long_run, precision, ranks
 from pissa.lab.studies.glue import prepare, tiny_encoder
 from pissa.lab.studies.precision import verdict
@@ -58,11 +59,23 @@ def test_every_glue_method_starts_as_the_base_and_trains_its_part(method: str) -
         assert all(name.endswith("bias") or "classifier" in name or "pooler" in name for name in trained)
 
 
-def test_precision_needs_a_visible_move_to_both_sides() -> None:
-    assert verdict({"mean_move": 2.0, "seed_spread": 1.0, "one_sided": False}) == "holds"
-    assert verdict({"mean_move": 2.0, "seed_spread": 1.0, "one_sided": True}) == "holds in part"
-    for one_sided in (True, False):
-        assert verdict({"mean_move": 0.5, "seed_spread": 1.0, "one_sided": one_sided}) == "does not hold here"
+def test_precision_needs_a_visible_move_and_both_sides() -> None:
+    def differences(*means: float) -> dict[int, Interval]:
+        return {share: mean_interval([mean, mean * 1.01]) for share, mean in enumerate(means)}
+
+    far, near = {"move": mean_interval([1.0, 1.01])}, {"move": mean_interval([-1.0, -1.01])}
+    assert verdict(far, differences(1.0, -1.0)) == "holds"
+    assert verdict(far, differences(1.0, 2.0)) == "holds in part"
+    assert verdict(near, differences(1.0, -1.0)) == "holds in part"
+    assert verdict(near, differences(-1.0, -2.0)) == "does not hold here"
+
+
+def test_precision_computes_what_it_says(quick: Quick) -> None:
+    rows = quick("precision")["results"]["runs"]
+    first = {dtype: [row["losses"][0] for row in rows if row["dtype"] == dtype] for dtype in precision.DTYPES}
+    assert first["bf16"] == pytest.approx(first["fp32"], rel=2e-2) and first["bf16"] != first["fp32"]
+    assert first["autocast"] == pytest.approx(first["fp32"], rel=2e-2) and first["autocast"] != first["fp32"]
+    assert first["bf16"] != first["autocast"]
 
 
 def test_grids_are_complete(quick: Quick) -> None:
@@ -71,10 +84,12 @@ def test_grids_are_complete(quick: Quick) -> None:
 
     seeds = {0, 1}
     assert seen("combinations", "method", "seed") == {(m, s) for m in ("lora", "pissa") for s in seeds}
-    assert seen("precision", "dtype", "method", "seed") == {(d, "full", s) for d in precision.DTYPES for s in seeds}
+    assert seen("precision", "dtype", "share", "seed") == {
+        (dtype, share, seed) for dtype in precision.DTYPES for share in precision.SHARES[:2] for seed in seeds
+    }
     assert seen("long-run", "method", "seed") == {(m, s) for m in long_run.METHODS for s in seeds}
     assert {m for m, _ in seen("ranks", "method", "rank")} == {*ranks.PLAIN, *ranks.QUANTIZED, "full"}
-    assert seen("families", "method") == {("lora",), ("pissa",), ("qlora",), ("qpissa",)}
+    assert {m for (m,) in seen("families", "method")} == {*families.PLAIN, *families.QUANTIZED}
     assert seen("glue", "task", "method") == {(t, m) for t in ("SST-2", "STS-B") for m in glue.METHODS}
     assert len(families.COMMANDS) == 9
 

@@ -9,6 +9,7 @@ Every seed has its own 80/20 split, as in the report. A search for learning rate
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,7 +20,7 @@ import torch
 
 from ...checkpoint.hub import first_line
 from ...config import PissaConfig
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, TrainingError
 from ...live.apply import adapt
 from ..fit import Diverged, fit
 from ..image_models import pretrained, with_new_head
@@ -102,11 +103,18 @@ def image_search_run(
     rate: float,
     tested: Sequence[int],
 ) -> dict[str, Any]:
-    """The same on images that none of the seeds `tested` tests on; returns `held_out_loss` and `accuracy`."""
+    """The same on images that none of the seeds `tested` tests on; returns `held_out_loss` and `accuracy`.
+
+    Raises:
+        TrainingError: training failed.
+    """
     train, validation = untested(images_of(settings, task), tested).split(TRAINING, seed)
     model, _ = adapted(settings, task, network, method, rank, seed)
     fit(model, train.batches(batch, seed), image_loss, learning_rate=rate, steps=steps)
-    return {"held_out_loss": held_out_loss(model, validation), "accuracy": accuracy(model, validation)}
+    loss = held_out_loss(model, validation)
+    if not math.isfinite(loss):
+        raise TrainingError(f"held-out loss {loss:g} after {steps} steps at {rate:g}; lower the learning rate")
+    return {"held_out_loss": loss, "accuracy": accuracy(model, validation)}
 
 
 def look_every(settings: Settings) -> int:

@@ -16,12 +16,10 @@ from typing import Any
 
 from ...checkpoint.read import load_base, load_tokenizer
 from ...errors import DataError
-from ...evaluate.generate import exact_match
-from ...train.rows import examples_from_rows
 from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval
 from .judge import advantage, by_seed, looked_at, sentence, verdict_of
-from .lm import LanguageTask, cell, language_task, recipe
+from .lm import LanguageTask, cell, language_task, recipe, share_solved
 from .study import Outcome, Settings, Study
 
 NAME = "nlg"
@@ -85,20 +83,12 @@ def _measure(
     few: dict[str, Any] = (
         {"quantize": form, "quantize_method": "qpissa-5" if name == "pissa" else "qlora"} if form else {}
     )
-    solve = (
-        {"also": lambda model, tokenizer: {"exact_match": _solved(model, tokenizer, task)}} if part != "code" else {}
-    )
-    return cell(settings, task, recipe(task, name, rate, seed, **few), **solve)
-
-
-def _solved(model: Any, tokenizer: Any, task: LanguageTask) -> float:
-    longest = 64 if "template" in task.held_out[0] else 256
-    problems = examples_from_rows(task.held_out)
-    return exact_match(model, tokenizer, problems, max_new_tokens=longest, batch_size=32).fraction
+    found = cell(settings, task, recipe(task, name, rate, seed, **few), solved=part != "code")
+    return {"exact_match" if entry == "solved" else entry: value for entry, value in found.items()}
 
 
 def _base(task: LanguageTask) -> float:
-    return _solved(load_base(task.base, dtype="float32").eval(), load_tokenizer(task.base), task)
+    return share_solved(load_base(task.base, dtype="float32").eval(), load_tokenizer(task.base), task)
 
 
 def _code(settings: Settings, task: LanguageTask) -> LanguageTask:

@@ -28,12 +28,12 @@ class Search:
     best: dict[str, float]
     """Method -> its learning rate."""
     values: dict[str, dict[str, float | None]]
-    """Method -> rate, as text -> what was minimised; None where training failed."""
+    """Method -> rate, as text -> what was minimised; None where training failed. Empty where nothing was tried."""
 
     @property
     def at_edge(self) -> list[str]:
         """Methods whose best rate is still the lowest or the highest that was tried."""
-        return [method for method, rate in self.best.items() if _edge(list(map(float, self.values[method])), rate)]
+        return [method for method, rate in self.best.items() if _edge([*map(float, self.values[method])], rate)]
 
     def as_dict(self) -> dict[str, Any]:
         """For a study's results."""
@@ -48,8 +48,7 @@ class Search:
 def search_rates(
     settings: Settings,
     study: str,
-    methods: Sequence[str],
-    rates: Sequence[float],
+    rates: Mapping[str, Sequence[float]],
     measure: Callable[..., dict[str, Any]],
     value: str | Callable[[Mapping[str, Any]], float] = "held_out_loss",
     **about: Any,
@@ -59,8 +58,7 @@ def search_rates(
     Args:
         settings: of the study; a quick pass does not search, it takes the middle of the grid.
         study: its name.
-        methods: to search for.
-        rates: where to begin, ascending by one factor.
+        rates: method -> where to begin, ascending by one factor.
         measure: called with `method`, `rate`, `seed` and what `about` holds; returns a cell's values. A run that
             raises `TrainingError` counts as worse than any other.
         value: the entry to minimise, or what to take of a cell.
@@ -69,11 +67,12 @@ def search_rates(
     Raises:
         ConfigError: no rates, or rates that do not ascend.
     """
-    if not rates or list(rates) != sorted(set(rates)):
-        raise ConfigError(f"rates are {list(rates)}; give at least one, ascending")
+    for method, grid in rates.items():
+        if not grid or list(grid) != sorted(set(grid)):
+            raise ConfigError(f"rates of {method} are {list(grid)}; give at least one, ascending")
     if settings.scale == "quick":
-        middle = rates[len(rates) // 2]
-        return Search(dict.fromkeys(methods, middle), {method: {f"{middle:g}": None} for method in methods})
+        middle = {method: grid[len(grid) // 2] for method, grid in rates.items()}
+        return Search(middle, {method: {} for method in rates})
 
     def tried(**key: Any) -> dict[str, Any]:
         try:
@@ -82,8 +81,8 @@ def search_rates(
             return {"failed": str(error)}
 
     take = itemgetter(value) if isinstance(value, str) else value
-    found: dict[str, dict[float, float]] = {method: {} for method in methods}
-    wanted = [(method, rate) for method in methods for rate in rates]
+    found: dict[str, dict[float, float]] = {method: {} for method in rates}
+    wanted = [(method, rate) for method, grid in rates.items() for rate in grid]
     for _ in range(GROWTH + 1):
         keys = [{"method": method, "rate": rate, "seed": SEARCH_SEED, **about} for method, rate in wanted]
         for row in settings.grid(f"{study}-search", keys, tried):
@@ -110,4 +109,4 @@ def _further(found: Mapping[float, float]) -> float | None:
 
 
 def _edge(rates: Sequence[float], rate: float) -> bool:
-    return rate in (min(rates), max(rates))
+    return bool(rates) and rate in (min(rates), max(rates))

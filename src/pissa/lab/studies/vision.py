@@ -39,7 +39,7 @@ RANK = 8
 DIGIT_METHODS = ("lora", "pissa", "cura", "cura-optimal")
 """The report's three, and CURA as it is here."""
 RATE = 1e-3
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, RATE, 3e-3)
 EARLY = 100
 """Steps that the report calls the initial stage."""
 VIT_BASE = (768, 768)
@@ -124,8 +124,7 @@ def _searched(settings: Settings, task: str) -> Search:
     return search_rates(
         settings,
         NAME,
-        list(METHODS) if task == PACS else DIGIT_METHODS,
-        settings.pick(quick=(RATE,), default=RATES, full=RATES),
+        dict.fromkeys(METHODS if task == PACS else DIGIT_METHODS, RATES),
         lambda **key: image_search_run(settings, **key),
         task=task,
         network="vit",
