@@ -8,7 +8,7 @@ from passes import Quick
 
 from pissa.lab.interval import Interval, mean_interval
 from pissa.lab.studies import direction_or_scale, families, glue, long_run, precision, ranks
-from pissa.lab.studies.glue import prepare, tiny_encoder
+from pissa.lab.studies.encoder_task import prepare, tiny_encoder
 from pissa.lab.studies.precision import verdict
 from tiny import logits_of, tiny_llama
 
