@@ -5,6 +5,7 @@ import math
 import pytest
 
 from pissa.errors import ConfigError, TrainingError
+from pissa.lab.studies.lm import LanguageTask, find_rates
 from pissa.lab.studies.search import SEARCH_SEED, search_rates
 from pissa.lab.studies.study import Settings
 
@@ -83,3 +84,17 @@ def test_another_value_can_be_minimised(tmp_path):
 def test_rates_that_do_not_ascend_are_refused(tmp_path, rates):
     with pytest.raises(ConfigError, match="ascending"):
         search_rates(Settings(tmp_path), "s", {"a": rates}, dict)
+
+
+def test_rates_of_a_task_are_found_on_its_validation_rows(tmp_path):
+    task = LanguageTask("base", "problems", [], [{"row": "validation"}], [{"row": "held-out"}], (1e-3, 2e-3), 5, 2, 4)
+    tried = []
+
+    def measure(task, /, method, rate, seed, rank):
+        tried.append((method, rate))
+        assert (task.held_out, seed, rank) == ([{"row": "validation"}], SEARCH_SEED, 8)
+        return bowl({"lora": 1.5e-3, "full": 4e-4})(method, rate, seed)
+
+    found = find_rates(Settings(tmp_path), "s", task, ("lora", "full"), measure, rank=8)
+    assert found.best == {"lora": 2e-3, "full": 5e-4}
+    assert set(tried) >= {("lora", 1e-3), ("lora", 2e-3), ("full", 2.5e-4), ("full", 5e-4)}

@@ -197,13 +197,14 @@ def find_rates(
         study: its name.
         task: what is trained.
         methods: as `measure` knows them; "full" begins at lower rates.
-        measure: called with the task to test on, `method`, `rate` and `seed`; returns a cell's values.
+        measure: called with the task to test on, `method`, `rate`, `seed` and what `about` holds; returns a cell's
+            values.
         value: what to minimise.
         about: what decides a result beside method, rate, seed, task and steps.
     """
 
     def chosen(method: str, rate: float, seed: int, **_: Any) -> dict[str, Any]:
-        return measure(task.to_choose, method=method, rate=rate, seed=seed)
+        return measure(task.to_choose, method=method, rate=rate, seed=seed, **about)
 
     rates = {method: task.full_rates if method == "full" else task.rates for method in methods}
     return search_rates(settings, study, rates, chosen, value, task=task.name, steps=task.steps, **about)
