@@ -15,7 +15,7 @@ def command(
     ),
     quick: Annotated[bool, typer.Option("--quick", help="A pass of seconds, which decides nothing.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The whole grid.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds. [3; quick 2, full 5]")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds. [3, some studies 5; quick 2, full 5]")] = None,
     model: Annotated[str | None, typer.Option(help="A directory or hub id instead of the study's own model.")] = None,
     allow_code_execution: Annotated[
         bool,
@@ -59,13 +59,11 @@ def _run(
     if quick and full:
         raise ConfigError("--quick and --full exclude each other")
     study = find_study(name)
-    count = seeds if seeds is not None else 2 if quick else 5 if full else 3
     quieten()
     with make_progress() as progress:
         scale = "quick" if quick else "full" if full else "default"
-        settings = Settings(
-            out, scale, tuple(range(count)), model, allow_code_execution=allow_code_execution, progress=progress
-        )
+        chosen = study.seeds(scale, seeds)
+        settings = Settings(out, scale, chosen, model, allow_code_execution=allow_code_execution, progress=progress)
         document = run_study(study, settings)
     text = (
         f"{document['verdict']}: {document['claim']}\n{document['figures']}\nwritten to {out}: {name}.json, {name}.png"

@@ -22,6 +22,7 @@ METHOD_COLOURS = {
     "ours": "#e8a33d",
     "robust-pissa": "#b56576",
     "cura": "#5f9ea0",
+    "cura-optimal": "#2f4f4f",
     "adalora": "#a3b18a",
     "pissa+dora": "#bc4b51",
     "pissa+adalora": "#e07a5f",

@@ -1,4 +1,4 @@
-"""Invariants of the studies of GLUE, vision, combinations, precision, ranks, long runs, families and direction."""
+"""Invariants of the studies of GLUE, combinations, precision, ranks, long runs, families and direction."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from passes import Quick
 
 from pissa.lab.interval import Interval, mean_interval
-from pissa.lab.studies import direction_or_scale, families, glue, long_run, precision, ranks, vision
-from pissa.lab.studies.glue import prepare, tiny_encoder
+from pissa.lab.studies import direction_or_scale, families, glue, long_run, precision, ranks
+from pissa.lab.studies.encoder_task import prepare, tiny_encoder
 from pissa.lab.studies.precision import verdict
 from tiny import logits_of, tiny_llama
 
@@ -91,8 +91,6 @@ def test_grids_are_complete(quick: Quick) -> None:
     assert {m for m, _ in seen("ranks", "method", "rank")} == {*ranks.PLAIN, *ranks.QUANTIZED, "full"}
     assert {m for (m,) in seen("families", "method")} == {*families.PLAIN, *families.QUANTIZED}
     assert seen("glue", "task", "method") == {(t, m) for t in ("SST-2", "STS-B") for m in glue.METHODS}
-    assert {100 * s for s in seeds} == {s for (s,) in seen("vision", "seed")}
-    assert seen("vision", "part", "network") == {("pacs", "vit"), ("pacs", "cnn"), ("mnist", "vit")}
     assert len(families.COMMANDS) == 9
 
 
@@ -109,12 +107,3 @@ def test_long_runs_are_measured_from_the_base_on(quick: Quick) -> None:
     rows = quick("long-run")["results"]["runs"]
     assert len({round(row["held_out_losses"][0], 4) for row in rows}) == 1
     assert all(len(row["held_out_losses"]) > 1 for row in rows)
-
-
-def test_vision_times_every_method(quick: Quick) -> None:
-    results = quick("vision")["results"]
-    assert {row["method"] for row in results["initialisation"]} == set(vision.METHODS)
-    assert all(row["seconds"] >= 0 for row in results["initialisation"])
-    assert all(0 <= row["accuracy"] <= 1 for row in results["runs"])
-    assert {row["rate"] for row in results["faster"]} == {vision.FASTER * row["rate"] for row in results["runs"]}
-    assert {row["method"] for row in results["faster"]} == {"lora", "pissa"}
