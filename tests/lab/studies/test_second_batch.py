@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from passes import Quick
@@ -9,7 +12,9 @@ from passes import Quick
 from pissa.lab.interval import Interval, mean_interval
 from pissa.lab.studies import direction_or_scale, families, glue, long_run, precision, ranks
 from pissa.lab.studies.encoder_task import prepare, tiny_encoder
+from pissa.lab.studies.lm import InMemory, language_task
 from pissa.lab.studies.precision import verdict
+from pissa.lab.studies.study import Settings
 from tiny import logits_of, tiny_llama
 
 
@@ -76,6 +81,17 @@ def test_precision_computes_what_it_says(quick: Quick) -> None:
     assert first["bf16"] == pytest.approx(first["fp32"], rel=2e-2) and first["bf16"] != first["fp32"]
     assert first["autocast"] == pytest.approx(first["fp32"], rel=2e-2) and first["autocast"] != first["fp32"]
     assert first["bf16"] != first["autocast"]
+
+
+def test_every_precision_learns(tmp_path: Path) -> None:
+    """With stale copies of the weights, as a cache of autocast's makes them, no loss would fall."""
+    task = replace(language_task(Settings(tmp_path, "quick")), steps=12)
+    memory = InMemory(replace(task, train=task.train[:2], held_out=task.train[:2]))
+    found = {dtype: precision._train(memory, dtype, 1e-2, 0, solved=False) for dtype in precision.DTYPES}
+    before = memory.loss(memory.copy())
+    for dtype, values in found.items():
+        assert values["held_out_loss"] < 0.8 * before, dtype
+        assert values["held_out_loss"] == pytest.approx(found["fp32"]["held_out_loss"], rel=0.2), dtype
 
 
 def test_grids_are_complete(quick: Quick) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...train.recipe import Recipe
-from ..figures import COLOURS, band, dotted_bars, new_figure
+from ..figures import COLOURS, band, new_figure, seed_dots
 from ..interval import Interval, mean_interval
 from .judge import advantage, by_seed, sentence, verdict_of
 from .lm import LanguageTask, cell, find_rates, language_task, recipe
@@ -99,8 +99,8 @@ def draw(results: Mapping[str, Any]) -> Any:
         band(curves, range(1, len(losses[0]) + 1), losses, label=component, colour=colour)
     curves.set(title=f"training loss, all at {rate:.2g}", xlabel="step", yscale="log")
     curves.legend(frameon=False)
-    dotted_bars(one, results["at_one_rate"], f"held-out loss, all at {rate:.2g}")
-    dotted_bars(own, results["at_its_own"], "held-out loss, each at its own rate")
+    seed_dots(one, results["at_one_rate"], f"held-out loss, all at {rate:.2g}")
+    seed_dots(own, results["at_its_own"], "held-out loss, each at its own rate")
     figure.suptitle(results["task"], fontsize=10)
     return figure
 
@@ -112,4 +112,5 @@ STUDY = Study(
     run,
     draw,
     minutes=12,
+    seed_count=5,
 )

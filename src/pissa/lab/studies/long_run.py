@@ -151,4 +151,5 @@ STUDY = Study(
     run,
     draw,
     minutes=15,
+    seed_count=5,
 )
