@@ -19,7 +19,9 @@ from pissa.lab.fit import Diverged, Fit
 from pissa.lab.studies import glue
 from pissa.lab.studies.encoder_task import (
     VALIDATION,
+    Inputs,
     batches,
+    cut,
     glue_rows,
     length,
     outputs,
@@ -30,7 +32,7 @@ from pissa.lab.studies.encoder_task import (
 )
 from pissa.lab.studies.study import Settings
 
-RUN: dict[str, Any] = {"method": "pissa", "seed": 0, "steps": 2, "batch": 4, "blocks": 2, "rate": 1e-3}
+RUN: dict[str, Any] = {"method": "pissa", "seed": 0, "steps": 2, "batch": 4, "blocks": None, "rate": 1e-3}
 
 
 @pytest.mark.parametrize("method", glue.METHODS)
@@ -94,7 +96,7 @@ def test_rows_are_parted_and_sampled(data: Path) -> None:
 def test_batches_are_full_and_of_similar_length() -> None:
     rows = [GlueRow(("a" * (1 + i % 40), "b"), float(i % 5)) for i in range(402)]
     tokenizer, _ = tiny_encoder(1)
-    stream = batches(rows, tokenizer, GLUE["STS-B"], 4, seed=3)
+    stream = batches(rows, Inputs(tokenizer, GLUE["STS-B"]), 4, seed=3)
     padding = []
     for _ in range(100):
         batch = next(stream)
@@ -113,14 +115,38 @@ def test_answers_are_in_the_order_of_the_rows(name: str) -> None:
         for parameter in model.parameters():
             parameter.mul_(10)  # as it is made, its answers are nearly equal
     rows = [GlueRow(("word" * (1 + i * 7 % 5),) * len(task.texts), 1.0) for i in range(40)]
-    found = outputs(model, tokenizer, task, rows)
+    inputs = Inputs(tokenizer, task)
+    found = outputs(model, inputs, rows)
     for place in (0, 1, 17, 39):
-        alone = outputs(model, tokenizer, task, [rows[place]])
+        alone = outputs(model, inputs, [rows[place]])
         assert torch.allclose(found[place], alone[0], atol=1e-5)
     assert len({round(float(value), 3) for value in found[:, 0]}) == 5
     expected = found[:, 0] if task.classes == 1 else found.argmax(-1)
-    assert predict(model, tokenizer, task, rows) == expected.float().tolist()
+    assert predict(model, inputs, rows) == expected.float().tolist()
     assert length(rows[1]) == 12 * len(task.texts)
+
+
+def test_an_encoder_that_is_cut_is_the_same_function() -> None:
+    task = GLUE["STS-B"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, model = tiny_encoder(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    rows = [GlueRow(("word" * (1 + i % 3), "ab"), float(i % 5)) for i in range(40)]
+    whole = Inputs(tokenizer, task)
+    before = outputs(model, whole, rows)
+    count = sum(p.numel() for p in model.parameters())
+    lower, upper = cut(model, 1)
+    inputs = Inputs(tokenizer, task, lower)
+    for _ in range(2):
+        assert torch.allclose(outputs(upper, inputs, rows), before, atol=1e-5)
+    assert len(inputs.kept) == len(set(rows)) < len(rows)
+    assert torch.equal(inputs(rows)["labels"], whole(rows)["labels"])
+    assert not any(p.requires_grad for p in lower.parameters()) and all(p.requires_grad for p in upper.parameters())
+    assert sum(p.numel() for part in (lower, upper) for p in part.parameters()) == count
+    assert float(before.std()) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["SST-2", "STS-B"])
@@ -128,9 +154,9 @@ def test_a_search_has_the_mean_loss_of_its_rows(tmp_path: Path, name: str, monke
     settings, task = Settings(tmp_path, "quick"), GLUE[name]
     monkeypatch.setattr(glue, "fit", lambda *_, **__: Fit([1.0], [1.0]))
     found = glue._search_run(settings, name, **RUN)["held_out_loss"]
-    tokenizer, model = prepared(settings, task, "pissa", 2, 0)
+    inputs, model = prepared(settings, task, "pissa", None, 0)
     _, rows, _ = glue_rows(settings, name)
-    one = [outputs(model, tokenizer, task, [row])[0] for row in rows]
+    one = [outputs(model, inputs, [row])[0] for row in rows]
     losses = [
         mse_loss(scores[0], torch.tensor(row.label / 5))
         if task.classes == 1
