@@ -169,6 +169,13 @@ def test_a_search_has_the_mean_loss_of_its_rows(tmp_path: Path, name: str, monke
         glue._search_run(settings, name, **RUN)
 
 
+def test_a_run_repeats_with_its_dropout(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, "quick")
+    first, again = (glue._measure(settings, "SST-2", **RUN) for _ in range(2))
+    assert first == again
+    assert first["losses"] != glue._measure(settings, "SST-2", **{**RUN, "seed": 1})["losses"]
+
+
 def test_training_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverging(*_: Any, **__: Any) -> None:
         raise Diverged("loss nan in step 2", Fit([2.0], [7.0]))

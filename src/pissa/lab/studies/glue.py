@@ -121,7 +121,7 @@ def _measure(
     inputs, model = prepared(settings, chosen, method, blocks, seed)
     trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
     try:
-        seen, failed = _fit(model, batches(train, inputs, batch, seed), rate, steps), None
+        seen, failed = _fit(model, batches(train, inputs, batch, seed), rate, steps, seed), None
         scores = score(chosen, predict(model, inputs, test), [row.label for row in test])
     except Diverged as error:
         seen, failed, scores = error.seen, str(error), dict.fromkeys(chosen.metrics, 0.0)
@@ -141,7 +141,7 @@ def _search_run(
     chosen = GLUE[task]
     train, validation, _ = glue_rows(settings, task)
     inputs, model = prepared(settings, chosen, method, blocks, seed)
-    _fit(model, batches(train, inputs, batch, seed), rate, steps)
+    _fit(model, batches(train, inputs, batch, seed), rate, steps, seed)
     found = outputs(model, inputs, validation)
     labels = torch.tensor([row.label / chosen.most for row in validation])
     loss = float(mse_loss(found[:, 0], labels) if chosen.classes == 1 else cross_entropy(found, labels.long()))
@@ -150,11 +150,15 @@ def _search_run(
     return {"held_out_loss": loss}
 
 
-def _fit(model: Any, rows: Iterable[Mapping[str, Tensor]], rate: float, steps: int) -> Fit:
+def _fit(model: Any, rows: Iterable[Mapping[str, Tensor]], rate: float, steps: int, seed: int) -> Fit:
+    """Train with dropout of this seed."""
+
     def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**batch).loss
 
-    return fit(model.train(), rows, loss, learning_rate=rate, steps=steps, schedule="linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return fit(model.train(), rows, loss, learning_rate=rate, steps=steps, schedule="linear")
 
 
 def draw(results: Mapping[str, Any]) -> Any:
