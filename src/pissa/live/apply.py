@@ -31,6 +31,7 @@ from .quantized import keep_unpacked, require_bitsandbytes
 from .runtime import warn_of_peft
 from .splits import scored_splits, splits_of
 from .targets import resolve_targets
+from .tokens import check_tokens
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,7 +62,8 @@ def adapt(
         given, up to the rounding stated in `model.pissa.certificates`.
 
     Raises:
-        TargetError, ConfigError, WeightError: see `targets.resolve_targets`; the model is then unchanged.
+        TargetError, ConfigError, WeightError: see `targets.resolve_targets` and `tokens.check_tokens`; the model is
+            then unchanged.
         DataError: a target without a moment where others have one.
         MissingExtraError: a quantisation without bitsandbytes.
 
@@ -77,6 +79,7 @@ def adapt(
             else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
         )
     targets = resolve_targets(model, config)
+    check_tokens(model, config.trainable_token_indices, [target.name for target in targets])
     if config.rank_budget is not None:
         targets = with_planned_ranks(targets, config, moments)
         moments = moments if config.quantization is not None else None
