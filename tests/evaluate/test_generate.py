@@ -10,9 +10,7 @@ import torch
 
 from pissa.errors import ConfigError, DataError
 from pissa.evaluate import generate as module
-from pissa.evaluate.generate import exact_match, generate
-from pissa.train.prompts import prompt_text
-from pissa.train.rows import Example, Message, examples_from_rows
+from pissa.evaluate.generate import generate
 from tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS: list[str] = ["How many?", "a", "Below is an instruction that describes a task.", "12 34", "zzzz zz"]
@@ -162,37 +160,3 @@ def test_what_cannot_be_generated_is_refused(model: Any) -> None:
         generate(model, tokenizer, ["a"], max_new_tokens=1, batch_size=0)
     with pytest.raises(DataError, match="no tokens: 2"):
         generate(model, tokenizer, ["a", ""], max_new_tokens=1, batch_size=1)
-
-
-def test_exact_match_is_the_share_of_right_answers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = examples_from_rows(
-        [{"question": f"{n} + {n}?", "answer": f"#### {2 * n}"} for n in range(1, 4)]
-        + [{"instruction": "One half?", "output": "The answer is: 1/2"}]
-    )
-    written = ["#### 2", "The answer is: 5", "no idea", "The answer is: 0.5"]
-    monkeypatch.setattr(module, "generate", lambda *_, **__: written)
-    result = exact_match(model, tiny_tokenizer(), problems)
-    assert result.fraction == 0.5
-    assert [sample.correct for sample in result.samples] == [True, False, False, True]
-    assert [sample.expected for sample in result.samples] == ["2", "4", "6", "1/2"]
-    assert [sample.answer for sample in result.samples] == ["2", "5", None, "1/2"]
-    assert [sample.generated for sample in result.samples] == written
-    assert result.samples[0].prompt == prompt_text(problems[0], None, "alpaca")
-
-
-@pytest.mark.parametrize("template", ["alpaca", "chat", "none"])
-def test_exact_match_generates_after_the_prompt_of_its_template(model: Any, template: Any) -> None:
-    tokenizer = tiny_tokenizer()
-    problem = Example((Message("user", "1 + 1?"), Message("assistant", "#### 2")))
-    result = exact_match(model, tokenizer, [problem], template=template, max_new_tokens=6)
-    (sample,) = result.samples
-    assert sample.prompt == prompt_text(problem, tokenizer, template)
-    assert sample.generated == greedy(model, tokenizer, sample.prompt, 6)
-
-
-def test_problems_without_a_reference_answer_are_refused(model: Any) -> None:
-    problems = examples_from_rows([{"question": "1 + 1?", "answer": "#### 2"}, {"question": "?", "answer": "two"}])
-    with pytest.raises(DataError, match=r"1 of 2 rows of the problems .*the data: row 2 states no answer"):
-        exact_match(model, tiny_tokenizer(), problems)
-    with pytest.raises(DataError, match="no problems"):
-        exact_match(model, tiny_tokenizer(), [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import pytest
 import torch
 
 from pissa.errors import ConfigError, DataError
-from pissa.evaluate.generate import exact_match
+from pissa.evaluate import generative
+from pissa.evaluate.generate import Continuation, generate
 from pissa.evaluate.intervals import wilson
 from pissa.evaluate.loss import held_out_loss
 from pissa.evaluate.perplexity import perplexity
 from pissa.evaluate.samples import SampleLog
 from pissa.evaluate.tasks import Options, find_task, task_names
 from pissa.train.data import read_examples
+from pissa.train.prompts import prompt_text
+from pissa.train.rows import Example, Message, examples_from_rows
 from tiny import tiny_llama, tiny_tokenizer
 
 
@@ -45,16 +49,52 @@ def test_every_task_of_the_registry_is_there() -> None:
         find_task("gsm9k")
 
 
-def test_gsm8k_is_exact_match(problems: Path) -> None:
+def test_gsm8k_generates_greedily_and_keeps_a_sample_for_each_problem(problems: Path) -> None:
     task, tokenizer = find_task("gsm8k"), tiny_tokenizer()
     loaded = task.load(problems, limit=5)
     found = task.run(lively(), tokenizer, loaded, Options(batch_size=2, max_new_tokens=6))
-    expected = exact_match(lively(), tokenizer, loaded, batch_size=2, max_new_tokens=6)
-    assert [s["generated"] for s in found.samples] == [s.generated for s in expected.samples]
-    assert [s["correct"] for s in found.samples] == [s.correct for s in expected.samples]
+    prompts = [prompt_text(problem, tokenizer, "alpaca") for problem in loaded]
+    written = generate(lively(), tokenizer, prompts, batch_size=1, max_new_tokens=6)
+    assert [s["generated"] for s in found.samples] == written
     assert [s["index"] for s in found.samples] == [0, 1, 2, 3, 4]
     assert found.samples[2]["where"].endswith("problems.jsonl:3") and found.samples[2]["expected"] == "2"
     assert (found.metric, found.value, found.interval) == ("exact_match", 0.0, wilson(0, 5))
+
+
+def test_gsm8k_is_the_share_of_right_answers_whatever_marks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = examples_from_rows(
+        [{"question": f"{n} + {n}?", "answer": f"#### {2 * n}"} for n in range(1, 4)]
+        + [{"instruction": "One half?", "output": "The answer is: 1/2"}]
+    )
+    written = ["#### 2", "The answer is: 5", "no idea", "The answer is: 0.5"]
+
+    def fixed(*_: Any, **__: Any) -> Generator[tuple[list[int], list[Continuation]], None, None]:
+        yield [2, 0, 1, 3], [Continuation(written[i], True) for i in (2, 0, 1, 3)]
+
+    monkeypatch.setattr(generative, "continuations", fixed)
+    found = find_task("gsm8k").run(None, tiny_tokenizer(), problems)
+    assert found.value == 0.5
+    assert [sample["correct"] for sample in found.samples] == [True, False, False, True]
+    assert [sample["expected"] for sample in found.samples] == ["2", "4", "6", "1/2"]
+    assert [sample["answer"] for sample in found.samples] == ["2", "5", None, "1/2"]
+    assert [sample["generated"] for sample in found.samples] == written
+    assert found.notes == ('1 of 4 continuations state no answer as "#### N" or "The answer is: N"',)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat", "none"])
+def test_a_problem_is_put_in_the_template_that_is_asked_for(template: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    problem = Example((Message("user", "1 + 1?"), Message("assistant", "#### 2")))
+    found = find_task("gsm8k").run(lively(), tokenizer, [problem], Options(template=template, max_new_tokens=2))
+    assert found.samples[0]["prompt"] == prompt_text(problem, tokenizer, template)
+
+
+def test_problems_without_a_reference_answer_are_refused() -> None:
+    problems = examples_from_rows([{"question": "1 + 1?", "answer": "#### 2"}, {"question": "?", "answer": "two"}])
+    with pytest.raises(DataError, match=r"1 of 2 rows of the problems .*the data: row 2 states no answer"):
+        find_task("gsm8k").run(None, tiny_tokenizer(), problems)
+    with pytest.raises(DataError, match="no problems"):
+        find_task("gsm8k").run(None, tiny_tokenizer(), [])
 
 
 def test_perplexity_of_a_text_is_that_of_its_windows(tmp_path: Path) -> None:

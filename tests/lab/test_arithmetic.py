@@ -13,7 +13,7 @@ import pytest
 
 from pissa.errors import ConfigError
 from pissa.evaluate.answers import extract_answer
-from pissa.lab.arithmetic import TRAINED, UNSEEN, make_problems
+from pissa.lab.arithmetic import TRAINED, UNSEEN, draw_problems, make_problems
 from pissa.train.rows import examples_from_rows
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
@@ -127,3 +127,16 @@ def test_as_many_problems_as_promised_are_made() -> None:
     most = int(re.findall(r"at most (\d+)", str(caught.value))[0])
     train, held_out = make_problems(0, most - 1000, 1000)
     assert len({identity(row) for row in [*train, *held_out]}) == most
+
+
+def test_problems_of_some_kinds_alone() -> None:
+    rows = draw_problems(UNSEEN, 400, seed=3)
+    assert Counter(row["template"] for row in rows) == dict.fromkeys((template.name for template in UNSEEN), 100)
+    assert len({identity(row) for row in rows}) == 400
+    assert rows == draw_problems(UNSEEN, 400, seed=3) != draw_problems(UNSEEN, 400, seed=4)
+
+
+@pytest.mark.parametrize("count", [-1, 10**6])
+def test_more_problems_of_a_kind_than_there_are_are_refused(count: int) -> None:
+    with pytest.raises(ConfigError, match="give 0 to"):
+        draw_problems(UNSEEN, count, seed=0)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from pissa.errors import ConfigError, DataError, TrainingError
-from pissa.lab.fit import factor, fit
+from pissa.errors import ConfigError, DataError
+from pissa.lab.fit import Diverged, factor, fit
 
 
 def batches(count: int):
@@ -80,6 +80,8 @@ def test_bad_input_is_refused():
         fit(linear(), batches(1), loss, learning_rate=0.1, steps=1, schedule="step")  # pyright: ignore[reportArgumentType]
 
 
-def test_divergence_names_the_step():
-    with pytest.raises(TrainingError, match="in step 1"):
-        fit(linear(), [{"x": torch.full((8, 4), float("nan")), "y": torch.zeros(8, 3)}], loss, learning_rate=1, steps=1)
+def test_divergence_names_the_step_and_keeps_those_before() -> None:
+    bad = {"x": torch.full((8, 4), float("nan")), "y": torch.zeros(8, 3)}
+    with pytest.raises(Diverged, match="in step 3") as stopped:
+        fit(linear(), [*batches(2), bad], loss, learning_rate=0.1, steps=3, schedule="constant")
+    assert stopped.value.seen == fit(linear(), batches(2), loss, learning_rate=0.1, steps=2, schedule="constant")

@@ -10,14 +10,14 @@ import torch
 from pissa.checkpoint.read import load_base, load_tokenizer
 from pissa.errors import ConfigError
 from pissa.evaluate.loss import held_out_loss
-from pissa.lab.arithmetic import make_problems
-from pissa.lab.small_lm import FAMILIES, random_model, small_lm
+from pissa.lab.arithmetic import TRAINED, UNSEEN, make_problems
+from pissa.lab.small_lm import FAMILIES, RARE, problems, random_model, small_lm
 from pissa.train.rows import examples_from_rows
 
 
 def test_pretraining_learns_and_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PISSA_CACHE", str(tmp_path))
-    directory = small_lm("llama", hidden=64, layers=1, steps=12)
+    directory = small_lm("llama", hidden=64, layers=1, steps=16)
     held_out = examples_from_rows(make_problems(0, 0, 6)[1])
     tokenizer = load_tokenizer(str(directory))
     after = held_out_loss(load_base(directory, dtype=torch.float32), tokenizer, held_out).mean
@@ -28,7 +28,7 @@ def test_pretraining_learns_and_is_done_once(tmp_path: Path, monkeypatch: pytest
     assert tokenizer.decode(ids) == text
     assert sum(token in "0123456789" for token in tokenizer.convert_ids_to_tokens(ids)) == 5
     written = directory.stat().st_mtime_ns
-    assert small_lm("llama", hidden=64, layers=1, steps=12) == directory
+    assert small_lm("llama", hidden=64, layers=1, steps=16) == directory
     assert directory.stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
 
@@ -44,3 +44,13 @@ def test_every_family_has_a_model_that_computes(family: str) -> None:
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(ConfigError, match="there are llama"):
         small_lm("lstm")
+
+
+def test_what_is_adapted_to_is_rare_in_pretraining_and_not_repeated() -> None:
+    before, after = problems()
+    rare = {template.name for template in UNSEEN}
+    assert {row["template"] for row in after} == rare
+    assert sum(row["template"] in rare for row in before) == RARE
+    assert {row["template"] for row in before} == rare | {template.name for template in TRAINED}
+    assert not {row["instruction"] for row in before} & {row["instruction"] for row in after}
+    assert problems() == (before, after)

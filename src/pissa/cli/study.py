@@ -15,8 +15,12 @@ def command(
     ),
     quick: Annotated[bool, typer.Option("--quick", help="A pass of seconds, which decides nothing.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The whole grid.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds. [3; quick 2, full 5]")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds. [3, some studies 5; quick 2, full 5]")] = None,
     model: Annotated[str | None, typer.Option(help="A directory or hub id instead of the study's own model.")] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option("--allow-code-execution", help="Let code that the models wrote run here (nlg: humaneval, mbpp)."),
+    ] = False,
     show_list: Annotated[bool, typer.Option("--list", help="Show all studies with their runtimes.")] = False,
     page: Annotated[Path | None, typer.Option(help="Write README.md of the results in this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -32,10 +36,19 @@ def command(
         _page(page, as_json)
     else:
         assert name is not None
-        _run(name, out, quick, full, seeds, model, as_json)
+        _run(name, out, quick, full, seeds, model, allow_code_execution, as_json)
 
 
-def _run(name: str, out: Path, quick: bool, full: bool, seeds: int | None, model: str | None, as_json: bool) -> None:
+def _run(
+    name: str,
+    out: Path,
+    quick: bool,
+    full: bool,
+    seeds: int | None,
+    model: str | None,
+    allow_code_execution: bool,
+    as_json: bool,
+) -> None:
     from ..errors import ConfigError
     from ..lab.studies.registry import find_study
     from ..lab.studies.study import Settings, run_study
@@ -46,11 +59,12 @@ def _run(name: str, out: Path, quick: bool, full: bool, seeds: int | None, model
     if quick and full:
         raise ConfigError("--quick and --full exclude each other")
     study = find_study(name)
-    count = seeds if seeds is not None else 2 if quick else 5 if full else 3
     quieten()
     with make_progress() as progress:
         scale = "quick" if quick else "full" if full else "default"
-        document = run_study(study, Settings(out, scale, tuple(range(count)), model, progress=progress))
+        chosen = study.seeds(scale, seeds)
+        settings = Settings(out, scale, chosen, model, allow_code_execution=allow_code_execution, progress=progress)
+        document = run_study(study, settings)
     text = (
         f"{document['verdict']}: {document['claim']}\n{document['figures']}\nwritten to {out}: {name}.json, {name}.png"
     )

@@ -1,4 +1,4 @@
-"""Greedy generation in batches, and the share of problems that a model solves with it.
+"""Greedy generation in batches.
 
 Prompts are padded on the left by hand, so that the tokenizer is only asked for ids and never changed.
 """
@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import ConfigError, DataError
 from ..train.encode import default_bos, token_ids
-from ..train.prompts import Template, check_template, prompt_text
-from ..train.rows import Example, RowError, unusable_rows
-from .answers import extract_answer, same_answer
 
 Progress = Callable[[int, int], None]
 
@@ -29,32 +24,6 @@ class Continuation(NamedTuple):
     """Without special tokens."""
     ended: bool
     """Whether the model, or a stop, ended it; False where it was cut for its length."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One problem, and what a model made of it."""
-
-    prompt: str
-    """The text that the model was given."""
-    generated: str
-    """The text that it wrote."""
-    expected: str
-    """The reference's answer, a whole number or "numerator/denominator"."""
-    answer: str | None
-    """The answer read from `generated`, in the same form; None where it states none."""
-    correct: bool
-    """Whether the two are equal."""
-
-
-@dataclass(frozen=True)
-class ExactMatch:
-    """How many problems were solved."""
-
-    fraction: float
-    """Correct samples over all samples, in [0, 1]."""
-    samples: list[Sample]
-    """One per problem, in the order of the problems."""
 
 
 def generate(
@@ -152,79 +121,6 @@ def _continuation(tokenizer: Any, tokens: list[int], ended: bool, stop: Sequence
 def cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first of the stops."""
     return text[: min([len(text), *(at for at in map(text.find, stop) if at >= 0)])]
-
-
-def exact_match(
-    model: Any,
-    tokenizer: Any,
-    problems: Sequence[Example],
-    *,
-    template: Template = "alpaca",
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> ExactMatch:
-    """Share of problems whose generated solution states the reference's answer (see `answers.py`).
-
-    Args:
-        model: a causal language model of transformers, or a PeftModel around one.
-        tokenizer: its tokenizer; never changed.
-        problems: examples whose last assistant message ends in a marked answer.
-        template: the prompt template that the model was trained with.
-        max_new_tokens: tokens after which an unfinished solution is cut.
-        batch_size: problems solved at once.
-        progress: called after every batch with the number of problems done and in all.
-
-    Raises:
-        ConfigError: a setting that cannot be right.
-        DataError: no problems, problems that do not fit the template, or whose reference states no answer.
-    """
-    check_template(template, tokenizer)
-    prompts, expected = _posed(problems, tokenizer, template)
-    texts = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        add_bos=template != "chat",
-        progress=progress,
-    )
-    samples = [_judged(*triple) for triple in zip(prompts, texts, expected, strict=True)]
-    return ExactMatch(sum(sample.correct for sample in samples) / len(samples), samples)
-
-
-def _posed(problems: Sequence[Example], tokenizer: Any, template: Template) -> tuple[list[str], list[Fraction]]:
-    """Prompt and expected answer of every problem."""
-    if not problems:
-        raise DataError("there are no problems to solve; give at least one")
-    prompts: list[str] = []
-    expected: list[Fraction] = []
-    offenders: list[str] = []
-    for number, problem in enumerate(problems, 1):
-        try:
-            answer = extract_answer(problem.response)
-            if answer is None:
-                raise RowError("states no answer")
-            prompts.append(prompt_text(problem, tokenizer, template))
-            expected.append(answer)
-        except RowError as reason:
-            offenders.append(f"{problem.where or f'row {number}'} {reason}")
-    if offenders:
-        remedy = 'A reference ends in "The answer is: N" or "#### N"'
-        raise unusable_rows("the problems", offenders, len(problems), remedy)
-    return prompts, expected
-
-
-def _judged(prompt: str, generated: str, expected: Fraction) -> Sample:
-    answer = extract_answer(generated)
-    return Sample(
-        prompt,
-        generated,
-        str(expected),
-        None if answer is None else str(answer),
-        same_answer(answer, expected),
-    )
 
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:

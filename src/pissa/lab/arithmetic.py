@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,6 +242,25 @@ def make_problems(seed: int, train: int, held_out: int) -> tuple[list[dict[str, 
     return [_new_row(template, rng, used) for template in _balanced(TRAINED, train, rng)], held_out_rows
 
 
+def draw_problems(templates: Sequence[ProblemTemplate], count: int, seed: int) -> list[dict[str, Any]]:
+    """Problems of some kinds alone, no two alike.
+
+    Args:
+        templates: the kinds, each equally often up to one.
+        count: how many problems.
+        seed: of all draws.
+
+    Raises:
+        ConfigError: a negative count, or more than there are.
+    """
+    most = int(USABLE_SHARE * min(template.combinations for template in templates)) * len(templates)
+    if not 0 <= count <= most:
+        raise ConfigError(f"count is {count}; give 0 to {most} problems of these kinds")
+    rng = random.Random(seed)
+    used: set[tuple[str, ...]] = set()
+    return [_new_row(template, rng, used) for template in _balanced(templates, count, rng)]
+
+
 def _check_counts(train: int, held_out: int) -> None:
     for name, count in {"train": train, "held_out": held_out}.items():
         if count < 0:
@@ -252,7 +271,7 @@ def _check_counts(train: int, held_out: int) -> None:
         raise ConfigError(f"{train} + {held_out} problems are more than there are; give at most {most} in all")
 
 
-def _balanced(templates: tuple[ProblemTemplate, ...], count: int, rng: random.Random) -> Iterator[ProblemTemplate]:
+def _balanced(templates: Sequence[ProblemTemplate], count: int, rng: random.Random) -> Iterator[ProblemTemplate]:
     """`count` templates in random order, each equally often up to one."""
     order = [templates[index % len(templates)] for index in range(count)]
     for last in range(count - 1, 0, -1):

@@ -28,8 +28,8 @@ from ..checkpoint.manifest import hardware, package_versions
 from ..checkpoint.read import check_model_directory, load_base, load_tokenizer
 from ..checkpoint.write import explained, output_files, write_json
 from ..errors import DataError, OutputError
-from ..evaluate.generate import ExactMatch, exact_match
 from ..evaluate.loss import held_out_loss
+from ..evaluate.tasks import Evaluation, Options, find_task
 from ..train.data import read_examples
 from ..train.encode import token_ids
 from ..train.progress import make_progress
@@ -207,19 +207,19 @@ def _task(data: str | None, plan: Plan, seed: int) -> Task:
 
 def _scores(
     model: Any, tokenizer: Any, task: Task, plan: Plan, progress: Progress, label: str
-) -> tuple[ExactMatch, float]:
+) -> tuple[Evaluation, float]:
     """Exact match and mean loss on the held-out problems; adapters are merged, which doubles the speed."""
     if isinstance(model, PeftModel):
         model.merge_adapter()  # pyright: ignore[reportCallIssue] -- LoraModel's, reached through PeftModel
     bar = progress.add_task(f"{label}, test", total=len(task.held_out), note="")
-    match = exact_match(
+    match = find_task("gsm8k").run(
         model,
         tokenizer,
         task.held_out,
-        max_new_tokens=plan.new_tokens if task.unseen is not None else 256,
+        Options(max_new_tokens=plan.new_tokens if task.unseen is not None else 256),
         progress=lambda done, _: progress.update(bar, completed=done),
     )
-    progress.update(bar, note=f"{match.fraction:.0%} right")
+    progress.update(bar, note=f"{match.value:.0%} right")
     return match, held_out_loss(model, tokenizer, task.held_out).mean
 
 
@@ -227,7 +227,7 @@ def _run_record(
     name: str,
     method: str,
     result: RunResult,
-    before: tuple[ExactMatch, float],
+    before: tuple[Evaluation, float],
     tokenizer: Any,
     task: Task,
     plan: Plan,
@@ -238,7 +238,7 @@ def _run_record(
     if not path.is_file():
         model = result.model if result.model is not None else _load_run(result)
         match, loss = _scores(model, tokenizer, task, plan, progress, _label(method, seen["learning_rate"]))
-        write_json(path, {"loss": loss, "samples": [vars(sample) for sample in match.samples]})
+        write_json(path, {"loss": loss, "samples": match.samples})
     after = json.loads(path.read_text(encoding="utf-8"))
     correct = [sample["correct"] for sample in after["samples"]]
     return {
@@ -252,7 +252,7 @@ def _run_record(
         "grad_norms": seen["grad_norms"],
         "tokens_per_second": seen["tokens_per_second"],
         "init_seconds": seen["init_seconds"],
-        "exact_match_before": before[0].fraction,
+        "exact_match_before": before[0].value,
         "exact_match_after": statistics.fmean(correct),
         "exact_match_after_by_template": _by_template(correct, task),
         "held_out_loss_before": before[1],

@@ -22,6 +22,7 @@ METHOD_COLOURS = {
     "ours": "#e8a33d",
     "robust-pissa": "#b56576",
     "cura": "#5f9ea0",
+    "cura-optimal": "#2f4f4f",
     "adalora": "#a3b18a",
     "pissa+dora": "#bc4b51",
     "pissa+adalora": "#e07a5f",
@@ -64,8 +65,10 @@ def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
 
 
 def colour_of(method: str, number: int = 0) -> str:
-    """A method's own colour; for a name with iterations or settings (`qpissa-5`) its family's, else the number's."""
-    family = method.rpartition("-")[0] if method.rpartition("-")[2].isdigit() else method
+    """A method's own colour; with iterations (`qpissa-5`) or behind a format (`nf4 lora`) its family's, else the
+    number's."""
+    name = method.rpartition(" ")[2]
+    family = name.rpartition("-")[0] if name.rpartition("-")[2].isdigit() else name
     return METHOD_COLOURS.get(family, COLOURS[number % len(COLOURS)])
 
 
@@ -105,3 +108,38 @@ def band(panel: Any, x: Sequence[float], curves: Sequence[Sequence[float]], *, l
     panel.plot(x, [sum(column) / len(column) for column in columns], label=label, color=colour, linewidth=1.6)
     if len(curves) > 1:
         panel.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)
+
+
+def seed_dots(panel: Any, table: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """A large dot for each method's mean, from above, and a small one for each of its values.
+
+    Args:
+        panel: to draw in.
+        table: method -> `mean` and `values`.
+        title: above the panel.
+    """
+    for place, (method, entry) in enumerate(table.items()):
+        panel.plot(entry["mean"], place, "o", markersize=11, alpha=0.7, color=colour_of(method, place))
+        panel.plot(entry["values"], [place] * len(entry["values"]), "k.", markersize=4)
+    panel.set_yticks(range(len(table)), list(table))
+    panel.set_ylim(len(table) - 0.5, -0.5)
+    panel.set_title(title)
+
+
+def search_lines(panel: Any, search: Mapping[str, Any], styles: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """What a search for learning rates saw: the loss on the validation rows against the rate, a line a method.
+
+    Args:
+        panel: to draw in.
+        search: `Search.as_dict()`; nothing is drawn where nothing was tried.
+        styles: method -> matplotlib's settings of its line, where they are not the method's colour.
+    """
+    for number, (method, values) in enumerate(search["values"].items()):
+        tried = {float(rate): value for rate, value in values.items() if value is not None}
+        style = (styles or {}).get(method, {"color": colour_of(method, number)})
+        panel.plot(list(tried), list(tried.values()), label=method, marker="o", markersize=3, **style)
+    panel.set(title="search, on validation rows", xlabel="learning rate")
+    if any(search["values"].values()):
+        panel.set(xscale="log", yscale="log")
+        panel.xaxis.set_minor_formatter("")
+    panel.legend(frameon=False, fontsize=8)

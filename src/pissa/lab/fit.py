@@ -30,6 +30,15 @@ class Fit:
     """The norm of each step's whole gradient, before clipping."""
 
 
+class Diverged(TrainingError):
+    """The loss or the gradient is not finite."""
+
+    def __init__(self, message: str, seen: Fit) -> None:
+        super().__init__(message)
+        self.seen = seen
+        """The steps before."""
+
+
 def fit(
     model: nn.Module,
     batches: Iterable[Any],
@@ -61,7 +70,7 @@ def fit(
     Raises:
         ConfigError: a setting out of its range, or nothing to train.
         DataError: the batches end too early.
-        TrainingError: the loss or the gradient is not finite; the message names the step.
+        Diverged: the loss or the gradient is not finite; the message names the step.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(trained, learning_rate, steps, schedule)
@@ -82,9 +91,10 @@ def fit(
         losses.append(float(found.detach()))
         norms.append(float(norm))
         if not math.isfinite(losses[-1]) or not math.isfinite(norms[-1]):
-            raise TrainingError(
+            raise Diverged(
                 f"loss {losses[-1]:g}, gradient norm {norms[-1]:g} in step {step}; lower the learning rate "
-                f"({learning_rate:g})"
+                f"({learning_rate:g})",
+                Fit(losses[:-1], norms[:-1]),
             )
         optimizer.step()
         rates.step()

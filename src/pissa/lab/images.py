@@ -45,9 +45,8 @@ class Images:
 
     def split(self, share: float, seed: int) -> tuple[Images, Images]:
         """A random part of this share, and the rest."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        first = round(share * len(self))
-        return self[order[:first]], self[order[first:]]
+        first, rest = split_places(len(self), share, seed)
+        return self[first], self[rest]
 
     def batches(self, size: int, seed: int, *, augment: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches for ever, each epoch in an order of its own: inputs (size, 3, s, s) fp32 in [−1, 1], labels."""
@@ -59,6 +58,13 @@ class Images:
                 part = self[order[start : start + size]]
                 pixels = augmented(part.pixels, generator) if augment else part.pixels
                 yield as_input(pixels), part.labels
+
+
+def split_places(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Places 0 … count − 1 in a random part of this share, and the rest."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    first = round(share * count)
+    return order[:first], order[first:]
 
 
 def as_input(pixels: Tensor) -> Tensor:
@@ -156,14 +162,21 @@ def class_scores(model: Any, inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> float:
-    """Share of the images whose class a model finds, in evaluation mode; its mode stays as it was."""
+def scores_on(model: nn.Module, images: Images, batch_size: int = 256) -> Tensor:
+    """(n, classes) on the CPU, of a model in evaluation mode; its mode stays as it was."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    right = 0
-    for start in range(0, len(images), batch_size):
-        part = images[slice(start, start + batch_size)]
-        scores = class_scores(model, as_input(part.pixels).to(device))
-        right += int((scores.argmax(-1).cpu() == part.labels).sum())
+    starts = range(0, len(images), batch_size)
+    parts = [class_scores(model, as_input(images.pixels[i : i + batch_size]).to(device)).cpu() for i in starts]
     model.train(training)
-    return right / len(images)
+    return torch.cat(parts)
+
+
+def accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> float:
+    """Share of the images whose class a model finds, in evaluation mode; its mode stays as it was."""
+    return int((scores_on(model, images, batch_size).argmax(-1) == images.labels).sum()) / len(images)
+
+
+def held_out_loss(model: nn.Module, images: Images) -> float:
+    """Mean cross-entropy on images, in evaluation mode; the model's mode stays as it was."""
+    return float(cross_entropy(scores_on(model, images), images.labels))

@@ -20,7 +20,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Quick:
 
     def run(name: str) -> dict[str, Any]:
         if name not in documents:
-            documents[name] = run_study(find_study(name), Settings(out, "quick", (0, 1)))
+            study = find_study(name)
+            documents[name] = run_study(study, Settings(out, "quick", study.seeds("quick")))
             documents[name]["out"] = str(out)
         return documents[name]
 

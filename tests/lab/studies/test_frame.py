@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_missing_data_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert Settings(tmp_path, data=tmp_path).data_set("mnist") == tmp_path / "mnist"
     with pytest.raises(DataError, match="no folder of that name"):
         Settings(tmp_path, data=tmp_path).data_set("glue")
+
+
+def test_a_study_has_seeds_of_its_own() -> None:
+    study = replace(squares(1), seed_count=6, seed_step=100)
+    assert study.seeds("quick") == (0, 100)
+    assert study.seeds("default") == study.seeds("full") == (0, 100, 200, 300, 400, 500)
+    assert study.seeds("default", 1) == (0,)
+    assert (squares(1).seeds("default"), squares(1).seeds("full")) == ((0, 1, 2), (0, 1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("wrong", [{"scale": "huge"}, {"seeds": ()}, {"seeds": (1, 1)}])

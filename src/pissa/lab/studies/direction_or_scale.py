@@ -9,13 +9,14 @@
     random, small      t·P S_r^½              t·S_r^½ Qᵀ             offset; ‖A0‖ as LoRA's
 
 Offset means W + BA − B0A0, so that every arm starts at the base's function. A larger factor multiplies the other's
-gradient: that is a larger learning rate, which a sweep gives LoRA as well. So every arm is trained at each rate of a
-grid, and arms are compared at their own best ones.
+gradient: that is a larger learning rate, which LoRA can be given as well. So every arm's own rate is looked for first,
+and the arms are compared at those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,63 +27,53 @@ from ...decompose.svd import truncated_svd
 from ...live.apply import attach, attach_offset, peft_config
 from ...live.targets import resolve_targets
 from ...split import derive_seed
-from ..figures import COLOURS, new_figure
+from ..figures import COLOURS, new_figure, search_lines, seed_dots
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, looked_at, sentence, verdict_of
-from .lm import InMemory, best_rates, final_loss, language_task, mean_curve
+from .judge import advantage, by_seed, sentence, verdict_of
+from .lm import InMemory, LanguageTask, final_loss, find_rates, language_task
 from .study import Outcome, Settings, Study
 
 NAME = "direction-or-scale"
 ARMS = ("lora", "lora, principal", "pissa", "pissa, small", "random", "random, small")
-STYLES = dict(zip(ARMS, ("-", "--", "-", "--", "-", "--"), strict=True))
 RANK = 8
 
 
 def run(settings: Settings) -> Outcome:
-    """Every arm at every learning rate with every seed."""
-    task = language_task(settings, steps=30)
-    rates = settings.pick(quick=(1e-3,), default=(5e-3, 1.2e-2), full=(2e-5, 1e-4, 5e-4, 2e-3, 8e-3))
-    memory: list[InMemory] = []
+    """Find every arm's learning rate, then train it there with every seed."""
+    task = language_task(settings)
+    memory = cache(lambda: InMemory(task))
 
-    def measure(method: str, rate: float, seed: int, **_: Any) -> dict[str, Any]:
-        if not memory:
-            memory.append(InMemory(task))
-        return _train(memory[0], method, rate, seed)
+    def measure(task: LanguageTask, /, method: str, rate: float, seed: int, **_: Any) -> dict[str, Any]:
+        return _train(memory().on(task), method, rate, seed)
 
+    search = find_rates(settings, NAME, task, ARMS, measure)
     keys = [
-        {"method": arm, "rate": rate, "seed": seed, "task": task.name, "steps": task.steps}
+        {"method": arm, "rate": search.best[arm], "seed": seed, "task": task.name, "steps": task.steps}
         for arm in ARMS
-        for rate in rates
         for seed in settings.seeds
     ]
-    rows = settings.grid(NAME, keys, measure)
-    best = best_rates(rows)
-    parts = _parts(rows, best)
-    table = {arm: mean_interval(by_seed(rows, "held_out_loss", method=arm, rate=best[arm])).as_dict() for arm in ARMS}
+    rows = settings.grid(NAME, keys, lambda **key: measure(task, **key))
+    parts = _parts(rows)
+    table = {arm: mean_interval(by_seed(rows, "held_out_loss", method=arm)).as_dict() for arm in ARMS}
     results = {
         "task": task.name,
         "rank": RANK,
+        "search": search.as_dict(),
         "runs": rows,
-        "best_rates": best,
-        "held_out_loss_at_best_rate": table,
+        "held_out_loss": table,
         "parts": {name: part.as_dict() for name, part in parts.items()},
     }
-    figures = f"{task.name}; held-out loss at each arm's best rate: " + ", ".join(
-        f"{arm} {table[arm]['mean']:.3f} ({best[arm]:g})" for arm in ARMS
+    figures = f"{task.name}; held-out loss at each arm's rate: " + ", ".join(
+        f"{arm} {table[arm]['mean']:.3f} ({search.best[arm]:.2g})" for arm in ARMS
     )
-    return Outcome(results, verdict_of(_claimed(parts)), f"{figures}; {sentence(parts)}{looked_at(settings)}")
+    return Outcome(results, verdict_of(_claimed(parts)), f"{figures}; {sentence(parts)}")
 
 
-def _parts(rows: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> dict[str, Interval]:
-    """Differences of held-out losses, each arm at its best rate: positive where the second one is lower."""
+def _parts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
+    """Differences of held-out losses, each arm at its rate: positive where the second one is lower."""
 
     def gain(left: str, right: str) -> Interval:
-        return advantage(
-            rows,
-            "held_out_loss",
-            {"method": left, "rate": best[left]},
-            {"method": right, "rate": best[right]},
-        )
+        return advantage(rows, "held_out_loss", {"method": left}, {"method": right})
 
     return {
         "gain of principal over random directions, at PiSSA's norms": gain("random", "pissa"),
@@ -146,29 +137,12 @@ def initial_factors(W: Tensor, arm: str, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """Held-out loss against the learning rate, and the training loss of every arm at its best one."""
-    figure, panels = new_figure(1, 2, width=5.6)
-    rows = results["runs"]
-    for number, arm in enumerate(ARMS):
-        style = {"color": COLOURS[number // 2], "linestyle": STYLES[arm]}
-        rates = sorted({row["rate"] for row in rows})
-        losses = [by_seed(rows, "held_out_loss", method=arm, rate=rate) for rate in rates]
-        means = [sum(values) / len(values) for values in losses]
-        spread = [
-            [m - min(v) for m, v in zip(means, losses, strict=True)],
-            [max(v) - m for m, v in zip(means, losses, strict=True)],
-        ]
-        panels[0].errorbar(rates, means, spread, label=arm, marker="o", markersize=3, capsize=2, **style)
-        chosen = [row for row in rows if row["method"] == arm and row["rate"] == results["best_rates"][arm]]
-        curve = mean_curve(chosen, "losses")
-        panels[1].plot(range(1, len(curve) + 1), curve, label=f"{arm} ({results['best_rates'][arm]:g})", **style)
-    top = 1.6 * min(entry["mean"] for entry in results["held_out_loss_at_best_rate"].values())
-    worst = max(row["held_out_loss"] for row in rows)
-    panels[0].set(title=results["task"], xlabel="learning rate", ylabel="held-out loss", xscale="log")
-    panels[0].set_ylim(top=min(max(top, 0.0), worst * 1.05))
-    panels[1].set(title="each at its best rate", xlabel="step", ylabel="training loss", yscale="log")
-    for panel in panels:
-        panel.legend(frameon=False, fontsize=8)
+    """The search over learning rates, and the held-out loss of every arm at its own."""
+    figure, (search, losses) = new_figure(1, 2, width=5.6)
+    lines = {arm: {"color": COLOURS[i // 2], "linestyle": "-" if i % 2 == 0 else "--"} for i, arm in enumerate(ARMS)}
+    search_lines(search, results["search"], lines)
+    seed_dots(losses, results["held_out_loss"], "held-out loss, each at its own rate")
+    figure.suptitle(results["task"], fontsize=10)
     return figure
 
 
@@ -178,5 +152,6 @@ STUDY = Study(
     "merely because its factors are larger",
     run,
     draw,
-    minutes=6,
+    minutes=12,
+    seed_count=5,
 )

@@ -51,10 +51,10 @@ def tally(parts: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join([f"shown in {shown} of {len(parts)} parts", *(text for text, number in others if number)])
 
 
-def looked_at(settings: Settings) -> str:
+def looked_at(settings: Settings, what: str = "rates and steps") -> str:
     """What must be said of a default pass on the study's own model: its recipe was not chosen blindly."""
     own = settings.scale == "default" and settings.model is None
-    return "; rates and steps were chosen after a look at one seed on the same held-out data" if own else ""
+    return f"; {what} were chosen after a look at one seed on the same held-out data" if own else ""
 
 
 def standing(difference: Interval) -> str:

@@ -1,10 +1,11 @@
 """What a study trains when it needs many runs of a language model: base, problems and recipe for each scale.
 
     quick     a random model of a few thousand parameters: seconds, and nothing to learn from them
-    default   the small Llama of `small_lm.py`, adapted to kinds of word problems that it has never seen
+    default   the small Llama of `small_lm.py`, which learns kinds of problems that it has seen little of
     full      SmolLM2-135M-Instruct on GSM8K, or on generated problems where that is not at hand
 
-With `--model` that model takes the place of the base, and learns what SmolLM2 would.
+With `--model` that model takes the place of the base, and learns what SmolLM2 would. Learning rates are looked for on
+the validation rows (`search.py`); the held-out ones are for the verdict alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,22 +22,26 @@ from torch import Tensor
 
 from ...checkpoint.read import load_base, load_tokenizer
 from ...evaluate.loss import held_out_loss
+from ...evaluate.tasks import Options, find_task
 from ...train.encode import Collator, encode
 from ...train.recipe import Recipe
 from ...train.rows import examples_from_rows
 from ...train.sampler import LengthGroupedBatches
 from ...train.trainer import response_loss
-from ..arithmetic import UNSEEN, make_problems
-from ..fit import Fit, fit
+from ..arithmetic import make_problems
+from ..fit import Fit, fit, on_device
 from ..models import smollm2
-from ..small_lm import small_lm
+from ..small_lm import problems, small_lm
 from .language import RUNS, Row, fine_tune, tiny_model
+from .search import Search, search_rates
 from .study import Settings, model_name
 
 DATA_SEED = 7
-"""Of generated problems; the small model was pretrained on those of another seed."""
-KINDS = 18
-"""Of generated problems, UNSEEN among them."""
+"""Of problems that are generated for larger models."""
+VALIDATION = 64
+"""Rows that learning rates are looked for on."""
+SMALL_RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-4, 4e-4, 8e-4)
 LAST = 10
 """Steps over which a final training loss is averaged; of a run shorter than twice that, its last half."""
 
@@ -51,22 +56,36 @@ class LanguageTask:
     """Base and data in words."""
     train: list[Row]
     """Rows to learn."""
+    validation: list[Row]
+    """Rows to choose settings by."""
     held_out: list[Row]
     """Rows to test on."""
     rates: tuple[float, ...]
-    """Learning rates worth trying, ascending."""
+    """Learning rates of an adapter at which a search begins, ascending by one factor."""
     steps: int
     """Of a run."""
     batch: int
     """Examples a step."""
+    answer_tokens: int
+    """Tokens that a solution may have."""
+
+    @property
+    def to_choose(self) -> LanguageTask:
+        """The same, tested on the validation rows."""
+        return replace(self, held_out=self.validation)
+
+    @property
+    def full_rates(self) -> tuple[float, ...]:
+        """Where a search begins for full fine-tuning, which takes smaller steps."""
+        return tuple(rate / 4 for rate in self.rates)
 
 
-def language_task(settings: Settings, *, steps: int | None = None, held_out: int = 64) -> LanguageTask:
+def language_task(settings: Settings, *, steps: int | None = None, held_out: int = 128) -> LanguageTask:
     """Base, data and lengths for a scale.
 
     Args:
         settings: of the study.
-        steps: of a run at the default scale; None for 60.
+        steps: of a run at the default scale; None for 100.
         held_out: rows to test on, at most.
 
     Raises:
@@ -75,21 +94,32 @@ def language_task(settings: Settings, *, steps: int | None = None, held_out: int
     if settings.scale == "quick":
         base = settings.model or str(tiny_model(settings.out / RUNS / "tiny-llama"))
         rows, test = make_problems(DATA_SEED, 16, 4)
-        return LanguageTask(base, "a random model", rows, test, (1e-3, 4e-3), 2, 2)
+        return LanguageTask(base, "a random model", rows, rows[:4], test, (1e-3, 4e-3), 2, 2, 4)
     if settings.scale == "default" and settings.model is None:
-        _, problems = make_problems(DATA_SEED, 0, 600 * KINDS // len(UNSEEN))
-        rows = [row for row in problems if not row["seen_template"]]
-        name = "a small Llama on kinds of word problems new to it"
-        rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-        return LanguageTask(str(small_lm()), name, rows[held_out:], rows[:held_out], rates, steps or 60, 8)
+        name = "a small Llama learning rare kinds of word problems"
+        return LanguageTask(
+            str(small_lm(progress=settings.progress)),
+            name,
+            *_parts(problems()[1], held_out),
+            SMALL_RATES,
+            steps or 100,
+            8,
+            64,
+        )
     base = settings.model or str(smollm2())
-    rates = (2e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
-    length = settings.pick(quick=2, default=steps or 60, full=200)
+    length = settings.pick(quick=2, default=steps or 100, full=200)
     if settings.scale == "full" and settings.has_data_set("gsm8k"):
         rows, test = _gsm8k(settings)
-        return LanguageTask(base, f"{model_name(base)} on GSM8K", rows, test[:held_out], rates, length, 16)
-    rows, test = make_problems(DATA_SEED, 2000, held_out)
-    return LanguageTask(base, f"{model_name(base)} on word problems", rows, test, rates, length, 4)
+        parts = rows[VALIDATION:], rows[:VALIDATION], test[:held_out]
+        return LanguageTask(base, f"{model_name(base)} on GSM8K", *parts, RATES, length, 16, 256)
+    rows = make_problems(DATA_SEED, 2000 + VALIDATION + held_out, 0)[0]
+    name = f"{model_name(base)} on word problems"
+    return LanguageTask(base, name, *_parts(rows, held_out), RATES, length, 4, 64)
+
+
+def _parts(rows: list[Row], held_out: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows to learn, to choose by, and to test on."""
+    return rows[held_out + VALIDATION :], rows[held_out : held_out + VALIDATION], rows[:held_out]
 
 
 def _gsm8k(settings: Settings) -> tuple[list[Row], list[Row]]:
@@ -123,9 +153,20 @@ def recipe(task: LanguageTask, method: str, rate: float, seed: int, **changes: A
     )
 
 
-def cell(settings: Settings, task: LanguageTask, chosen: Recipe, **options: Any) -> dict[str, Any]:
-    """One run's losses, gradient norms, held-out loss and `final_loss`; see `fine_tune`."""
-    found = fine_tune(replace(settings, model=task.base), chosen, task.train, task.held_out, **options)
+def cell(settings: Settings, task: LanguageTask, chosen: Recipe, *, solved: bool = False) -> dict[str, Any]:
+    """One run's losses, gradient norms, held-out loss and `final_loss`; see `fine_tune`.
+
+    Args:
+        settings: of the study.
+        task: what is trained.
+        chosen: the run's recipe.
+        solved: add the share of held-out problems that the trained model solves.
+    """
+
+    def also(model: Any, tokenizer: Any) -> dict[str, float]:
+        return {"solved": share_solved(model, tokenizer, task)} if solved else {}
+
+    found = fine_tune(replace(settings, model=task.base), chosen, task.train, task.held_out, also=also)
     return {**found, "final_loss": final_loss(found["losses"])}
 
 
@@ -134,20 +175,39 @@ def final_loss(losses: Sequence[float]) -> float:
     return statistics.fmean(losses[-min(LAST, max(len(losses) // 2, 1)) :])
 
 
-def best_rates(rows: Sequence[Mapping[str, Any]], value: str = "held_out_loss") -> dict[str, float]:
-    """Method -> the learning rate with the lowest mean over seeds."""
-    means: dict[tuple[str, float], list[float]] = {}
-    for row in rows:
-        means.setdefault((row["method"], row["rate"]), []).append(row[value])
-    best: dict[str, tuple[float, float]] = {}
-    for (method, rate), values in means.items():
-        best[method] = min(best.get(method, (float("inf"), 0.0)), (statistics.fmean(values), rate))
-    return {method: rate for method, (_, rate) in best.items()}
+def share_solved(model: Any, tokenizer: Any, task: LanguageTask) -> float:
+    """The share of held-out problems whose generated solution states the right answer, as task gsm8k has it."""
+    options = Options(max_new_tokens=task.answer_tokens, batch_size=32)
+    return find_task("gsm8k").run(model, tokenizer, examples_from_rows(task.held_out), options).value
 
 
-def mean_curve(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """The mean of a curve over rows, step by step."""
-    return [statistics.fmean(column) for column in zip(*(row[name] for row in rows), strict=True)]
+def find_rates(
+    settings: Settings,
+    study: str,
+    task: LanguageTask,
+    methods: Sequence[str],
+    measure: Callable[..., dict[str, Any]],
+    value: str | Callable[[Mapping[str, Any]], float] = "held_out_loss",
+    **about: Any,
+) -> Search:
+    """The learning rate of every method on the validation rows; see `search_rates`.
+
+    Args:
+        settings: of the study.
+        study: its name.
+        task: what is trained.
+        methods: as `measure` knows them; "full" begins at lower rates.
+        measure: called with the task to test on, `method`, `rate`, `seed` and what `about` holds; returns a cell's
+            values.
+        value: what to minimise.
+        about: what decides a result beside method, rate, seed, task and steps.
+    """
+
+    def chosen(method: str, rate: float, seed: int, **_: Any) -> dict[str, Any]:
+        return measure(task.to_choose, method=method, rate=rate, seed=seed, **about)
+
+    rates = {method: task.full_rates if method == "full" else task.rates for method in methods}
+    return search_rates(settings, study, rates, chosen, value, task=task.name, steps=task.steps, **about)
 
 
 class InMemory:
@@ -160,6 +220,12 @@ class InMemory:
         self.encoded = encode(examples_from_rows(task.train), self.tokenizer, template="alpaca", max_length=256)
         self.held_out = examples_from_rows(task.held_out)
 
+    def on(self, task: LanguageTask) -> InMemory:
+        """The same base and training rows, tested on another task's rows."""
+        found = copy.copy(self)
+        found.task, found.held_out = task, examples_from_rows(task.held_out)
+        return found
+
     def copy(self) -> Any:
         """The base once more, to be changed, on the device for training."""
         found = copy.deepcopy(self.base)
@@ -168,6 +234,14 @@ class InMemory:
     def loss(self, model: Any) -> float:
         """Mean held-out loss in nats a token."""
         return held_out_loss(model, self.tokenizer, self.held_out, batch_size=16).mean
+
+    def solved(self, model: Any) -> float:
+        """The share of held-out problems solved."""
+        return share_solved(model, self.tokenizer, self.task)
+
+    def first_loss(self, model: Any) -> Tensor:
+        """The loss of the first batch, in the order of seed 0."""
+        return _mean_response_loss(model, on_device(next(self._batches(0)), model.device))
 
     def train(self, model: Any, rate: float, seed: int, *, steps: int | None = None, **options: Any) -> Fit:
         """Train what requires a gradient as `train` would: the same loss, order, clipping and schedule."""

@@ -1,111 +1,127 @@
 """Full fine-tuning in bf16 and in fp32: how much does precision change, and is either better? (the paper's table 7)
 
-In bf16 the weights that are trained stay in fp32 and matrix products are in bf16 (autocast). With `--full` LoRA and
-PiSSA are trained beside it, with a frozen base in either precision. The rates and the number of steps were chosen after
-a look at one seed on the same held-out problems.
+    fp32       weights, gradients and AdamW's moments in fp32
+    autocast   the same, matrix products in bf16
+    bf16       weights, gradients and moments in bf16, as the paper trains in full
+
+A step that is less than half the distance between neighbouring bf16 numbers is lost, so the smaller the learning rate
+the more bf16 loses: each is trained at the rate that suits fp32, and at a quarter and a sixteenth of it.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from ..figures import colour_of, new_figure
-from ..interval import mean_interval, paired_difference
-from .judge import by_seed, looked_at
-from .lm import cell, language_task, recipe
+import torch
+
+from ..figures import COLOURS, new_figure
+from ..interval import Interval, mean_interval
+from .judge import advantage, by_seed, sentence
+from .lm import InMemory, LanguageTask, final_loss, find_rates, language_task
 from .study import Outcome, Settings, Study, Verdict
 
 NAME = "precision"
-METHODS = ("full", "lora", "pissa")
-DTYPES = ("fp32", "bf16")
-MEASURES = ("final_loss", "held_out_loss")
-SIDES = (-0.2, 0.2)
-"""Where a figure has the two precisions, from their method's place."""
+DTYPES = ("fp32", "autocast", "bf16")
+MEASURES = {"final_loss": "final training loss", "held_out_loss": "held-out loss", "solved": "share solved"}
+SHARES = (1, 4, 16)
+"""Parts of the learning rate."""
 
 
 def run(settings: Settings) -> Outcome:
-    """Every method in both precisions with every seed."""
-    task = language_task(settings, steps=40)
-    methods = settings.pick(quick=METHODS[:1], default=METHODS[:1], full=METHODS)
-    rate = settings.pick(
-        quick=dict.fromkeys(METHODS, 1e-3),
-        default={"full": 1e-3, "lora": 8e-3, "pissa": 4e-3},
-        full={"full": 2e-5, "lora": 2e-3, "pissa": 2e-4},
-    )
+    """Every precision at every rate with every seed."""
+    task = language_task(settings)
+    shares = settings.pick(quick=SHARES[:2], default=SHARES, full=SHARES)
+    memory = cache(lambda: InMemory(task))
+
+    def measure(
+        task: LanguageTask, /, rate: float, seed: int, dtype: str = "fp32", solved: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        return _train(memory().on(task), dtype, rate, seed, solved)
+
+    search = find_rates(settings, NAME, task, ("full",), measure)
+    best = search.best["full"]
     keys = [
-        {"method": method, "dtype": dtype, "seed": seed, "rate": rate[method], "task": task.name, "steps": task.steps}
-        for method in methods
+        {"dtype": dtype, "rate": best / share, "share": share, "seed": seed, "task": task.name, "steps": task.steps}
         for dtype in DTYPES
+        for share in shares
         for seed in settings.seeds
     ]
-    rows = settings.grid(
-        NAME,
-        keys,
-        lambda method, dtype, seed, rate, **_: cell(settings, task, recipe(task, method, rate, seed, dtype=dtype)),
+    rows = settings.grid(NAME, keys, lambda **key: measure(task, **key, solved=True))
+    differences = {dtype: {share: _difference(rows, dtype, share) for share in shares} for dtype in DTYPES[1:]}
+    parts = {
+        f"move by {dtype} at rate {best / share:.2g}, less the seeds' deviation": _move(rows, dtype, share)
+        for dtype in DTYPES[1:]
+        for share in shares
+    }
+    results = {
+        "task": task.name,
+        "rate": best,
+        "search": search.as_dict(),
+        "runs": rows,
+        "above_fp32": {dtype: {str(s): d.as_dict() for s, d in own.items()} for dtype, own in differences.items()},
+        "parts": {name: part.as_dict() for name, part in parts.items()},
+    }
+    figures = f"{task.name}; held-out loss in fp32, and what it is above that: " + "; ".join(
+        f"at {best / share:.2g} {statistics.fmean(by_seed(rows, 'held_out_loss', dtype='fp32', share=share)):.4f}, "
+        + ", ".join(f"{dtype} {own[share]}" for dtype, own in differences.items())
+        for share in shares
     )
-    summary = {method: {name: _compared(rows, method, name) for name in MEASURES} for method in methods}
-    full = summary["full"]["held_out_loss"]
-    results = {"task": task.name, "runs": rows, "summary": summary}
-    figures = f"{task.name}; held-out loss in fp32 and what bf16 adds: " + ", ".join(
-        f"{method} {part['held_out_loss']['fp32']:.4f} {part['held_out_loss']['text']}"
-        for method, part in summary.items()
-    )
-    figures += (
-        f"; in full fine-tuning precision moves it by {full['mean_move']:.2g}, the seed by {full['seed_spread']:.2g} "
-        f"(standard deviation){looked_at(settings)}"
-    )
-    return Outcome(results, verdict(full), figures)
+    return Outcome(results, verdict(parts, differences["bf16"]), f"{figures}; {sentence(parts)}")
 
 
-def _compared(rows: Any, method: str, measure: str) -> dict[str, Any]:
-    """bf16 − fp32 with its interval, how far it moves a run, and how far the seed does."""
-    fp32, bf16 = (by_seed(rows, measure, method=method, dtype=dtype) for dtype in DTYPES)
-    difference = paired_difference(bf16, fp32)
+def verdict(parts: Mapping[str, Interval], differences: Mapping[int, Interval]) -> Verdict:
+    """Precision must move a run further than the seed does, and at one rate to one side, at another to the other."""
+    greatly = any(part.above_zero for part in parts.values())
+    both_sides = {True, False} <= {d.above_zero for d in differences.values() if d.above_zero or d.below_zero}
+    return "holds" if greatly and both_sides else "holds in part" if greatly or both_sides else "does not hold here"
+
+
+def _train(memory: InMemory, dtype: str, rate: float, seed: int, solved: bool) -> dict[str, Any]:
+    model = memory.copy().requires_grad_(True)
+    if dtype == "bf16":
+        model.to(torch.bfloat16)
+    # its cache would hand every step the first step's weights
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "autocast", cache_enabled=False):
+        found = memory.train(model, rate, seed)
     return {
-        "fp32": statistics.fmean(fp32),
-        "bf16": statistics.fmean(bf16),
-        "difference": difference.as_dict(),
-        "text": f"{difference}",
-        "one_sided": difference.above_zero or difference.below_zero,
-        "mean_move": statistics.fmean(abs(a - b) for a, b in zip(bf16, fp32, strict=True)),
-        "seed_spread": statistics.stdev(fp32) if len(fp32) > 1 else 0.0,
-        "interval": mean_interval(fp32).as_dict(),
+        "losses": found.losses,
+        "grad_norms": found.grad_norms,
+        "final_loss": final_loss(found.losses),
+        "held_out_loss": memory.loss(model.float()),
+        **({"solved": memory.solved(model)} if solved else {}),
     }
 
 
-def verdict(full: Mapping[str, Any]) -> Verdict:
-    """Precision must move a result at least as far as the seed does, and then not always to the same side."""
-    if full["mean_move"] < full["seed_spread"]:
-        return "does not hold here"
-    return "holds in part" if full["one_sided"] else "holds"
+def _difference(rows: Sequence[Mapping[str, Any]], dtype: str, share: int) -> Interval:
+    """Held-out loss above fp32's."""
+    found = ({"dtype": which, "share": share} for which in (dtype, "fp32"))
+    return advantage(rows, "held_out_loss", *found)
+
+
+def _move(rows: Sequence[Mapping[str, Any]], dtype: str, share: int) -> Interval:
+    """How far precision moves a run's held-out loss, less the standard deviation over seeds in fp32."""
+    fp32 = by_seed(rows, "held_out_loss", dtype="fp32", share=share)
+    deviation = statistics.stdev(fp32) if len(fp32) > 1 else 0.0
+    return mean_interval([abs(value) - deviation for value in _difference(rows, dtype, share).values])
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """Both losses in both precisions, a line for each seed."""
-    figure, panels = new_figure(1, 2)
-    for panel, measure, title in zip(panels, MEASURES, ("final training loss", "held-out loss"), strict=True):
-        methods = list(results["summary"])
-        for place, method in enumerate(methods):
-            for row in results["runs"]:
-                if row["method"] != method or row["dtype"] != "fp32":
-                    continue
-                other = next(
-                    r for r in results["runs"] if (r["method"], r["dtype"], r["seed"]) == (method, "bf16", row["seed"])
-                )
-                panel.plot(
-                    [place + side for side in SIDES],
-                    [row[measure], other[measure]],
-                    marker="o",
-                    color=colour_of(method),
-                )
-        ends = {
-            f"{m}\n{d}": place + side for place, m in enumerate(methods) for d, side in zip(DTYPES, SIDES, strict=True)
-        }
-        panel.set_xticks(list(ends.values()), list(ends))
-        panel.margins(x=0.4)
-        panel.set(title=title, ylabel="nats a token")
+    """Losses and accuracy in every precision against the learning rate, a line for each seed."""
+    figure, panels = new_figure(1, 3, width=4.4)
+    for panel, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+        for dtype, colour in zip(DTYPES, COLOURS, strict=False):
+            own = [row for row in results["runs"] if row["dtype"] == dtype]
+            rates = sorted({row["rate"] for row in own})
+            for seed in sorted({row["seed"] for row in own}):
+                values = [row[measure] for rate in rates for row in own if (row["rate"], row["seed"]) == (rate, seed)]
+                panel.plot(rates, values, color=colour, marker="o", markersize=3, linewidth=0.6)
+            means = [statistics.fmean(row[measure] for row in own if row["rate"] == rate) for rate in rates]
+            panel.plot(rates, means, color=colour, label=dtype)
+        panel.set(title=title, xlabel="learning rate", xscale="log", yscale="linear" if measure == "solved" else "log")
+    panels[0].legend(frameon=False)
     figure.suptitle(results["task"], fontsize=10)
     return figure
 
@@ -116,5 +132,6 @@ STUDY = Study(
     "(PiSSA, appendix D, table 7)",
     run,
     draw,
-    minutes=3,
+    minutes=10,
+    seed_count=5,
 )

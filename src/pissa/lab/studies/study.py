@@ -44,11 +44,13 @@ class Settings:
     scale: Scale = "default"
     """quick: seconds, decides nothing; default: minutes on a reduced grid; full: the paper's grid."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of whatever is drawn at random."""
+    """Of whatever is drawn at random; `Study.seeds` has a study's own."""
     model: str | None = None
     """A directory or hub id in the place of the study's own model."""
     data: Path | None = None
     """The folder of data sets; None for $PISSA_DATA."""
+    allow_code_execution: bool = False
+    """Let code that the models wrote run on this machine, where a study scores any (nlg)."""
     progress: Progress | None = field(default=None, compare=False)
     """A bar to move."""
     earlier: list[float] = field(default_factory=list, compare=False, repr=False)
@@ -149,6 +151,21 @@ class Study:
     """Results -> a matplotlib Figure."""
     minutes: float
     """Of the default pass, on two cores."""
+    seed_count: int = 3
+    """Seeds of the default pass."""
+    seed_step: int = 1
+    """Between two seeds; the first is 0."""
+
+    def seeds(self, scale: Scale, count: int | None = None) -> tuple[int, ...]:
+        """The seeds of a pass.
+
+        Args:
+            scale: of the pass; a quick one has 2 seeds, a full one 5 or more.
+            count: how many instead.
+        """
+        if count is None:
+            count = {"quick": 2, "default": self.seed_count, "full": max(5, self.seed_count)}[scale]
+        return tuple(range(0, count * self.seed_step, self.seed_step))
 
 
 def run_study(study: Study, settings: Settings) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""What the study of GLUE trains: rows, an encoder with a classifier, nine ways to train it, and what it answers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.hub import first_line
+from ...config import PissaConfig
+from ...errors import CheckpointError
+from ...evaluate.glue import GLUE, GlueRow, GlueTask, read_glue
+from ...live.apply import adapt
+from ...train.sampler import LengthGroupedBatches
+from ..bottleneck import add_bottlenecks
+from ..load import load_any_tokenizer
+from ..models import cache_directory
+from .search import SEARCH_SEED
+from .study import Settings
+
+VALIDATION = 256
+"""Training rows that a search validates on and no run learns from."""
+ADAPTED = r".*\.(query|key|value)(_proj)?"
+HEAD = ("classifier", "pooler")
+RANK = 8
+MINILM = "all-minilm-l6-v2"
+MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def prepared(settings: Settings, task: GlueTask, method: str, blocks: int | None, seed: int) -> tuple[Any, Any]:
+    """Tokenizer and classifier, ready to be trained where it is trained."""
+    tokenizer, model = encoder(settings, task, blocks, seed)
+    model = prepare(model, method, seed)
+    return tokenizer, model.cuda() if torch.cuda.is_available() else model
+
+
+def is_head(name: str) -> bool:
+    return any(part in name for part in HEAD)
+
+
+def prepare(model: Any, method: str, seed: int) -> Any:
+    """A classifier with what a method trains set to be trained; the head always is."""
+    if method == "full":
+        return model.requires_grad_(True)
+    if method in ("houlsby", "pfeiffer"):
+        add_bottlenecks(model, method, RANK, seed)  # pyright: ignore[reportArgumentType]
+    elif method == "bitfit":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+    else:
+        config = PissaConfig(
+            rank=RANK,
+            method="pissa" if method == "pissa" else "lora-gaussian" if method == "lora-gaussian" else "lora-kaiming",
+            use_dora=method == "dora",
+            use_adalora=method == "adalora",
+            target_modules=ADAPTED,
+            modules_to_save=tuple(name for name in HEAD if any(n.endswith(name) for n, _ in model.named_modules())),
+            seed=seed,
+        )
+        return adapt(model, config)
+    for name, parameter in model.named_parameters():
+        if is_head(name):
+            parameter.requires_grad_(True)
+    return model
+
+
+def predict(model: Any, tokenizer: Any, task: GlueTask, rows: Sequence[GlueRow]) -> list[float]:
+    """Classes, or values, in evaluation mode."""
+    found = outputs(model, tokenizer, task, rows)
+    return (found[:, 0] if task.classes == 1 else found.argmax(-1)).float().tolist()
+
+
+@torch.no_grad()
+def outputs(model: Any, tokenizer: Any, task: GlueTask, rows: Sequence[GlueRow]) -> Tensor:
+    """(n, classes) fp32 on the CPU, in evaluation mode."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda place: length(rows[place]))
+    found = []
+    for start in range(0, len(order), 32):
+        inputs = _inputs([rows[place] for place in order[start : start + 32]], tokenizer, task)
+        inputs.pop("labels")
+        found.append(model(**{name: value.to(model.device) for name, value in inputs.items()}).logits.float().cpu())
+    return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def batches(
+    rows: Sequence[GlueRow], tokenizer: Any, task: GlueTask, size: int, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """Full batches of rows of similar length, for ever."""
+    order = LengthGroupedBatches([length(row) for row in rows], size, seed)
+    for epoch in itertools.count():
+        order.set_epoch(epoch)
+        places = list(order)
+        for start in range(0, len(places) - size + 1, size):
+            yield _inputs([rows[place] for place in places[start : start + size]], tokenizer, task)
+
+
+def length(row: GlueRow) -> int:
+    """Characters of a row's texts."""
+    return sum(map(len, row.texts))
+
+
+def _inputs(rows: Sequence[GlueRow], tokenizer: Any, task: GlueTask) -> dict[str, Tensor]:
+    texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+    found = dict(tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt"))
+    kind = torch.float32 if task.classes == 1 else torch.int64
+    return {**found, "labels": torch.tensor([row.label / task.most for row in rows], dtype=kind)}
+
+
+def encoder(settings: Settings, task: GlueTask, blocks: int | None, seed: int) -> tuple[Any, Any]:
+    """Tokenizer and classifier with a random head of this seed; a tiny random encoder in a quick pass."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.scale == "quick" and settings.model is None:
+            return tiny_encoder(task.classes)
+        at_hand = cache_directory() / MINILM
+        source = settings.model or (str(at_hand) if at_hand.is_dir() else MINILM_ID)
+        shorter = {} if blocks is None else {"num_hidden_layers": blocks}
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=task.classes, dtype=torch.float32, **shorter
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot load an encoder from {source}: {first_line(error)}") from error
+    return _tokenizer(source), model
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(source: str) -> Any:
+    return load_any_tokenizer(source)
+
+
+def tiny_encoder(classes: int) -> tuple[Any, Any]:
+    """A random BERT over letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz"]
+    core = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    config.num_labels = classes
+    return tokenizer, BertForSequenceClassification(config)
+
+
+def glue_rows(settings: Settings, task: str) -> tuple[list[GlueRow], list[GlueRow], list[GlueRow]]:
+    """Rows to learn, to validate on and to score; a few words in a quick pass, which needs no file."""
+    if settings.scale != "quick":
+        train, validation, dev = _read(task, settings.data_set("glue"))
+        return train, validation, sampled(dev, settings.pick(quick=8, default=512, full=len(dev)))
+    words = ["good", "bad", "fine", "poor"]
+    columns = len(GLUE[task].texts)
+    rows = [GlueRow((words[i % 4],) * columns, float(i % 2)) for i in range(16)]
+    return rows, rows[:8], rows[:8]
+
+
+@lru_cache(maxsize=3)
+def _read(task: str, directory: Any) -> tuple[list[GlueRow], list[GlueRow], list[GlueRow]]:
+    """Training rows without those to validate on, those, and the development rows."""
+    rows = read_glue(GLUE[task], directory)
+    order = random.Random(SEARCH_SEED).sample(range(len(rows)), len(rows))
+    held_out = [rows[place] for place in order[:VALIDATION]]
+    return [rows[place] for place in order[VALIDATION:]], held_out, read_glue(GLUE[task], directory, "dev")
+
+
+def sampled(rows: Sequence[GlueRow], count: int) -> list[GlueRow]:
+    """So many rows, always the same: STS-B has its development rows sorted by their source."""
+    return random.Random(0).sample(list(rows), min(count, len(rows)))
