@@ -94,6 +94,6 @@ STUDY = Study(
     "LoRA, DoRA and AdaLoRA each get better when they start from PiSSA (PiSSA, appendix A, table 5)",
     run,
     draw,
-    minutes=5,
+    minutes=17,
     seed_count=5,
 )

@@ -106,6 +106,6 @@ STUDY = Study(
     "the minor ones (PiSSA, appendix F, figure 8)",
     run,
     draw,
-    minutes=12,
+    minutes=18,
     seed_count=5,
 )

@@ -152,6 +152,6 @@ STUDY = Study(
     "merely because its factors are larger",
     run,
     draw,
-    minutes=12,
+    minutes=8,
     seed_count=5,
 )

@@ -158,5 +158,5 @@ STUDY = Study(
     "LoftQ, and loss falls with rank (PiSSA, figures 7, 15, 16, 17)",
     run,
     draw,
-    minutes=20,
+    minutes=29,
 )
