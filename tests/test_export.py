@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import pissa.export
 from pissa import PissaConfig, adapt, export_lora, export_merged, load, restore
 from pissa.config import METHODS, Method
 from pissa.errors import CheckpointError, ConfigError, OutputError, PissaError
@@ -486,7 +485,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(
     if moment == "flush":
         monkeypatch.setattr(os, "fsync", fail)
     elif export is export_lora:
-        monkeypatch.setattr(pissa.export, "save_file", fail)
+        monkeypatch.setattr("pissa.export.files.save_file", fail)
     else:
         monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
     with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt) as caught:

@@ -306,9 +306,10 @@ class PissaConfig:
             raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; give a list of names")
         tokens = self.trainable_token_indices
         for where, ids in (tokens if isinstance(tokens, Mapping) else {"trainable_token_indices": tokens}).items():
-            if isinstance(ids, str) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            odd = isinstance(ids, str) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids)
+            if odd or len(set(ids)) < len(ids):
                 raise ConfigError(
-                    f"the token ids of {where} are {ids!r}; give whole numbers, as the tokenizer has them"
+                    f"the token ids of {where} are {ids!r}; give whole numbers, as the tokenizer has them, each once"
                 )
         expressions = {
             "target_modules": self.target_modules,

@@ -60,3 +60,27 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     printed = capsys.readouterr()
     assert complaint in printed.err and printed.out == "" and printed.err.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--steps", "3"], "--steps"),
+        (["--lrs", "auto"], "--lrs"),
+        (["--no-null", "--keep-runs", "--eval", "gsm8k"], "--no-null, --eval, --keep-runs"),
+        (["--model", "M", "--data", "D"], "--model, --data"),
+    ],
+)
+def test_rebuild_refuses_what_it_would_ignore(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("compare", "--rebuild", "--out", str(tmp_path / "out"), "--no-report", "--json", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert printed.err.rstrip().endswith(f"leave out {named}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rebuild_takes_its_own_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("compare", "--rebuild", "--out", str(tmp_path), "--no-report", "--json") == 2
+    assert "--rebuild measures nothing" not in capsys.readouterr().err  # it is the directory that is no comparison's

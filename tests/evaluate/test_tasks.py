@@ -128,7 +128,7 @@ def test_a_stopped_evaluation_goes_on_to_identical_samples(
     name: str, kept: int, problems: Path, tmp_path: Path
 ) -> None:
     task, tokenizer, model, path = find_task(name), tiny_tokenizer(), lively(), tmp_path / "samples.jsonl"
-    options = Options(batch_size=3, max_new_tokens=6)
+    options = Options(batch_size=3, max_new_tokens=6 if name == "gsm8k" else None)
     whole = task.run(model, tokenizer, task.load(problems), options, log=SampleLog(path))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:kept]) + b'{"index": 6, "half')

@@ -295,7 +295,7 @@ def test_a_failure_after_wrapping_leaves_the_model_as_it_was(monkeypatch: pytest
             raise MemoryError
         return torch.zeros_like(arguments[0])
 
-    monkeypatch.setattr("pissa.live.apply.combine_each", fail_late)
+    monkeypatch.setattr("pissa.live.attach.combine_each", fail_late)
     with pytest.raises(MemoryError), pytest.warns(UserWarning, match="untied"):
         adapt(model, PissaConfig(4, target_modules=["q_proj", "up_proj", "lm_head"]))
     assert dict(model.named_modules()) == modules

@@ -149,9 +149,9 @@ def silently(call: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def merged_weights(model: Any) -> dict[str, Tensor]:
-    from pissa.export import _merged_state
+    from pissa.export.merged import merged_state
 
-    return _merged_state(model)
+    return merged_state(model)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

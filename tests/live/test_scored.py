@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pissa.live.apply as apply
 from pissa import PissaConfig, adapt, reference
 from pissa.calibrate.gradients import weight_gradients
 from pissa.errors import ConfigError
+from pissa.live import splits
 from pissa.live.layers import weight_matrix
 from pissa.live.state import adapter_factors
 from tiny import largest_difference, logits_of, tiny_gpt2, tiny_llama, token_batch, train_steps
@@ -25,7 +25,9 @@ def batches() -> list[dict[str, Tensor]]:
 def test_the_adapter_holds_the_triplets_of_largest_effect_on_the_loss(make: Any, monkeypatch: Any) -> None:
     base, model = make(), make()
     # portions of one weight each: no more than that is ever held
-    monkeypatch.setattr(apply, "weight_gradients", lambda *args: weight_gradients(*args, portion_bytes=1), raising=True)
+    monkeypatch.setattr(
+        splits, "weight_gradients", lambda *args: weight_gradients(*args, portion_bytes=1), raising=True
+    )
     adapted = adapt(model, PissaConfig(4, component="scored"), batches=batches())
     assert largest_difference(logits_of(adapted), logits_of(base)) < 1e-4
     modules = dict(base.named_modules())

@@ -124,7 +124,7 @@ def test_a_stopped_run_continues_to_the_same_bits_without_another_split(
     def no_split(*_: Any, **__: Any) -> None:
         raise AssertionError("split again")
 
-    monkeypatch.setattr("pissa.live.apply.split_each", no_split)
+    monkeypatch.setattr("pissa.live.splits.split_each", no_split)
     run(wide_base, out, settings)
     assert log_of(out) == log_of(finished[0])
     assert same_tensors(result_tensors(out), result_tensors(finished[0]))

@@ -22,7 +22,7 @@ HELP_OF = {
     "target_modules": None,
     "exclude_modules": None,
 }
-HELP_OF |= {"modules_to_save": None}
+HELP_OF |= {"modules_to_save": None, "trainable_token_indices": None}
 
 
 def test_the_defaults_are_the_paper_s() -> None:
@@ -129,10 +129,35 @@ def test_the_adapter_gets_every_setting(tmp_path: Path) -> None:
     assert (config.rank_pattern, config.alpha_pattern) == ({"q_proj": 2}, {"v_proj": 3.5})
 
 
+@pytest.mark.parametrize(
+    ("flag", "written", "meant"),
+    [
+        ("3, 7", "[3, 7]", (3, 7)),
+        ("3", "[3]", (3,)),
+        ("", "[]", ()),
+        (None, "{embed_tokens: [3, 7]}", {"embed_tokens": (3, 7)}),
+    ],
+)
+def test_token_ids_mean_the_same_in_yaml_flag_and_python(
+    tmp_path: Path, flag: str | None, written: str, meant: Any
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"trainable_token_indices: {written}\n")
+    flags = [] if flag is None else [recipe_from({"trainable_token_indices": flag})]
+    for recipe in (read_recipe(path), Recipe(trainable_token_indices=meant), *flags):
+        assert recipe.trainable_token_indices == recipe.pissa_config().trainable_token_indices == meant
+
+
 def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
     import yaml
 
-    recipe = Recipe(method="lora-gaussian", alpha=32.0, target_modules=("q_proj",), gradient_checkpointing=True)
+    recipe = Recipe(
+        method="lora-gaussian",
+        alpha=32.0,
+        target_modules=("q_proj",),
+        gradient_checkpointing=True,
+        trainable_token_indices=(3, 7),
+    )
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in recipe.as_dict().items()}))
     assert read_recipe(path) == recipe
@@ -199,6 +224,12 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path: Path, content: str | 
         ({"target_modules": 5}, "target_modules is 5"),
         ({"rank_pattern": 5}, "rank_pattern is 5; give lines of the form"),
         ({"data_split": 5}, "data_split is 5; give a name"),
+        ({"trainable_token_indices": "3, x"}, "trainable_token_indices is '3, x'; give token ids separated by commas"),
+        ({"trainable_token_indices": 5}, "trainable_token_indices is 5; give token ids"),
+        ({"trainable_token_indices": {"embed": 5}}, "trainable_token_indices is {'embed': 5}; give token ids"),
+        ({"trainable_token_indices": [3, -1]}, "the token ids of trainable_token_indices are (3, -1); give whole"),
+        ({"trainable_token_indices": {"embed": [3, 3]}}, "the token ids of embed are (3, 3); give whole"),
+        ({"method": "full", "trainable_token_indices": [3]}, "leave out trainable_token_indices"),
         ({"modules_to_save": 5}, "modules_to_save is 5; give a name, a list of names"),
         ({"method": "full", "modules_to_save": "lm_head"}, "leave out modules_to_save"),
         ({"target_modules": "("}, "target_modules is no regular expression"),

@@ -352,6 +352,15 @@ def test_a_run_with_modules_trained_in_full_goes_on_and_exports(base_directory: 
     assert largest_difference(plain_logits(base_directory, out), logits_of(result.model)) < 1e-5
 
 
+def test_a_run_that_trains_some_tokens_in_full_exports_them(base_directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = recipe(trainable_token_indices="3, 7", target_modules="q_proj", learning_rate=1e-2)
+    result = run(base_directory, out, settings)
+    assert largest_difference(plain_logits(base_directory, out), logits_of(result.model)) < 1e-5
+    [trained] = [tensor for name, tensor in result_tensors(out).items() if "embed" in name]
+    assert len(trained) == 2
+
+
 def test_what_was_stopped_before_its_first_checkpoint_makes_way_for_other_settings(
     base_directory: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ one entry, of the shape and dtype that they dequantise to, with the bits that bi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,16 +76,7 @@ class Dequantized(Source):
         return four_bit or (kind in ("SCB", "weight_format") and f"{module}.weight" in self.packed)
 
     def _packed(self, name: str) -> PackedNF4 | PackedInt8:
-        read = self._source.read
-        if name not in self._states:
-            return PackedInt8(read(name), read(f"{name.removesuffix('weight')}SCB"), self._dtype)
-        state = self._states[name]
-        scales: Tensor | NestedScales = read(f"{name}.absmax")
-        if "nested_offset" in state:
-            offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-            scales = NestedScales(scales, read(f"{name}.nested_absmax"), offset)
-        out, columns = state["shape"]
-        return PackedNF4(read(name), scales, (out, columns), DTYPES[state["dtype"]], state["blocksize"])
+        return read_packed(self._source, name, self._states.get(name), self._dtype)
 
     def _entry(self, name: str) -> Entry:
         stored = self._source.entries[name]
@@ -98,7 +89,7 @@ class Dequantized(Source):
         """The description of a 4-bit weight, once its parts are found to fit it."""
         entries, weight = self._source.entries, name.removesuffix(QUANT_STATE)
         try:
-            state = json.loads(bytes(self._source.read(name).numpy()))
+            state = read_state(self._source, weight)
             (out, columns), block = state["shape"], state["blocksize"]
             sound = min(out, columns, block) > 0
             blocks = -(-out * columns // block)
@@ -124,6 +115,32 @@ class Dequantized(Source):
                 "the base in 16 bits"
             )
         return state
+
+
+def read_packed(
+    source: Source, name: str, state: Mapping[str, Any] | None, dtype: torch.dtype
+) -> PackedNF4 | PackedInt8:
+    """A packed weight, out of its parts.
+
+    Args:
+        source: where they lie.
+        name: the weight's.
+        state: the description of a 4-bit weight; None for one in 8 bits.
+        dtype: that one in 8 bits dequantises to; 4-bit ones say it themselves.
+    """
+    if state is None:
+        return PackedInt8(source.read(name), source.read(f"{name.removesuffix('weight')}SCB"), dtype)
+    scales: Tensor | NestedScales = source.read(f"{name}.absmax")
+    if "nested_offset" in state:
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        scales = NestedScales(scales, source.read(f"{name}.nested_absmax"), offset)
+    out, columns = state["shape"]
+    return PackedNF4(source.read(name), scales, (out, columns), DTYPES[state["dtype"]], state["blocksize"])
+
+
+def read_state(source: Source, name: str) -> dict[str, Any]:
+    """The description of a 4-bit weight as it stands in the checkpoint."""
+    return json.loads(bytes(source.read(f"{name}{QUANT_STATE}").numpy()))
 
 
 def _eight_bit(source: Source) -> Iterator[str]:

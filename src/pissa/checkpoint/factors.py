@@ -7,18 +7,17 @@ from pathlib import Path
 
 from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..live.adalora import scale_of
 from ..live.conversion import nesting
 from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
 from ..live.runtime import OUT_PROJ, TWICE
 from ..live.state import MAGNITUDE, AdapterFactors, Layout, module_path
 from .hub import first_line
+from .scales import rank_of, scale_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -94,7 +93,7 @@ def _told_apart(
                 raise CheckpointError(f"{file}: {path.removesuffix(OUT_PROJ)} {TWICE}")
             continue
         name, pattern = names[path]
-        rank = _rank(config, pattern)
+        rank = rank_of(config, pattern)
         kind = EMBEDDING if "embedding" in sides[path] else CONVOLUTION if A.ndim > 2 else LINEAR
         kind = ATTENTION if path in attentions else kind
         if kind is LINEAR and pattern != path and A.shape[0] > rank:
@@ -109,7 +108,7 @@ def _told_apart(
         layouts[name] = Layout(path, kind, kind.shape_of(A, B, rank))
         factors[name] = AdapterFactors(
             *kind.unpack(A, B, rank),
-            _scale(config, pattern),
+            scale_of(config, pattern),
             magnitude=magnitude,
             E=E.flatten() if E is not None else None,
         )
@@ -138,17 +137,3 @@ def _names(paths: Iterable[str], config: LoraConfig) -> dict[str, tuple[str, str
             whole = f"{module}.{key}"
             names[path] = (path, path) if key is None else (module if key == "weight" else whole, whole)
     return names
-
-
-def _rank(config: LoraConfig, name: str) -> int:
-    if isinstance(config, AdaLoraConfig):
-        return config.init_r
-    return (config.rank_pattern or {}).get(get_pattern_key(list(config.rank_pattern or {}), name), config.r)
-
-
-def _scale(config: LoraConfig, name: str) -> float:
-    if isinstance(config, AdaLoraConfig):
-        return scale_of(config)
-    rank = _rank(config, name)
-    alpha = (config.alpha_pattern or {}).get(get_pattern_key(list(config.alpha_pattern or {}), name), config.lora_alpha)
-    return alpha / (rank**0.5 if config.use_rslora else rank)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..config import PissaConfig, Quantization
 from ..errors import CheckpointError, ConfigError
-from ..live.apply import peft_config
+from ..live.peft_config import peft_config
 from ..live.quantized import bitsandbytes_config, quantized_layer, require_bitsandbytes
 from ..live.state import INITIAL, Layout, set_marks
 from ..live.targets import Target, layouts_of, resolve_targets

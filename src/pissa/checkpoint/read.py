@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, MissingExtraError
-from ..live.apply import attach, attach_offset
+from ..live.attach import attach, attach_offset
 from ..live.identity import is_other_base
 from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.quantized import keep_unpacked, quantized_layers, remember_dtype

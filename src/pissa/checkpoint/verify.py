@@ -21,10 +21,8 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError
 from ..live.layers import KINDS, Kind
 from ..live.runtime import taps
-from ..quantize.int8 import PackedInt8
-from ..quantize.nested import NestedScales
-from ..quantize.nf4 import PackedNF4
 from ..split import residual_error
+from .dequantized import read_packed, read_state
 from .factors import PREFIX
 from .header import Entry, read_header
 from .layout import raw_bytes
@@ -35,7 +33,6 @@ from .skeleton import build
 from .source import Source, open_source
 from .work import read_weight
 
-CHUNK = 1 << 24
 SLACK = 1e-3, 1e-6
 """How far a recomputed error may lie above the stated one, relative and absolute: fp32 sums differ between machines."""
 Progress = Callable[[str, int, int], None]
@@ -74,17 +71,18 @@ def verify(
     total = sum(file["size"] for file in described.values())
     problems = [f"{name} is not in {MANIFEST}: remove it" for name in _extra_files(path, described)]
     with ExitStack() as held:
-        reader = _Reader(held, progress, total)
+        sealed = _Sealed(path, progress, total)
+        held.callback(sealed.close)
         for name, file in described.items():
-            problems += reader.check(path / name, name, file)
+            problems += sealed.check(name, file)
         if problems:
             raise CheckpointError(_summary(path, problems))
         errors: dict[str, float] = {}
         if base is not None:
-            errors, problems = _compare(manifest, reader, held.enter_context(open_source(base)))
+            errors, problems = _compare(manifest, sealed, held.enter_context(open_source(base)))
         if problems:
             raise CheckpointError(_summary(path, problems))
-    return Verification(path, len(described) + 1, len(reader.entries), total, errors)
+    return Verification(path, len(described) + 1, len(sealed.entries), total, errors)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -115,16 +113,16 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return document
 
 
-class _Reader:
-    """Reads files that a manifest describes, and keeps those of tensors open."""
+class _Sealed(Source):
+    """The files that a manifest describes; each is checked before its tensors can be read."""
 
-    def __init__(self, held: ExitStack, progress: Progress | None, total: int) -> None:
-        self.entries: dict[str, Entry] = {}
-        self._held, self._progress, self._total, self._read = held, progress, total, 0
-        self._descriptors: dict[Path, int] = {}
+    def __init__(self, path: Path, progress: Progress | None, total: int) -> None:
+        super().__init__(path)
+        self._progress, self._total, self._done = progress, total, 0
 
-    def check(self, path: Path, name: str, described: Mapping[str, Any]) -> list[str]:
+    def check(self, name: str, described: Mapping[str, Any]) -> list[str]:
         """What is wrong with one file."""
+        path = self.path / name
         if not path.is_file():
             return [f"{name} is missing"]
         size = path.stat().st_size
@@ -134,7 +132,7 @@ class _Reader:
             self._show(name, size)
             return [] if plain_file(path)["sha256"] == described["sha256"] else [f"{name} was changed"]
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._held.callback(os.close, descriptor)
+        self._resources.callback(os.close, descriptor)
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         header = os.pread(descriptor, 8 + length, 0) if 8 + length <= size else b""
         if hashlib.sha256(header).hexdigest() != described["header"]:
@@ -144,54 +142,34 @@ class _Reader:
         self.entries |= entries
         wrong = []
         for tensor, entry in entries.items():
-            if self.digest(tensor) != described["tensors"][tensor]:
+            if _digest(self, tensor) != described["tensors"][tensor]:
                 wrong.append(f"{name}: {tensor} was changed")
             self._show(tensor, entry.nbytes)
         return wrong
 
-    def digest(self, name: str) -> str:
-        """sha256 of a tensor's bytes."""
-        entry, digest = self.entries[name], hashlib.sha256()
-        for start in range(0, entry.nbytes, CHUNK):
-            piece = os.pread(self._descriptors[entry.file], min(CHUNK, entry.nbytes - start), entry.offset + start)
-            digest.update(piece)
-        return digest.hexdigest()
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor in memory of its own."""
-        entry = self.entries[name]
-        assert entry.dtype is not None
-        memory = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view, done = memory.numpy().data, 0
-        while done < entry.nbytes:
-            count = os.preadv(self._descriptors[entry.file], [view[done : done + CHUNK]], entry.offset + done)
-            if not count:
-                raise CheckpointError(f"{entry.file} ended in the middle of {name}; it was changed while it was read")
-            done += count
-        return memory.view(entry.dtype).view(entry.shape)
-
     def residual(self, key: str, dtype: torch.dtype, kind: Kind) -> Tensor:
         """A weight's matrices (…, out, in); of a quantised one, what it dequantises to."""
-        module = key.removesuffix(".weight")
-        if f"{module}.SCB" in self.entries:
-            return PackedInt8(self.tensor(key), self.tensor(f"{module}.SCB"), dtype).dequantize()
-        if f"{key}{QUANT_STATE}" not in self.entries:
-            return kind.matrices(self.tensor(key))
-        state = json.loads(bytes(self.tensor(f"{key}{QUANT_STATE}").numpy()))
-        absmax: Any = self.tensor(f"{key}.absmax")
-        if "nested_offset" in state:
-            offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-            absmax = NestedScales(absmax, self.tensor(f"{key}.nested_absmax"), offset)
-        out, columns = state["shape"]
-        return PackedNF4(self.tensor(key), absmax, (out, columns), dtype, state["blocksize"]).dequantize()
+        if f"{key}{QUANT_STATE}" in self.entries:
+            return read_packed(self, key, read_state(self, key), dtype).dequantize()
+        if f"{key.removesuffix('weight')}SCB" in self.entries:
+            return read_packed(self, key, None, dtype).dequantize()
+        return kind.matrices(self.read(key))
 
     def _show(self, what: str, size: int) -> None:
-        self._read += size
+        self._done += size
         if self._progress is not None:
-            self._progress(what, self._read, self._total)
+            self._progress(what, self._done, self._total)
 
 
-def _compare(manifest: Mapping[str, Any], reader: _Reader, base: Source) -> tuple[dict[str, float], list[str]]:
+def _digest(source: Source, name: str) -> str:
+    """sha256 of a tensor's bytes."""
+    digest = hashlib.sha256()
+    for chunk in source.chunks(name):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _compare(manifest: Mapping[str, Any], sealed: _Sealed, base: Source) -> tuple[dict[str, float], list[str]]:
     """(module -> relative error, what is wrong) against the base."""
     if "base_tensors" not in manifest:
         raise CheckpointError(f"{MANIFEST} does not say what the base's tensors were; only what pissa init wrote does")
@@ -199,12 +177,12 @@ def _compare(manifest: Mapping[str, Any], reader: _Reader, base: Source) -> tupl
     if problems:
         return {}, problems
     for name, source in manifest["copies"].items():
-        if reader.digest(name) != _copied(base, source, reader.entries[name]):
+        if _digest(sealed, name) != _copied(base, source, sealed.entries[name]):
             problems.append(f"{name} is not a copy of the base's {source}")
     errors = {}
     model = build(base)
     for module, described in manifest["modules"].items():
-        error = _split_error(described, reader, base, model)
+        error = _split_error(described, sealed, base, model)
         errors[module] = error
         if not error <= described["rounding"] * (1 + SLACK[0]) + SLACK[1]:
             problems.append(f"{module}: residual + adapter is off by {error:.3g} and not {described['rounding']:.3g}")
@@ -218,12 +196,8 @@ def _foreign_tensors(described: Mapping[str, Any], base: Source) -> Iterator[str
             yield f"the base {base.path} has no {name}"
         elif [entry.kind, list(entry.shape)] != [tensor["dtype"], tensor["shape"]]:
             yield f"{name} of the base {base.path} is {entry.kind} {entry.shape}, which is not what was split"
-        else:
-            digest = hashlib.sha256()
-            for chunk in base.chunks(name):
-                digest.update(chunk)
-            if digest.hexdigest() != tensor["sha256"]:
-                yield f"{name} of the base {base.path} is not what was split"
+        elif _digest(base, name) != tensor["sha256"]:
+            yield f"{name} of the base {base.path} is not what was split"
 
 
 def _copied(base: Source, name: str, entry: Entry) -> str:
@@ -237,14 +211,14 @@ def _copied(base: Source, name: str, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _split_error(described: Mapping[str, Any], reader: _Reader, base: Source, model: PreTrainedModel) -> float:
+def _split_error(described: Mapping[str, Any], sealed: _Sealed, base: Source, model: PreTrainedModel) -> float:
     """`‖W − (residual + s·B·A)‖ / ‖W‖`; of experts, the largest."""
     kind = next(kind for kind in KINDS if kind.title == described["kind"])
     dtype = getattr(torch, described["dtype"])
     weight = kind.matrices(read_weight(described["tensors"], dtype, model, base)[0])
-    residual = reader.residual(described["weight"], dtype, kind)
+    residual = sealed.residual(described["weight"], dtype, kind)
     if "factors" in described:
-        A, B = (reader.tensor(f"{PREFIX}{key}") for key in described["factors"])
+        A, B = (sealed.read(f"{PREFIX}{key}") for key in described["factors"])
         A = A[taps(tuple(described["dilation"]))] if "dilation" in described else A
         A, B = kind.unpack(A, B, described["rank"])
     else:

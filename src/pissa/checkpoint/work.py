@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..decompose.certificate import worst
 from ..errors import WeightError
-from ..live.apply import weights_of
+from ..live.splits import weights_of
 from ..split import Split, split_weight
 from .factors import PREFIX
 from .fused import fused

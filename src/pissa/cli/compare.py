@@ -11,8 +11,11 @@ import typer
 
 from ..errors import ConfigError
 
+REBUILD_TAKES = ("out", "rebuild", "report", "as_json")
+
 
 def command(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The comparison's directory.")],
     model: Annotated[str | None, typer.Option(help="The base: a directory or a hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="To learn from: a file or a hub id, see pissa train.")] = None,
@@ -77,6 +80,7 @@ def command(
     from .main import show
 
     if rebuild:
+        _refuse_unused(context)
         results = rebuild_results(out, report=report)
     else:
         if model is None or data is None:
@@ -120,6 +124,25 @@ def command(
         called = shlex.join(["pissa", *sys.argv[1:]])
         results = compare(model, data, out, plan, validation=validation, test=test, command=called, report=report)
     show(results, _text(results, out / ("report.html" if report else "results.json")), as_json=as_json)
+
+
+def _refuse_unused(context: typer.Context) -> None:
+    """Refuse flags that --rebuild would ignore: what was compared is recorded.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    given = []
+    for option in context.command.params:
+        source = context.get_parameter_source(str(option.name))
+        if option.name in REBUILD_TAKES or source is None or source.name != "COMMANDLINE":
+            continue
+        negated = context.params[str(option.name)] is False and option.secondary_opts
+        given.append((option.secondary_opts if negated else option.opts)[0])
+    if given:
+        raise ConfigError(
+            f"--rebuild measures nothing and takes only --out, --report and --json; leave out {', '.join(given)}"
+        )
 
 
 def _text(results: dict[str, Any], place: Path) -> str:

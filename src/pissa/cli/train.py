@@ -44,6 +44,9 @@ def command(
     modules_to_save: Annotated[
         str | None, typer.Option(help="Modules trained in full beside the adapters: names separated by commas.")
     ] = None,
+    trainable_token_indices: Annotated[
+        str | None, typer.Option(help="Tokens whose embeddings are trained in full: ids separated by commas.")
+    ] = None,
     rank_budget: Annotated[
         int | None,
         typer.Option(help="Parameters of all adapters, shared out to capture most; --rank is then the largest rank."),

@@ -16,7 +16,7 @@ from ..train.prompts import Template, check_template, prompt_text
 from ..train.rows import Example, Message, RowError, collect, unusable_rows
 from .generate import Continuation, continuations
 from .samples import SampleLog
-from .task import DEFAULTS, Evaluation, Options, Progress, Task, accuracy
+from .task import Evaluation, Options, Progress, Task, accuracy
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,16 @@ class GenerativeTask(Task):
         """Texts before which a continuation ends, beside the end of sequence."""
         return ()
 
-    def run(
+    def measure(
         self,
         model: Any,
         tokenizer: Any,
         problems: Sequence[Any],
-        options: Options = DEFAULTS,
-        *,
-        log: SampleLog | None = None,
-        progress: Progress | None = None,
+        options: Options,
+        log: SampleLog,
+        progress: Progress | None,
     ) -> Evaluation:
-        """Generate in batches and judge; see `Task.run`."""
-        self.check(options)
-        log = SampleLog() if log is None else log
+        """Generate in batches and judge."""
         template = options.template or self.template
         check_template(template, tokenizer)
         posed = self._posed(problems, tokenizer, template)

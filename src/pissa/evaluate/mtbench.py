@@ -20,7 +20,7 @@ from .generative import instruction_prompt, problem_rows
 from .intervals import bootstrap
 from .judge import Judge, rating_of
 from .samples import SampleLog
-from .task import DEFAULTS, Evaluation, Options, Progress, Task
+from .task import Evaluation, Options, Progress, Task
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose answers are judged against a reference."""
@@ -85,19 +85,16 @@ class MtBench(Task):
             raise DataError(f"{', '.join(odd[:5])}: a question of mt-bench has two turns, both text")
         return rows
 
-    def run(
+    def measure(
         self,
         model: Any,
         tokenizer: Any,
         problems: Sequence[dict[str, Any]],
-        options: Options = DEFAULTS,
-        *,
-        log: SampleLog | None = None,
-        progress: Progress | None = None,
+        options: Options,
+        log: SampleLog,
+        progress: Progress | None,
     ) -> Evaluation:
-        """Answer and judge; see `Task.run`. The judge is tried before the work begins."""
-        self.check(options)
-        log = SampleLog() if log is None else log
+        """Answer and judge. The judge is tried before the work begins."""
         template = options.template or self.template
         check_template(template, tokenizer)
         judge = Judge(str(options.judge_url), str(options.judge_model), options.judge_key_env)

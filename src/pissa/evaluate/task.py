@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How a task is run; what a task has no use for it leaves alone."""
+    """How a task is run; a task refuses what it has no use for, see `Task.check`."""
 
     template: Template | None = None
     """Prompt template; None for the task's own (`Task.template`)."""
@@ -123,7 +123,6 @@ class Task(ABC):
             DataError: no such file, or rows that are not this task's.
         """
 
-    @abstractmethod
     def run(
         self,
         model: Any,
@@ -143,7 +142,24 @@ class Task(ABC):
             options: how to run.
             log: takes every sample as it is made; what it holds already is not made again.
             progress: told how many samples are done.
+
+        Raises:
+            ConfigError: see `check`.
         """
+        self.check(options)
+        return self.measure(model, tokenizer, problems, options, SampleLog() if log is None else log, progress)
+
+    @abstractmethod
+    def measure(
+        self,
+        model: Any,
+        tokenizer: Any,
+        problems: Sequence[Any],
+        options: Options,
+        log: SampleLog,
+        progress: Progress | None,
+    ) -> Evaluation:
+        """What `run` gives, once its options are checked and there is a log."""
 
 
 def accuracy(metric: str, samples: list[dict[str, Any]], notes: tuple[str, ...] = ()) -> Evaluation:

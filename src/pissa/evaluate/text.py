@@ -16,7 +16,7 @@ from .intervals import bootstrap
 from .loss import held_out_loss
 from .perplexity import window_loss, windows_of
 from .samples import SampleLog
-from .task import DEFAULTS, Evaluation, Options, Progress, Task
+from .task import Evaluation, Options, Progress, Task
 
 UNCUT = 1 << 30
 
@@ -40,18 +40,16 @@ class PerplexityTask(Task):
             )
         return read_examples(Path(data))[:limit]
 
-    def run(
+    def measure(
         self,
         model: Any,
         tokenizer: Any,
         problems: Sequence[str | Example],
-        options: Options = DEFAULTS,
-        *,
-        log: SampleLog | None = None,
-        progress: Progress | None = None,
+        options: Options,
+        log: SampleLog,
+        progress: Progress | None,
     ) -> Evaluation:
-        """Measure; samples have a "score" in nats per token and its "tokens"."""
-        log = SampleLog() if log is None else log
+        """Samples have a "score" in nats per token and its "tokens"."""
         if not problems:
             raise DataError("there is nothing to measure; give a text or at least one example")
         examples = [problem for problem in problems if isinstance(problem, Example)]

@@ -24,7 +24,7 @@ from .glue import METRICS
 from .harness import likelihoods
 from .intervals import bootstrap, wilson
 from .samples import SampleLog
-from .task import DEFAULTS, Evaluation, Options, Progress, Task
+from .task import Evaluation, Options, Progress, Task
 
 CHUNK = 256
 """Rows whose answers' likelihoods are computed, and kept, at a time."""
@@ -161,19 +161,16 @@ class Understanding(Task):
             raise DataError(f"{data} holds no rows. {self.remedy}")
         return rows
 
-    def run(
+    def measure(
         self,
         model: Any,
         tokenizer: Any,
         problems: Sequence[Row],
-        options: Options = DEFAULTS,
-        *,
-        log: SampleLog | None = None,
-        progress: Progress | None = None,
+        options: Options,
+        log: SampleLog,
+        progress: Progress | None,
     ) -> Evaluation:
-        """Predict and score; see `Task.run`."""
-        self.check(options)
-        log = SampleLog() if log is None else log
+        """Predict and score."""
         by_head = is_classifier(model)
         if not by_head and not self.kind.answers:
             raise ConfigError(f"{self.name} asks for a value; give a sequence-classification model with one output")

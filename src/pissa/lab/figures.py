@@ -110,8 +110,8 @@ def band(panel: Any, x: Sequence[float], curves: Sequence[Sequence[float]], *, l
         panel.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)
 
 
-def dotted_bars(panel: Any, table: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """A bar for each method's mean, from above, and a dot for each of its values.
+def seed_dots(panel: Any, table: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """A large dot for each method's mean, from above, and a small one for each of its values.
 
     Args:
         panel: to draw in.
@@ -119,8 +119,29 @@ def dotted_bars(panel: Any, table: Mapping[str, Mapping[str, Any]], title: str) 
         title: above the panel.
     """
     for place, (method, entry) in enumerate(table.items()):
-        panel.barh(place, entry["mean"], color=colour_of(method, place))
+        panel.plot(entry["mean"], place, "o", markersize=11, alpha=0.7, color=colour_of(method, place))
         panel.plot(entry["values"], [place] * len(entry["values"]), "k.", markersize=4)
     panel.set_yticks(range(len(table)), list(table))
-    panel.invert_yaxis()
+    panel.set_ylim(len(table) - 0.5, -0.5)
     panel.set_title(title)
+
+
+def search_lines(panel: Any, search: Mapping[str, Any], styles: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """What a search for learning rates saw: the loss on the validation rows against the rate, a line a method.
+
+    Args:
+        panel: to draw in.
+        search: `Search.as_dict()`; nothing is drawn where nothing was tried.
+        styles: method -> matplotlib's settings of its line, beside the method's colour.
+    """
+    for number, (method, values) in enumerate(search["values"].items()):
+        tried = {float(rate): value for rate, value in values.items() if value is not None}
+        style = {"color": colour_of(method, number), **(styles or {}).get(method, {})}
+        panel.plot(list(tried), list(tried.values()), label=method, marker="o", markersize=3, **style)
+    panel.set(title="search, on validation rows", xlabel="learning rate")
+    if any(search["values"].values()):
+        panel.set(xscale="log", yscale="log")
+        rates = sorted({float(rate) for values in search["values"].values() for rate in values})
+        panel.set_xticks(rates, [f"{rate:.1g}" for rate in rates], rotation=40, fontsize=8)
+        panel.set_xticks([], minor=True)
+    panel.legend(frameon=False, fontsize=8)

@@ -6,7 +6,7 @@ Every field is a command-line flag and a line of YAML; those in YAML_ONLY are ma
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +29,7 @@ TrainingMethod = Literal[
     Method, "lora", "dora", "adalora", "pissa+dora", "pissa+adalora", "qlora", "loftq", "qpissa", "full"
 ]
 TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
+TokenIds = str | Sequence[int] | Mapping[str, Sequence[int]]
 DTYPES = ("auto", "fp32", "bf16")
 ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "qpissa": "pissa"}
 ALIASES |= {"dora": "lora-kaiming", "adalora": "lora-kaiming", "pissa+dora": "pissa", "pissa+adalora": "pissa"}
@@ -39,7 +40,7 @@ YAML_ONLY = ("rank_pattern", "alpha_pattern")
 ADAPTER_ONLY = ("alpha", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
 ADAPTER_ONLY += ("use_rslora", "dropout", "allow_dropout", "export_rank", "quantize", "placement")
 ADAPTER_ONLY += ("component", "scored_examples", "random_fraction", "cur_core", "cur_rcond")
-ADAPTER_ONLY += ("orthogonality", "loraplus_ratio", "rank_budget")
+ADAPTER_ONLY += ("orthogonality", "loraplus_ratio", "rank_budget", "trainable_token_indices")
 """Settings that full fine-tuning would ignore, and therefore refuses."""
 PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 ALL_LINEAR = "all-linear"
@@ -79,6 +80,8 @@ class Recipe:
     """Modules to leave alone, given in the same way."""
     modules_to_save: str | tuple[str, ...] = ()
     """Modules trained in full beside the adapters: name endings."""
+    trainable_token_indices: TokenIds = ()
+    """Tokens whose embeddings are trained in full: ids; or, in YAML, the name of an embedding -> ids."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Name ending or regular expression -> rank, where it differs from `rank`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -158,6 +161,7 @@ class Recipe:
             object.__setattr__(self, name, module_names(getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", _listed(self.modules_to_save))
+        object.__setattr__(self, "trainable_token_indices", _token_ids(self.trainable_token_indices))
         _check_choices(self)
         _check_ranges(self)
         _check_quantization(self)
@@ -201,6 +205,7 @@ class Recipe:
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             modules_to_save=tuple(self.modules_to_save),
+            trainable_token_indices=self.trainable_token_indices,  # pyright: ignore[reportArgumentType] -- no text now
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
             rank_budget=self.rank_budget,
@@ -241,6 +246,25 @@ def _listed(given: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
+def _token_ids(given: Any) -> Any:
+    """Token ids as they are named in flags, YAML and Python alike: a tuple of ids, or module -> tuple of ids.
+
+    Raises:
+        ConfigError: something else than ids, or lists of ids by module.
+    """
+    if isinstance(given, Mapping):
+        if all(isinstance(name, str) and isinstance(ids, list | tuple) for name, ids in given.items()):
+            return {name: tuple(ids) for name, ids in given.items()}
+    elif isinstance(given, list | tuple):
+        return tuple(given)
+    elif isinstance(given, str) and all(part.isdecimal() for part in _listed(given)):
+        return tuple(int(part) for part in _listed(given))
+    raise ConfigError(
+        f"trainable_token_indices is {given!r}; give token ids separated by commas, a list of them, or in YAML "
+        "lines of the form `module: [ids]`"
+    )
+
+
 def read_recipe(path: str | Path, **flags: Any) -> Recipe:
     """A recipe from a YAML file of field: value pairs; flags that are not None win.
 
@@ -278,7 +302,7 @@ def recipe_from(values: dict[str, Any], source: str | Path = "the recipe") -> Re
 
 
 def _converted(name: str, value: Any, annotation: str) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list) and annotation != "TokenIds":
         return tuple(str(item) for item in value)
     if isinstance(value, bool) or value is None or not annotation.startswith(("int", "float")):
         return value

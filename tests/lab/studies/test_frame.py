@@ -146,6 +146,19 @@ def test_a_row_says_first_how_many_parts_were_shown() -> None:
     assert row.startswith("| **holds in part**: shown in 2 of 4 parts, the opposite in 1, undecided in 1 | c |")
 
 
+def test_a_claim_that_nothing_decides_is_not_said_to_fail() -> None:
+    def document(*values: list[float]) -> dict[str, Any]:
+        parts = {str(place): mean_interval(each).as_dict() for place, each in enumerate(values)}
+        return {"verdict": "does not hold here", "claim": "c", "figures": "f", "results": {"parts": parts}}
+
+    undecided, against = document([1.0, -1.0], [5.0]), document([1.0, -1.0], [-1.0, -1.1])
+    [row] = rows([squares(1)], {"squares": undecided})
+    assert row.startswith("| **not decided here**: undecided in 2 of 2 parts | c |")
+    [row] = rows([squares(1)], {"squares": against})
+    assert row.startswith("| **does not hold here**: shown in 0 of 2 parts, the opposite in 1, undecided in 1 | c |")
+    assert summary([undecided, against, undecided]) == "1 does not hold here, 2 not decided here"
+
+
 CUBES = Study("cubes", "cubes are smaller (nowhere, table 1)", squares(1).run, squares(1).draw, minutes=1)
 
 

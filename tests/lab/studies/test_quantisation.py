@@ -6,8 +6,9 @@ import pytest
 import torch
 from passes import Quick
 
+from pissa.lab.interval import mean_interval
 from pissa.lab.studies import quantisation
-from pissa.lab.studies.quantisation import verdict_of
+from pissa.lab.studies.quantisation import parts_of
 
 
 def test_more_iterations_and_our_fit_reduce_more(quick: Quick) -> None:
@@ -47,21 +48,33 @@ def test_a_reduction_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) 
     assert expected > 80
 
 
-def test_the_verdict_follows_the_intervals() -> None:
-    def results(low: float, gain: float) -> dict:
-        table = [
-            {"source": "m", "method": f"{name}-{count}", "by_kind": {"q": value}}
-            for count in (1, 5)
-            for name, value in (("qpissa", low), ("loftq", 0.0))
-        ]
-        formats = [{"qpissa-1": {"low": gain}, "qpissa-5": {"low": gain}}]
-        return {
-            "comparisons": [{"difference": {"low": low}}],
-            "formats": formats,
-            "table": table,
-            "paper_rank": {"m": 4},
-        }
+def test_the_parts_are_ranks_kinds_and_formats_each_over_layers() -> None:
+    """Two layers of each kind: q leads by 4 and 6, k by -1 and 1, and the other formats gain 1 and 3."""
+    leads = {"layers.0.q": 4.0, "layers.1.q": 6.0, "layers.0.k": -1.0, "layers.1.k": 1.0}
+    rows = [
+        {"source": source, "layer": layer, "kind": layer[-1], "format": form, "rank": rank}
+        | {"reduction": {"loftq-1": 5.0, "qpissa-1": 5 + lead, "loftq-5": 5.0, "qpissa-5": 5 + lead + 100}}
+        for source in ("m", "another")
+        for rank, form in ((4, "nf4"), (8, "nf4"), (4, "int8"), (4, "gptq"))
+        for layer, lead in leads.items()
+    ]
+    rows += [{**rows[0], "rank": 8, "layer": "layers.2.q", "reduction": {**rows[0]["reduction"], "qpissa-1": 205.0}}]
+    parts = parts_of(rows, "m", 4)
+    counted = ("rank 4", "rank 8", "q", "k", "int8", "gptq")
+    assert set(parts) == {f"{name} (T={count})" for name in counted for count in (1, 5)}
+    assert parts["rank 4 (T=1)"] == mean_interval([4.0, 6.0, -1.0, 1.0])
+    assert parts["rank 8 (T=1)"].values == (4.0, 6.0, -1.0, 1.0, 200.0)
+    assert parts["q (T=1)"] == mean_interval([4.0, 6.0])  # at its own rank 4, not at 8
+    assert parts["k (T=5)"] == mean_interval([99.0, 101.0])
+    assert parts["int8 (T=1)"] == mean_interval([9.0, 11.0, 4.0, 6.0])
 
-    assert verdict_of(results(1, 1)) == "holds"
-    assert verdict_of(results(-1, 1)) == verdict_of(results(1, -1)) == "holds in part"
-    assert verdict_of(results(-1, -1)) == "does not hold here"
+
+def test_the_parts_decide_the_verdict_and_are_named_in_the_figures(quick: Quick) -> None:
+    document = quick("quantisation")
+    parts = document["results"]["parts"]
+    assert len(parts) == 2 * (3 + 7 + 2)  # T = 1 and 5 of three ranks, seven kinds and two formats
+    shown = [part["low"] is not None and part["low"] > 0 for part in parts.values()]
+    assert (document["verdict"] == "holds in part") == (any(shown) and not all(shown))
+    undecided = document["figures"].partition("undecided over layers: ")[2].partition("; behind: ")[0].split(", ")
+    one_layer = {name.partition(": ")[2] for name, part in parts.items() if part["low"] is None}
+    assert one_layer and one_layer <= set(undecided)

@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 from passes import Quick
 
-from pissa.lab.studies.scaling import (
-    MEASURED,
-    MEASURED_THREADS,
-    PREDICTED,
-    all_svds,
-    fitted,
-    memory_law,
-    parts_of,
-    power_law,
-    predicted,
-)
+from pissa.lab.studies.scaling import parts_of
+from pissa.lab.studies.scaling_laws import all_svds, fitted, memory_law, power_law, predicted
+from pissa.lab.studies.scaling_shapes import MEASURED, MEASURED_THREADS, PREDICTED
 
 
 def test_shapes_have_their_models_sizes() -> None:

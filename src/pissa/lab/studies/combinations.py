@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..figures import colour_of, dotted_bars, new_figure
+from ..figures import new_figure, search_lines, seed_dots
 from ..interval import Interval, mean_interval
 from .judge import advantage, by_seed, sentence, verdict_of
-from .lm import LanguageTask, cell, find_rates, language_task, mean_curve, recipe
+from .lm import LanguageTask, cell, find_rates, language_task, recipe
 from .study import Outcome, Settings, Study
 
 NAME = "combinations"
@@ -79,20 +79,12 @@ def _parts(
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """Training loss by step at each method's rate, held-out loss, and share of problems solved."""
+    """The search over learning rates, then held-out loss and share of problems solved at each method's rate."""
     figure, panels = new_figure(1, 3, width=4.4)
-    best, rows = results["search"]["best"], results["runs"]
-    for method in results["table"]:
-        chosen = [row for row in rows if row["method"] == method and row["rate"] == best[method]]
-        curve = mean_curve(chosen, "losses")
-        style = "-" if method in results["pairs"].values() else "--"
-        label = f"{method} ({best[method]:.2g})"
-        panels[0].plot(range(1, len(curve) + 1), curve, label=label, color=colour_of(method), linestyle=style)
-    panels[0].set(title="training loss, each at its own rate", xlabel="step", yscale="log")
-    panels[0].legend(frameon=False, fontsize=8)
+    search_lines(panels[0], results["search"], {without: {"linestyle": "--"} for without in results["pairs"]})
     titles = {"held_out_loss": "held-out loss", "solved": "share of problems solved"}
     for panel, (name, title) in zip(panels[1:], titles.items(), strict=True):
-        dotted_bars(panel, {method: entry[name] for method, entry in results["table"].items()}, title)
+        seed_dots(panel, {method: entry[name] for method, entry in results["table"].items()}, title)
     figure.suptitle(results["task"], fontsize=10)
     return figure
 
@@ -102,5 +94,6 @@ STUDY = Study(
     "LoRA, DoRA and AdaLoRA each get better when they start from PiSSA (PiSSA, appendix A, table 5)",
     run,
     draw,
-    minutes=5,
+    minutes=17,
+    seed_count=5,
 )

@@ -31,7 +31,7 @@ from ..threads import one_thread
 from .judge import by_seed, sentence, verdict_of
 from .language import batches_in_memory, language_model, response_mean
 from .study import Outcome, Settings, Study, model_name
-from .weights import loaded, models, spread
+from .weights import loaded, spread
 
 NAME = "fast-svd"
 EXACT, OURS = "exact", "ours"
@@ -44,30 +44,30 @@ LAST_STEPS = 4
 
 def run(settings: Settings) -> Outcome:
     """Decompose some matrices, and train from every kind of factors."""
-    source, base = models(settings)[0], language_model(settings)
-    paths = {model_name(path): path for path in (source, base)}
+    model = language_model(settings)
+    name = model_name(model)
     ranks = settings.pick(quick=[4], default=[1, 8, 32, 128], full=[1, 2, 4, 8, 16, 32, 64, 128])
     blocks = settings.pick(quick=1, default=2, full=None)
     keys = [
-        {"source": model_name(source), "rank": rank, "blocks": blocks, "seed": seed, "method": method}
+        {"source": name, "rank": rank, "blocks": blocks, "seed": seed, "method": method}
         for rank in ranks
         for seed in settings.seeds
         for method in (*NITERS, EXACT, OURS)
     ]
-    rows = settings.grid(f"{NAME}-matrices", keys, lambda source, **key: decomposed(paths[source], **key))
+    rows = settings.grid(f"{NAME}-matrices", keys, lambda source, **key: decomposed(model, **key))
     trained = settings.pick(quick=[4], default=[32], full=ranks)
     plan = settings.pick(
         quick={"steps": 6, "batch": 2}, default={"steps": 8, "batch": 2}, full={"steps": 200, "batch": 8}
     )
     runs = [
-        {"base": model_name(base), "rank": rank, "seed": seed, "method": method, **plan}
+        {"base": name, "rank": rank, "seed": seed, "method": method, **plan}
         for rank in trained
         for seed in settings.seeds
         for method in settings.pick(
             quick=("1", EXACT, OURS), default=("1", "16", EXACT, OURS), full=(*NITERS, EXACT, OURS)
         )
     ]
-    losses = settings.grid(NAME, runs, lambda base, **key: trained_loss(paths[base], **key))
+    losses = settings.grid(NAME, runs, lambda base, **key: trained_loss(model, **key))
     parts = parts_of(rows, losses, max(trained))
     results = {"matrices": rows, "training": losses, "parts": {name: part.as_dict() for name, part in parts.items()}}
     return Outcome(results, verdict_of(parts), figures_of(results, parts, max(trained)))

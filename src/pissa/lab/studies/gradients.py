@@ -202,4 +202,5 @@ STUDY = Study(
     run,
     draw,
     minutes=5,
+    seed_count=5,
 )

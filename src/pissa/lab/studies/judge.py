@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..interval import Interval, paired_difference
 from .study import Settings, Verdict
@@ -27,13 +27,28 @@ def sentence(parts: Mapping[str, Interval], unit: str = "") -> str:
     return "; ".join(f"{name} {difference}{unit} ({standing(difference)})" for name, difference in parts.items())
 
 
-def tally(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many of a result's parts were shown, and how many went the other way: `shown in 3 of 5 parts, …`."""
+class Counts(NamedTuple):
+    """Of a claim's parts."""
+
+    shown: int
+    against: int
+    undecided: int
+
+
+def count(parts: Mapping[str, Mapping[str, Any]]) -> Counts:
+    """How many of a document's parts were shown, went the other way, or stayed undecided."""
     shown = sum(part["low"] is not None and part["low"] > 0 for part in parts.values())
     against = sum(part["high"] is not None and part["high"] < 0 for part in parts.values())
-    undecided = len(parts) - shown - against
+    return Counts(shown, against, len(parts) - shown - against)
+
+
+def tally(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same in words: `shown in 3 of 5 parts, …`, or `undecided in 5 of 5 parts` where that is all."""
+    shown, against, undecided = count(parts)
+    if undecided == len(parts):
+        return f"undecided in {undecided} of {len(parts)} parts"
     others = ((f"the opposite in {against}", against), (f"undecided in {undecided}", undecided))
-    return ", ".join([f"shown in {shown} of {len(parts)} parts", *(text for text, count in others if count)])
+    return ", ".join([f"shown in {shown} of {len(parts)} parts", *(text for text, number in others if number)])
 
 
 def looked_at(settings: Settings, what: str = "rates and steps") -> str:

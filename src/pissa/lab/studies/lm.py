@@ -210,22 +210,6 @@ def find_rates(
     return search_rates(settings, study, rates, chosen, value, task=task.name, steps=task.steps, **about)
 
 
-def best_rates(rows: Sequence[Mapping[str, Any]], value: str = "held_out_loss") -> dict[str, float]:
-    """Method -> the learning rate with the lowest mean over seeds."""
-    means: dict[tuple[str, float], list[float]] = {}
-    for row in rows:
-        means.setdefault((row["method"], row["rate"]), []).append(row[value])
-    best: dict[str, tuple[float, float]] = {}
-    for (method, rate), values in means.items():
-        best[method] = min(best.get(method, (float("inf"), 0.0)), (statistics.fmean(values), rate))
-    return {method: rate for method, (_, rate) in best.items()}
-
-
-def mean_curve(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """The mean of a curve over rows, step by step."""
-    return [statistics.fmean(column) for column in zip(*(row[name] for row in rows), strict=True)]
-
-
 class InMemory:
     """A base and its data held in memory, for studies that build their own adapters or look at a run as it goes."""
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from ...evaluate.sandbox import gaps
-from ..figures import colour_of, dotted_bars, new_figure
+from ..figures import colour_of, new_figure, seed_dots
 from ..interval import Interval, mean_interval, paired_difference
 from .coding import LOSS_ON, code_problems, coding_rows, passed, trains_code, warn_of_gaps, what_was_not_scored
 from .few_bits import FORMATS
@@ -165,7 +165,7 @@ def draw(results: Mapping[str, Any]) -> Any:
     measured = [(part, name) for part, methods in table.items() for name in next(iter(methods.values()))]
     figure, panels = new_figure((len(measured) + 1) // 2, 2)
     for panel, (part, name) in zip(panels, measured, strict=False):
-        dotted_bars(panel, {method: entry[name] for method, entry in table[part].items()}, "")
+        seed_dots(panel, {method: entry[name] for method, entry in table[part].items()}, "")
         for place, method in enumerate(table[part]):
             if method in before[part]:
                 panel.plot(before[part][method][name], place, "ko", markersize=6, fillstyle="none")

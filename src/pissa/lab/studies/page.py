@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint.write import explained
 from ...errors import DataError
-from .judge import tally
+from .judge import count, tally
 from .registry import find_study, study_names
 from .study import Study, read_result
 
 PAGE = "README.md"
+NOT_DECIDED = "not decided here"
 PLURAL: dict[str, str] = {
     "holds": "hold",
     "holds in part": "hold in part",
     "does not hold here": "do not hold here",
+    NOT_DECIDED: "not decided here",
 }
 HEAD = """# Studies: the claims, measured again
 
 Each line is one `pissa study NAME`: whether the claim held here and in how many of the parts into which the study
 takes it, the claim with its source, and our numbers on the model and grid that the JSON names. A part is shown where
-the whole 95 % interval is on the claim's side, and undecided where the interval holds zero. These are small models on a
-laptop's budget: a claim that does not hold here may hold for 7 billion parameters, and the other way round.
-`pissa study --list` shows the runtimes, `--full` is the whole grid.
+the whole 95 % interval is on the claim's side, and undecided where the interval holds zero. A claim all of whose parts
+are undecided is called not decided here: nothing was found for it, and nothing against it (its JSON says "does not hold
+here", as of every claim of which nothing was shown). These are small models on a laptop's budget: a claim that does not
+hold here may hold for 7 billion parameters, and the other way round. `pissa study --list` shows the runtimes, `--full`
+is the whole grid.
 
 Beside them stand two comparisons of PiSSA and LoRA on GSM8K, made by `pissa compare` with SmolLM2-135M and five seeds:
 [at one fixed learning rate](gsm8k-fixed/report.md), where PiSSA is clearly better, and [each at its
@@ -68,8 +72,15 @@ def page(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> str:
 
 def summary(documents: Sequence[dict[str, Any]]) -> str:
     """The verdicts, counted: `1 holds, 2 hold in part`."""
-    counts = [(sum(d["verdict"] == verdict for d in documents), verdict) for verdict in PLURAL]
-    return ", ".join(f"{count} {verdict if count == 1 else PLURAL[verdict]}" for count, verdict in counts if count)
+    found = [verdict_on_page(document) for document in documents]
+    counts = [(found.count(verdict), verdict) for verdict in PLURAL]
+    return ", ".join(f"{n} {verdict if n == 1 else PLURAL[verdict]}" for n, verdict in counts if n)
+
+
+def verdict_on_page(document: Mapping[str, Any]) -> str:
+    """A document's verdict; NOT_DECIDED in place of "does not hold here" where every part is undecided."""
+    counts = count(document.get("results", {}).get("parts", {}))
+    return NOT_DECIDED if counts.undecided and not counts.shown and not counts.against else document["verdict"]
 
 
 def rows(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -80,7 +91,7 @@ def rows(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> Iter
             yield f"| not run yet | {cell(study.claim)} | {study.name} | `pissa study {study.name}` |"
             continue
         parts = document["results"].get("parts")
-        verdict = f"**{document['verdict']}**{f': {tally(parts)}' if parts else ''}"
+        verdict = f"**{verdict_on_page(document)}**{f': {tally(parts)}' if parts else ''}"
         links = f"[{study.name}]({study.name}.json), [figure]({study.name}.png)"
         yield f"| {verdict} | {cell(document['claim'])} | {links} | {cell(document['figures'])} |"
 

@@ -5,7 +5,8 @@
 QLoRA's is 0 by definition. LoftQ and QPiSSA are measured as published, with T iterations, beside this library's own
 fit. In INT8 and in GPTQ's 4-bit integers QPiSSA is compared with the plain format, as in table 9; GPTQ here means its
 format with plain rounding (`pissa inspect --calibration` measures its rounding fitted to text, and
-`benchmarks/perplexity.py` the paper's perplexities). Intervals are over layers: nothing here is drawn at random.
+`benchmarks/perplexity.py` the paper's perplexities). Intervals are over layers: nothing here is drawn at random. A
+kind of layer is compared at the paper's share of the width, over as many layers as there are blocks in the grid.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from typing import Any
 from ..figures import colour_of, new_figure
 from ..inspect import measure_weight
 from ..inspect_layers import kind_of
-from ..interval import mean_interval, paired_difference
+from ..interval import Interval, mean_interval, paired_difference
 from ..models import NAME as SMOLLM2
 from ..variants import variant
-from .study import Outcome, Settings, Study, Verdict, model_name
+from .judge import standing, verdict_of
+from .study import Outcome, Settings, Study, model_name
 from .weights import loaded, models, spread
 
 NAME = "quantisation"
 NF4_METHODS = ("loftq-1", "qpissa-1", "loftq-5", "qpissa-5", "ours-5")
+OTHER_FORMATS = ("int8", "gptq")
 OTHER_METHODS = ("qpissa-1", "qpissa-5")
 ITERATIONS = (1, 5)
 PRE_ROUNDED = " (whose weights had been rounded to 4 bits before)"
@@ -34,23 +37,28 @@ PRE_ROUNDED = " (whose weights had been rounded to 4 bits before)"
 def run(settings: Settings) -> Outcome:
     """Split every layer in every way and measure what is left."""
     ranks = settings.pick(quick=[1, 4], default=[1, 4, 16, 64, 128], full=[1, 2, 4, 8, 16, 32, 64, 128])
-    sources = {model_name(source): source for source in models(settings)}
+    found, remark = models(settings)
+    sources = {model_name(source): source for source in found}
     keys = [
         {"source": name, "layer": layer, "format": form, "rank": rank}
         for name, source in sources.items()
         for layer in spread(source, settings.pick(quick=1, default=2, full=None))
-        for form, count in (("nf4", None), ("int8", 1), ("gptq", 1))
-        for rank in layer_ranks(source, layer, ranks if count is None else [])
+        for form in ("nf4", *OTHER_FORMATS)
+        for rank in layer_ranks(source, layer, ranks if form == "nf4" else [])
     ]
     rows = settings.grid(
         NAME, keys, lambda source, layer, format, rank: reductions(sources[source], layer, format, rank)
     )
     widths = {name: max(rank for _, rank in loaded(source).values()) for name, source in sources.items()}
     comparisons = [compared(rows, name, rank, count) for name, rank in ranks_of(rows) for count in ITERATIONS]
-    formats = [other_format(rows, name, form, rank) for name, rank in widths.items() for form in ("int8", "gptq")]
+    formats = [other_format(rows, name, form, rank) for name, rank in widths.items() for form in OTHER_FORMATS]
     table = [by_kind(rows, name, rank, method) for name, rank in widths.items() for method in NF4_METHODS]
+    parts = {name: parts_of(rows, name, rank) for name, rank in widths.items()}
+    named = {f"{name}: {part}": found for name in parts for part, found in parts[name].items()}
+    listed = {name: part.as_dict() for name, part in named.items()}
     results = {"rows": rows, "comparisons": comparisons, "formats": formats, "table": table, "paper_rank": widths}
-    return Outcome(results, verdict_of(results), figures_of(results))
+    figures = "; ".join(figures_of(results, name, parts[name]) for name in widths)
+    return Outcome({**results, "parts": listed}, verdict_of(named), figures + remark)
 
 
 def layer_ranks(source: str, layer: str, ranks: Sequence[int]) -> list[int]:
@@ -77,33 +85,28 @@ def ranks_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     return sorted({(row["source"], row["rank"]) for row in rows if row["format"] == "nf4"})
 
 
-def chosen(rows: Sequence[Mapping[str, Any]], source: str, form: str, rank: int) -> list[dict[str, float]]:
-    """The reductions of a model's layers."""
+def chosen(
+    rows: Sequence[Mapping[str, Any]], source: str, form: str, rank: int, kind: str | None = None
+) -> list[dict[str, float]]:
+    """The reductions of a model's layers, all of them or one kind's."""
     wanted = (source, form, rank)
-    return [row["reduction"] for row in rows if (row["source"], row["format"], row["rank"]) == wanted]
+    found = (row for row in rows if (row["source"], row["format"], row["rank"]) == wanted)
+    return [row["reduction"] for row in found if kind in (None, row["kind"])]
 
 
 def compared(rows: Sequence[Mapping[str, Any]], source: str, rank: int, iterations: int) -> dict[str, Any]:
-    """QPiSSA against LoftQ with as many iterations, layer by layer, in NF4."""
+    """QPiSSA and LoftQ with as many iterations, and our own fit, over layers, in NF4."""
     found = chosen(rows, source, "nf4", rank)
-    ours, theirs = ([each[f"{method}-{iterations}"] for each in found] for method in ("qpissa", "loftq"))
-    own = [each["ours-5"] for each in found]
-    return {
-        "source": source,
-        "rank": rank,
-        "iterations": iterations,
-        "qpissa": statistics.fmean(ours),
-        "loftq": statistics.fmean(theirs),
-        "ours-5": statistics.fmean(own),
-        "difference": paired_difference(ours, theirs).as_dict(),
-    }
+    names = {"qpissa": f"qpissa-{iterations}", "loftq": f"loftq-{iterations}", "ours-5": "ours-5"}
+    means = {label: statistics.fmean(each[method] for each in found) for label, method in names.items()}
+    return {"source": source, "rank": rank, "iterations": iterations, **means}
 
 
 def other_format(rows: Sequence[Mapping[str, Any]], source: str, form: str, rank: int) -> dict[str, Any]:
     """QPiSSA's reduction in another format, over layers."""
     found = chosen(rows, source, form, rank)
-    intervals = {name: mean_interval([each[name] for each in found]).as_dict() for name in OTHER_METHODS}
-    return {"source": source, "format": form, "rank": rank, **intervals}
+    means = {name: statistics.fmean(each[name] for each in found) for name in OTHER_METHODS}
+    return {"source": source, "format": form, "rank": rank, **means}
 
 
 def by_kind(rows: Sequence[Mapping[str, Any]], source: str, rank: int, method: str) -> dict[str, Any]:
@@ -117,51 +120,46 @@ def by_kind(rows: Sequence[Mapping[str, Any]], source: str, rank: int, method: s
     return {"source": source, "rank": rank, "method": method, "by_kind": means, "average": average}
 
 
-def kinds_behind(table: Sequence[Mapping[str, Any]], source: str) -> list[str]:
-    """Kinds of layers in which QPiSSA is not ahead of LoftQ at the model's own rank, with T."""
-    means = {line["method"]: line["by_kind"] for line in table if line["source"] == source}
-    return [
-        f"{kind} (T={count})"
-        for count in ITERATIONS
-        for kind, value in means[f"qpissa-{count}"].items()
-        if value <= means[f"loftq-{count}"][kind]
-    ]
+def parts_of(rows: Sequence[Mapping[str, Any]], source: str, own_rank: int) -> dict[str, Interval]:
+    """What the claim says of a model, each part as a difference over its layers that should be positive.
+
+    QPiSSA's reduction less LoftQ's at every rank, and at the model's own rank in every kind of layer; in the other
+    formats QPiSSA's reduction itself. All with either number of iterations.
+    """
+
+    def lead(rank: int, count: int, kind: str | None = None) -> Interval:
+        found = chosen(rows, source, "nf4", rank, kind)
+        ours, theirs = ([each[f"{method}-{count}"] for each in found] for method in ("qpissa", "loftq"))
+        return paired_difference(ours, theirs)
+
+    ranks = [rank for name, rank in ranks_of(rows) if name == source]
+    kinds = dict.fromkeys(row["kind"] for row in rows if row["source"] == source)
+    return {
+        **{f"rank {rank} (T={count})": lead(rank, count) for rank in ranks for count in ITERATIONS},
+        **{f"{kind} (T={count})": lead(own_rank, count, kind) for kind in kinds for count in ITERATIONS},
+        **{
+            f"{form} (T={count})": mean_interval([e[f"qpissa-{count}"] for e in chosen(rows, source, form, own_rank)])
+            for form in OTHER_FORMATS
+            for count in ITERATIONS
+        },
+    }
 
 
-def verdict_of(results: Mapping[str, Any]) -> Verdict:
-    """Holds where QPiSSA leads in every kind of layer, at every rank and T, and gains in every other format."""
-    won = [each["difference"]["low"] > 0 for each in results["comparisons"]]
-    won += [not kinds_behind(results["table"], source) for source in results["paper_rank"]]
-    gained = [each[name]["low"] > 0 for each in results["formats"] for name in OTHER_METHODS]
-    if all(won) and all(gained):
-        return "holds"
-    return "holds in part" if any(won) or any(gained) else "does not hold here"
-
-
-def figures_of(results: Mapping[str, Any]) -> str:
-    """The paper's own rank first, then where QPiSSA does not lead."""
-    parts = []
-    for source, rank in results["paper_rank"].items():
-        lines = [e for e in results["comparisons"] if (e["source"], e["rank"]) == (source, rank)]
-        numbers = ", ".join(f"T={e['iterations']} {e['qpissa']:.1f} against LoftQ's {e['loftq']:.1f} %" for e in lines)
-        other = [e for e in results["formats"] if e["source"] == source]
-        others = ", ".join(f"{e['format']} {e['qpissa-1']['mean']:.1f} and {e['qpissa-5']['mean']:.1f}" for e in other)
-        own = [e for e in results["comparisons"] if e["source"] == source]
-        undecided = [ranked(e) for e in own if e["difference"]["low"] <= 0 <= e["difference"]["high"]]
-        behind = [ranked(e) for e in own if e["difference"]["high"] < 0] + kinds_behind(results["table"], source)
-        tail = f", undecided over layers at rank {', '.join(undecided)}" if undecided else ""
-        tail += f", behind LoftQ in {', '.join(behind)}" if behind else ", nowhere behind LoftQ"
-        name = source + (PRE_ROUNDED if source == SMOLLM2 else "")
-        parts.append(
-            f"{name} at rank {rank}, NF4: QPiSSA {numbers} (ours-5 {lines[0]['ours-5']:.1f}); "
-            f"T=1 and 5 in {others}{tail}"
-        )
-    return "; ".join(parts)
-
-
-def ranked(comparison: Mapping[str, Any]) -> str:
-    """Rank and T for a line of text."""
-    return f"{comparison['rank']} (T={comparison['iterations']})"
+def figures_of(results: Mapping[str, Any], source: str, parts: Mapping[str, Interval]) -> str:
+    """A model's numbers at the paper's share of the width, then where QPiSSA does not lead."""
+    rank = results["paper_rank"][source]
+    lines = [e for e in results["comparisons"] if (e["source"], e["rank"]) == (source, rank)]
+    numbers = ", ".join(f"T={e['iterations']} {e['qpissa']:.1f} against LoftQ's {e['loftq']:.1f} %" for e in lines)
+    formats = [e for e in results["formats"] if e["source"] == source]
+    others = ", ".join(f"{e['format']} {e['qpissa-1']:.1f} and {e['qpissa-5']:.1f}" for e in formats)
+    name = source + (PRE_ROUNDED if source == SMOLLM2 else "")
+    undecided, behind = (
+        [part for part, found in parts.items() if standing(found) == wanted] for wanted in ("undecided", "the opposite")
+    )
+    return (
+        f"{name} at rank {rank}, NF4: QPiSSA {numbers} (ours-5 {lines[0]['ours-5']:.1f}); T=1 and 5 in {others}; "
+        f"undecided over layers: {', '.join(undecided) or 'nothing'}; behind: {', '.join(behind) or 'nowhere'}"
+    )
 
 
 def draw(results: Mapping[str, Any]) -> Any:

@@ -24,8 +24,9 @@ from ..inspect_layers import kind_of
 from ..interval import Interval, mean_interval
 from ..threads import one_thread
 from .judge import sentence, verdict_of
+from .language import language_model
 from .study import Outcome, Settings, Study, model_name
-from .weights import loaded, models, spread
+from .weights import loaded, spread
 
 NAME = "robust-solvers"
 DESCENT, TUNED, SKETCH, OURS = "Algorithm 1", "Algorithm 1, tuned threshold", "sketching", "ours"
@@ -39,7 +40,7 @@ Factors = tuple[Tensor, Tensor]
 
 def run(settings: Settings) -> Outcome:
     """Solve the problem for some matrices with every solver."""
-    source = models(settings)[0]
+    source = language_model(settings)
     ranks = settings.pick(quick=[4], default=[8, 64], full=[8, 16, 64])
     iterations = settings.pick(quick=20, default=400, full=1000)
     kinds = settings.pick(quick=KINDS, default=KINDS[:2], full=KINDS)

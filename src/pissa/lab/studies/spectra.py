@@ -37,7 +37,7 @@ SHOWN = 160
 
 def run(settings: Settings) -> Outcome:
     """Describe W and W_res of every linear layer."""
-    sources = models(settings)
+    sources, remark = models(settings)
     blocks = settings.pick(quick=2, default=None, full=None)
     keys = [
         {"source": model_name(source), "layer": layer} for source in sources for layer in layer_names(source, blocks)
@@ -49,7 +49,7 @@ def run(settings: Settings) -> Outcome:
     parts = {name: part for source in paths for name, part in parts_of(rows, source).items()}
     listed = {name: part.as_dict() for name, part in parts.items()}
     results = {"layers": rows, "summary": summary, "parts": listed, "example": example}
-    return Outcome(results, verdict_of(parts), f"{figures_of(summary)}; {sentence(parts)}")
+    return Outcome(results, verdict_of(parts), f"{figures_of(summary)}; {sentence(parts)}{remark}")
 
 
 def figures_of(summary: Mapping[str, Any]) -> str:

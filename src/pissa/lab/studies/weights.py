@@ -8,25 +8,33 @@ import torch
 from torch import Tensor
 
 from ...config import PissaConfig
+from ...errors import CheckpointError
 from ..inspect_layers import block_of, matrices_of, select_targets
 from ..load import load_model
-from ..models import cache_directory, smollm2
-from .language import RUNS, tiny_model
+from ..models import MINILM, minilm
+from .language import language_model
 from .study import Settings
 
 WIDTH_PER_RANK = 32
 """The paper's LLaMA-2-7B: width 4096, rank 128."""
-MINILM = "all-minilm-l6-v2"
 
 
-def models(settings: Settings) -> list[str]:
-    """The model that was asked for; else SmolLM2, and MiniLM where it is at hand."""
-    if settings.model is not None:
-        return [settings.model]
-    if settings.scale == "quick":
-        return [str(tiny_model(settings.out / RUNS / "tiny-llama"))]
-    minilm = cache_directory() / MINILM
-    return [str(smollm2()), *([str(minilm)] if (minilm / "config.json").is_file() else [])]
+def models(settings: Settings) -> tuple[list[str], str]:
+    """The model that was asked for; else SmolLM2 and MiniLM, in a quick pass a tiny random one.
+
+    Returns:
+        Directories or hub ids, and what the study's figures must say of a model that could not be had (mostly "").
+    """
+    sources = [language_model(settings)]
+    if settings.scale == "quick" or settings.model is not None:
+        return sources, ""
+    try:
+        return [*sources, str(minilm())], ""
+    except CheckpointError as error:
+        return sources, (
+            f"; {MINILM} was left out: {error}, or run `python -c 'from pissa.lab.models import minilm; "
+            "print(minilm())'` where there is a network and put the folder that it names into $PISSA_CACHE here"
+        )
 
 
 @lru_cache(maxsize=1)
