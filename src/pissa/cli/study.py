@@ -51,6 +51,7 @@ def _run(
 ) -> None:
     from ..errors import ConfigError
     from ..lab.studies.judge import listed
+    from ..lab.studies.page import verdict_on_page
     from ..lab.studies.registry import find_study
     from ..lab.studies.study import Settings, run_study
     from ..train.progress import make_progress
@@ -67,7 +68,7 @@ def _run(
         settings = Settings(out, scale, chosen, model, allow_code_execution=allow_code_execution, progress=progress)
         document = run_study(study, settings)
     parts = listed(document["results"].get("parts", {}))
-    lines = [f"{document['verdict']}: {document['claim']}", document["figures"]]
+    lines = [f"{verdict_on_page(document)}: {document['claim']}", document["figures"]]
     lines += [f"  {word.ljust(12)}  {part}: {difference}" for part, difference, word in parts]
     show(document, "\n".join([*lines, f"written to {out}: {name}.json, {name}.png"]), as_json=as_json)
 
@@ -79,6 +80,7 @@ def _list(as_json: bool) -> None:
     studies = [find_study(name) for name in study_names()]
     width = max(len(study.name) for study in studies)
     lines = [f"{study.name.ljust(width)}  {study.minutes:3.0f} min  {study.claim}" for study in studies]
+    lines.append("The first of the language studies also pretrains their small Llama: nine minutes, once.")
     listed = [{"name": study.name, "minutes": study.minutes, "claim": study.claim} for study in studies]
     show({"studies": listed}, "\n".join(lines), as_json=as_json)
 

@@ -111,6 +111,8 @@ def pretrained(
     fit(model, batches, image_loss, learning_rate=learning_rate, steps=steps, weight_decay=0.05)
     model.cpu()
     directory.mkdir(parents=True, exist_ok=True)
+    if path.is_file():  # another pass was faster
+        return model
     with output_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
     return model

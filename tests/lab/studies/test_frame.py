@@ -131,7 +131,7 @@ def test_the_page_has_a_row_for_every_study(tmp_path: Path, monkeypatch: pytest.
     [missing] = [line for line in text.splitlines() if "cubes" in line]
     assert missing.endswith("| not run yet |")
     _, _, section = text.partition("\n## squares\n")
-    assert section.startswith("\n**does not hold here** (3 seeds, 0 minutes).")
+    assert section.startswith("\n**does not hold here** (intervals over 3 seeds, 0 minutes).")
     assert "![squares](squares.png)" in section
 
 
@@ -148,8 +148,8 @@ def test_a_row_says_how_many_parts_were_shown_and_a_section_which() -> None:
     [row] = rows([study], {"squares": document})
     assert row.endswith("| f | **holds in part**: shown in 2 of 4 parts, the opposite in 1, undecided in 1 |")
     about = {"study": "squares", "seconds": 90, "settings": {"seeds": [0], "model": "a model"}}
-    lines = section({**document, **about}).splitlines()
-    assert "(1 seed, 2 minutes, a model)." in lines[2]
+    lines = section(study, {**document, **about}).splitlines()
+    assert "(intervals over 1 seed, 2 minutes, a model)." in lines[2]
     assert [line for line in lines if line.startswith("| 2 |")] == ["| 2 | -1.00 ± 0.25 | the opposite |"]
     assert "| one seed | 5 | undecided |" in lines
 
@@ -212,3 +212,9 @@ def test_the_command_lists_runs_and_refuses(tmp_path: Path, capsys: pytest.Captu
         code, out, err = answer(capsys, *wrong)
         assert (code, out) == (2, "")
         assert why in err and len(err.splitlines()) == 1
+
+
+def test_passes_of_different_scale_share_no_cells(tmp_path: Path) -> None:
+    for scale in ("quick", "default", "full", "default"):
+        run_study(squares(4), Settings(tmp_path, scale))
+    assert CALLS == [4, 4, 4]

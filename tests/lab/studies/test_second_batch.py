@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from passes import Quick
 
-from pissa.lab.interval import Interval, mean_interval
 from pissa.lab.studies import direction_or_scale, families, long_run, precision, ranks
 from pissa.lab.studies.lm import InMemory, language_task
-from pissa.lab.studies.precision import verdict
 from pissa.lab.studies.study import Settings
 from tiny import logits_of, tiny_llama
 
@@ -44,14 +43,20 @@ def test_arms_differ_in_direction_and_scale_as_they_say() -> None:
 
 
 def test_precision_needs_a_visible_move_and_both_sides() -> None:
-    def differences(*means: float) -> dict[int, Interval]:
-        return {share: mean_interval([mean, mean * 1.01]) for share, mean in enumerate(means)}
+    def rows(*above: float) -> list[dict[str, Any]]:
+        return [
+            {"dtype": dtype, "share": share, "seed": seed, "held_out_loss": 1 + 0.01 * seed + extra * (dtype == "bf16")}
+            for dtype in ("fp32", "bf16")
+            for share, extra in enumerate(above)
+            for seed in range(3)
+        ]
 
-    far, near = {"move": mean_interval([1.0, 1.01])}, {"move": mean_interval([-1.0, -1.01])}
-    assert verdict(far, differences(1.0, -1.0)) == "holds"
-    assert verdict(far, differences(1.0, 2.0)) == "holds in part"
-    assert verdict(near, differences(1.0, -1.0)) == "holds in part"
-    assert verdict(near, differences(-1.0, -2.0)) == "does not hold here"
+    def shown(*above: float) -> list[bool]:
+        return [part.above_zero for part in precision._parts(rows(*above), {0: 1e-3, 1: 1e-4}).values()]
+
+    assert shown(0.5, -0.5) == [True, True, True, True]
+    assert shown(0.5, 0.001) == [True, False, True, False]
+    assert shown(-0.001, -0.5) == [False, True, False, True]
 
 
 def test_precision_computes_what_it_says(quick: Quick) -> None:

@@ -1,7 +1,8 @@
 """PiSSA's initialisation under DoRA and AdaLoRA: does each of the three gain from it, as in the paper's table 5?
 
 The paper compares at one rate. Here each pair is compared twice: at the rate that suits its PiSSA side, which is such a
-comparison, and each side at its own, which is the fairer question.
+comparison, and each side at its own, which is the fairer question. AdaLoRA keeps its ranks, with PiSSA and without: so
+short a run has no steps in which to share them out.
 """
 
 from __future__ import annotations

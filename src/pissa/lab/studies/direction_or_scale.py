@@ -10,7 +10,7 @@
 
 Offset means W + BA − B0A0, so that every arm starts at the base's function. A larger factor multiplies the other's
 gradient: that is a larger learning rate, which LoRA can be given as well. So every arm's own rate is looked for first,
-and the arms are compared at those.
+over a grid with one seed, and the arms are compared at those with all seeds.
 """
 
 from __future__ import annotations
@@ -126,13 +126,14 @@ def build(model: Any, arm: str, seed: int) -> tuple[Any, dict[str, float]]:
 def initial_factors(W: Tensor, arm: str, seed: int) -> tuple[Tensor, Tensor]:
     """A0 (r, in) and B0 (out, r) of an arm, at scale 1, for a weight (out, in)."""
     generator = torch.Generator().manual_seed(seed)
-    kaiming = (2 * torch.rand(RANK, W.shape[1], generator=generator) - 1) / W.shape[1] ** 0.5
+    kaiming = ((2 * torch.rand(RANK, W.shape[1], generator=generator) - 1) / W.shape[1] ** 0.5).to(W.device)
     if arm == "lora":
         return kaiming, W.new_zeros(len(W), RANK)
     U, S, Vh, _ = truncated_svd(W, RANK)
     if arm.startswith("random"):
-        U, Vh = (torch.linalg.qr(torch.randn(size, RANK, generator=generator))[0] for size in (len(W), W.shape[1]))
-        Vh = Vh.T
+        sizes = (len(W), W.shape[1])
+        U, V = (torch.linalg.qr(torch.randn(size, RANK, generator=generator))[0].to(W.device) for size in sizes)
+        Vh = V.T
     if arm == "lora, principal":
         return Vh * (kaiming.norm() / RANK**0.5), W.new_zeros(len(W), RANK)
     A, B = S.sqrt()[:, None] * Vh, U * S.sqrt()

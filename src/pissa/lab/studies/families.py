@@ -7,24 +7,21 @@ the paper's nine in `COMMANDS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...train.recipe import Recipe
 from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval
-from ..models import smollm2
 from ..small_lm import FAMILIES, small_lm
 from .judge import advantage, by_seed, verdict_of
-from .language import RUNS, tiny_model
-from .lm import LanguageTask, cell, find_rates, language_task, recipe
+from .lm import TUNED, LanguageTask, cell, find_rates, language_task, recipe, small_task
 from .search import Search
 from .study import Outcome, Settings, Study, model_name
 
 NAME = "families"
-TUNED = "lora, its own rate"
+STEPS = 40
 PLAIN = ("lora", "pissa", TUNED)
 QUANTIZED = ("qlora", "qpissa")
 EXPERTS = ("mixtral", "qwen2_moe")
@@ -48,37 +45,34 @@ def run(settings: Settings) -> Outcome:
 
     As in the paper all methods have one rate, PiSSA's; LoRA runs at its own beside it.
     """
-    bases = _bases(settings)
-    general = language_task(settings, steps=40)
+    tasks = {family: cache(task) for family, task in _tasks(settings).items()}
+
+    def measure(task: LanguageTask, /, method: str, rate: float, seed: int, **_: Any) -> dict[str, Any]:
+        return cell(settings, task, recipe(task, method, rate, seed))
+
     searches: dict[str, Search] = {}
     keys = []
-    for family, base in bases.items():
-        task = replace(general, base=str(base()))
-
-        def measure(task: LanguageTask, /, method: str, rate: float, seed: int, **_: Any) -> dict[str, Any]:
-            return cell(settings, task, _recipe(task, method, rate, seed))
-
-        searches[family] = find_rates(settings, NAME, task, ("lora", "pissa"), measure, family=family)
+    for family, task in tasks.items():
+        searches[family] = find_rates(settings, NAME, task(), ("lora", "pissa"), measure, family=family)
         best = searches[family].best
         keys += [
             {"family": family, "method": m, "seed": seed, "rate": best["lora" if m == TUNED else "pissa"]}
+            | {"task": task().name, "steps": task().steps}
             for m in _methods(family)
             for seed in settings.seeds
         ]
 
-    def trained(family: str, method: str, seed: int, rate: float, **_: Any) -> dict[str, Any]:
-        task = replace(general, base=str(bases[family]()))
-        return cell(settings, task, _recipe(task, method, rate, seed))
+    def trained(family: str, **key: Any) -> dict[str, Any]:
+        return measure(tasks[family](), **key)
 
-    keys = [{**key, "task": general.name, "steps": general.steps} for key in keys]
     rows = settings.grid(NAME, keys, trained)
-    parts = _parts(rows, bases)
+    parts = _parts(rows, tasks)
     results = {
-        "task": general.name.replace("a small Llama", "small models"),
+        "task": next(iter(tasks.values()))().name.replace("a small Llama", "small models"),
         "search": {family: search.as_dict() for family, search in searches.items()},
         "runs": rows,
-        "final_loss": _table(rows, bases, "final_loss"),
-        "held_out_loss": _table(rows, bases, "held_out_loss"),
+        "final_loss": _table(rows, tasks, "final_loss"),
+        "held_out_loss": _table(rows, tasks, "held_out_loss"),
         "parts": {name: part.as_dict() for name, part in parts.items()},
         "commands": list(COMMANDS),
     }
@@ -93,13 +87,6 @@ def run(settings: Settings) -> Outcome:
     return Outcome(results, verdict_of(parts), figures)
 
 
-def _recipe(task: LanguageTask, method: str, rate: float, seed: int) -> Recipe:
-    """A run's settings; QPiSSA as published, with five iterations."""
-    if method == "qpissa":
-        return recipe(task, "pissa", rate, seed, quantize="nf4", quantize_method="qpissa-5")
-    return recipe(task, "lora" if method == TUNED else method, rate, seed)
-
-
 def _table(rows: Sequence[Mapping[str, Any]], bases: Iterable[str], name: str) -> dict[str, Any]:
     return {
         family: {
@@ -110,16 +97,14 @@ def _table(rows: Sequence[Mapping[str, Any]], bases: Iterable[str], name: str) -
     }
 
 
-def _bases(settings: Settings) -> dict[str, Any]:
-    """Family -> what gives the directory or hub id of its model."""
-    if settings.model is not None:
-        source = settings.model
-        return {model_name(source): lambda: source}
-    if settings.scale == "quick":
-        return {"llama": lambda: tiny_model(settings.out / RUNS / "tiny-llama")}
+def _tasks(settings: Settings) -> dict[str, Callable[[], LanguageTask]]:
+    """Family -> what makes its task."""
+    if settings.model is not None or settings.scale == "quick":
+        name = "llama" if settings.model is None else model_name(settings.model)
+        return {name: lambda: language_task(settings, steps=STEPS)}
     sizes = {"layers": 2, "steps": 500, "progress": settings.progress}
-    small = {family: lambda family=family: small_lm(family, **sizes) for family in FAMILIES}
-    return {**small, "SmolLM2-135M": smollm2} if settings.scale == "full" else small
+    small = {family: lambda family=family: small_task(str(small_lm(family, **sizes)), STEPS) for family in FAMILIES}
+    return {**small, "SmolLM2-135M": lambda: language_task(settings)} if settings.scale == "full" else small
 
 
 def _methods(family: str | Path) -> list[str]:
@@ -163,7 +148,8 @@ def draw(results: Mapping[str, Any]) -> Any:
 
 STUDY = Study(
     NAME,
-    "In every family of models PiSSA trains to a lower loss than LoRA, and QPiSSA than QLoRA (PiSSA, figure 6)",
+    "In every family of models PiSSA trains to a lower loss than LoRA, and QPiSSA than QLoRA (after PiSSA, figure 6, "
+    "which has accuracies)",
     run,
     draw,
     minutes=23,

@@ -166,7 +166,7 @@ def figures_of(results: Mapping[str, Any], parts: Mapping[str, Interval], rank: 
         lines.append(
             f"{method if not method.isdigit() else 'niter ' + method} {seconds:.2f} s, error {error:.1e}{loss}"
         )
-    return f"rank {rank}: {'; '.join(lines)}"
+    return f"rank {rank}, loss after {results['training'][0]['steps']} steps: {'; '.join(lines)}"
 
 
 def draw(results: Mapping[str, Any]) -> Any:

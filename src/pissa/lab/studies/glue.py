@@ -5,6 +5,7 @@ bottlenecks. The encoder is all-MiniLM-L6-v2; by default its last two blocks are
 below make of a row is computed once, with `--full` all six. `--model microsoft/deberta-v3-base` is the paper's. As in
 the paper every method has a learning rate of its own for every task: the one of least loss on rows that are held out of
 the training part. The chosen ones are scored on development rows, which no search saw.
+AdaLoRA keeps its ranks here: they would be shared out only in the course of far more steps.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def run(settings: Settings) -> Outcome:
         "failed": sum(row["failed"] is not None for row in rows),
     }
     figures = (
+        f"{_trained(lengths['blocks'])}; "
         f"mean of {', '.join(f'{task} {GLUE[task].metrics[0]}' for task in tasks)} after {lengths['steps']} steps of "
         f"{lengths['batch']} rows: "
         + ", ".join(f"{method} {entry['mean']:.3f}" for method, entry in results["average"].items())
@@ -87,6 +89,10 @@ def run(settings: Settings) -> Outcome:
         + (f"; {results['failed']} of {len(rows)} runs failed and count as 0" if results["failed"] else "")
     )
     return Outcome(results, verdict_of(parts), figures)
+
+
+def _trained(blocks: int | None) -> str:
+    return "the whole encoder trained" if blocks is None else f"the encoder's last {blocks} blocks trained"
 
 
 def _table(rows: Sequence[Row], task: str) -> dict[str, Any]:

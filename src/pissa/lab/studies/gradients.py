@@ -1,9 +1,9 @@
 """Where do the first steps go? Gradients at step 0 over seeds, and how far five steps go towards the last ones.
 
 At step 0 LoRA's B is zero, so A gets no gradient, and B's gradient is the weight's seen through a random A; PiSSA's
-factors come from the weight, so the seed changes nothing. Gradients of all layers together, one batch, one vector a
-seed: their coordinates in the plane that holds most of them (table 11), and the cosine of each with the sum of the
-others.
+factors come from the weight, so the seed changes nothing: that much is so by construction, here as in the paper.
+Gradients of all layers together, one batch, one vector a seed: their coordinates in the plane that holds most of them
+(table 11), and the cosine of each with the sum of the others.
 
 For the way, with θ the factors A (or B) of all layers after k of K steps (figure 18):
 
@@ -26,13 +26,12 @@ from ...live.apply import adapt
 from ..figures import COLOURS, band, colour_of, new_figure
 from ..interval import Interval, mean_interval, paired_difference
 from .judge import advantage, by_seed, verdict_of
-from .lm import InMemory, LanguageTask, find_rates, language_task
+from .lm import TUNED, InMemory, LanguageTask, find_rates, language_task
 from .study import Outcome, Settings, Study
 
 NAME = "gradients"
 METHODS = ("lora", "pissa")
 SIDES = ("A", "B")
-TUNED = "lora, its own rate"
 RUNS = ("pissa", "lora", TUNED)
 START_SEEDS = (0, 1, 2, 3, 4)
 FIRST = 5

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ..interval import Interval, paired_difference
-from .study import Settings, Verdict
+from .study import Verdict
 
 Row = Mapping[str, Any]
 
@@ -44,12 +44,6 @@ def tally(parts: Mapping[str, Mapping[str, Any]]) -> str:
         return f"undecided in {undecided} of {len(parts)} parts"
     others = ((f"the opposite in {against}", against), (f"undecided in {undecided}", undecided))
     return ", ".join([f"shown in {shown} of {len(parts)} parts", *(text for text, number in others if number)])
-
-
-def looked_at(settings: Settings, what: str = "rates and steps") -> str:
-    """What must be said of a default pass on the study's own model: its recipe was not chosen blindly."""
-    own = settings.scale == "default" and settings.model is None
-    return f"; {what} were chosen after a look at one seed on the same held-out data" if own else ""
 
 
 def standing(difference: Interval) -> str:

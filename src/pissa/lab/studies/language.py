@@ -145,4 +145,4 @@ def batches_in_memory(source: str, rows: Sequence[Row], batch_size: int, count: 
 def response_mean(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of a batch's response tokens, as a loss for `fit`."""
     total, count = response_loss(model, model.get_output_embeddings(), batch)
-    return total / count
+    return total / max(count, 1)

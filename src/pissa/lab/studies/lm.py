@@ -27,17 +27,18 @@ from ...train.encode import Collator, encode
 from ...train.recipe import Recipe
 from ...train.rows import examples_from_rows
 from ...train.sampler import LengthGroupedBatches
-from ...train.trainer import response_loss
 from ..arithmetic import make_problems
 from ..fit import Fit, fit, on_device
 from ..models import smollm2
 from ..small_lm import problems, small_lm
-from .language import RUNS, Row, fine_tune, tiny_model
+from .language import RUNS, Row, fine_tune, response_mean, tiny_model
 from .search import Search, search_rates
 from .study import Settings, model_name
 
 DATA_SEED = 7
 """Of problems that are generated for larger models."""
+TUNED = "lora, its own rate"
+"""LoRA at the learning rate that was found for it, where "lora" has PiSSA's, as in the paper's comparisons."""
 VALIDATION = 64
 """Rows that learning rates are looked for on."""
 SMALL_RATES = (1e-3, 2e-3, 4e-3)
@@ -96,16 +97,7 @@ def language_task(settings: Settings, *, steps: int | None = None, held_out: int
         rows, test = make_problems(DATA_SEED, 16, 4)
         return LanguageTask(base, "a random model", rows, rows[:4], test, (1e-3, 4e-3), 2, 2, 4)
     if settings.scale == "default" and settings.model is None:
-        name = "a small Llama learning rare kinds of word problems"
-        return LanguageTask(
-            str(small_lm(progress=settings.progress)),
-            name,
-            *_parts(problems()[1], held_out),
-            SMALL_RATES,
-            steps or 100,
-            8,
-            64,
-        )
+        return small_task(str(small_lm(progress=settings.progress)), steps or 100, held_out)
     base = settings.model or str(smollm2())
     length = settings.pick(quick=2, default=steps or 100, full=200)
     if settings.scale == "full" and settings.has_data_set("gsm8k"):
@@ -115,6 +107,18 @@ def language_task(settings: Settings, *, steps: int | None = None, held_out: int
     rows = make_problems(DATA_SEED, 2000 + VALIDATION + held_out, 0)[0]
     name = f"{model_name(base)} on word problems"
     return LanguageTask(base, name, *_parts(rows, held_out), RATES, length, 4, 64)
+
+
+def small_task(base: str, steps: int, held_out: int = 128) -> LanguageTask:
+    """What the default scale has a small model learn.
+
+    Args:
+        base: its directory.
+        steps: of a run.
+        held_out: rows to test on.
+    """
+    name = "a small Llama learning rare kinds of word problems"
+    return LanguageTask(base, name, *_parts(problems()[1], held_out), SMALL_RATES, steps, 8, 64)
 
 
 def _parts(rows: list[Row], held_out: int) -> tuple[list[Row], list[Row], list[Row]]:
@@ -135,15 +139,17 @@ def recipe(task: LanguageTask, method: str, rate: float, seed: int, **changes: A
 
     Args:
         task: gives steps and batch.
-        method: as in `Recipe`.
+        method: as in `Recipe`, or TUNED; qpissa is the published one, with five iterations.
         rate: peak learning rate.
         seed: of initial factors and order.
         changes: other fields of `Recipe`.
     """
-    adapts = {} if method == "full" else {"rank": 8}
+    adapts: dict[str, Any] = {} if method == "full" else {"rank": 8}
+    if method == "qpissa":
+        method, adapts = "pissa", {**adapts, "quantize": "nf4", "quantize_method": "qpissa-5"}
     chosen = {"dtype": "fp32", "max_length": 256, "epochs": 100_000, "max_steps": task.steps, **adapts, **changes}
     return Recipe(
-        method=method,  # pyright: ignore[reportArgumentType]
+        method="lora" if method == TUNED else method,  # pyright: ignore[reportArgumentType]
         learning_rate=rate,
         seed=seed,
         batch_size=task.batch,
@@ -241,14 +247,14 @@ class InMemory:
 
     def first_loss(self, model: Any) -> Tensor:
         """The loss of the first batch, in the order of seed 0."""
-        return _mean_response_loss(model, on_device(next(self._batches(0)), model.device))
+        return response_mean(model, on_device(next(self._batches(0)), model.device))
 
     def train(self, model: Any, rate: float, seed: int, *, steps: int | None = None, **options: Any) -> Fit:
         """Train what requires a gradient as `train` would: the same loss, order, clipping and schedule."""
         return fit(
             model.train(),
             self._batches(seed),
-            _mean_response_loss,
+            response_mean,
             learning_rate=rate,
             steps=steps or self.task.steps,
             **options,
@@ -262,8 +268,3 @@ class InMemory:
             rows = iter(order)
             while places := list(itertools.islice(rows, self.task.batch)):
                 yield dict(collate([self.encoded[place] for place in places]))
-
-
-def _mean_response_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    total, count = response_loss(model, model.get_output_embeddings(), batch)
-    return total / max(count, 1)

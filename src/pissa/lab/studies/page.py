@@ -30,8 +30,10 @@ nothing against it (its JSON says "does not hold here", as of every claim of whi
 
 Most language studies train a Llama of less than a million parameters, pretrained on generated word problems: these are
 small models on a laptop's budget, and a claim that does not hold here may hold for 7 billion parameters, and the other
-way round. Where a study says that each method is at its own learning rate, the rate was searched for with another seed
-and on other rows than those that are reported. `pissa study --list` shows the runtimes, `--full` is the whole grid.
+way round. Its held-out loss falls from 0.113 nats a token to about 0.100 in all of them, so differences are to be read
+against that 0.013. Where a study says that each method is at its own learning rate, the rate was searched for with
+another seed and on other rows than those that are reported; odd-even takes the best of the rates that it reports.
+`pissa study --list` shows the runtimes, `--full` is the whole grid.
 
 Beside them stand two comparisons of PiSSA and LoRA on GSM8K, made by `pissa compare` with SmolLM2-135M and five seeds:
 [at one fixed learning rate](gsm8k-fixed/report.md), where PiSSA is clearly better, and [each at its
@@ -70,7 +72,7 @@ def page(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> str:
     """The page's text: a count of the verdicts, a row for every study, and a section for each that was run."""
     lines = [HEAD, f"{len(documents)} of {len(studies)} claims measured: {summary(list(documents.values()))}.", ""]
     lines += ["| Claim | Study | Our figures | Verdict |", "| --- | --- | --- | --- |"]
-    sections = [section(documents[study.name]) for study in studies if study.name in documents]
+    sections = [section(study, documents[study.name]) for study in studies if study.name in documents]
     return "\n".join([*lines, *rows(studies, documents), "", *sections])
 
 
@@ -104,11 +106,12 @@ def found(document: Mapping[str, Any]) -> str:
     return f"**{verdict_on_page(document)}**{f': {tally(parts)}' if parts else ''}"
 
 
-def section(document: Mapping[str, Any]) -> str:
+def section(study: Study, document: Mapping[str, Any]) -> str:
     """A study's verdict, figure and parts."""
     name, settings = document["study"], document["settings"]
     count = len(settings["seeds"])
-    how = [f"{count} seed{'s' if count > 1 else ''}", f"{document['seconds'] / 60:.0f} minutes"]
+    over = study.intervals_over or f"{count} seed{'s' if count > 1 else ''}"
+    how = [f"intervals over {over}", f"{document['seconds'] / 60:.0f} minutes"]
     how += [settings["model"]] if settings["model"] else []
     lines = [f"## {name}", f"{found(document)} ({', '.join(how)}).", f"{document['claim']}.", f"![{name}]({name}.png)"]
     lines = [each for line in lines for each in (line, "")]

@@ -19,9 +19,9 @@ import torch
 
 from ..figures import COLOURS, new_figure
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed
+from .judge import advantage, by_seed, verdict_of
 from .lm import InMemory, LanguageTask, final_loss, find_rates, language_task
-from .study import Outcome, Settings, Study, Verdict
+from .study import Outcome, Settings, Study
 
 NAME = "precision"
 DTYPES = ("fp32", "autocast", "bf16")
@@ -51,11 +51,7 @@ def run(settings: Settings) -> Outcome:
     ]
     rows = settings.grid(NAME, keys, lambda **key: measure(task, **key, solved=True))
     differences = {dtype: {share: _difference(rows, dtype, share) for share in shares} for dtype in DTYPES[1:]}
-    parts = {
-        f"move by {dtype} at rate {best / share:.2g}, less the seeds' deviation": _move(rows, dtype, share)
-        for dtype in DTYPES[1:]
-        for share in shares
-    }
+    parts = _parts(rows, {share: best / share for share in shares})
     results = {
         "task": task.name,
         "rate": best,
@@ -69,14 +65,7 @@ def run(settings: Settings) -> Outcome:
         + ", ".join(f"{dtype} {own[share]}" for dtype, own in differences.items())
         for share in shares
     )
-    return Outcome(results, verdict(parts, differences["bf16"]), figures)
-
-
-def verdict(parts: Mapping[str, Interval], differences: Mapping[int, Interval]) -> Verdict:
-    """Precision must move a run further than the seed does, and at one rate to one side, at another to the other."""
-    greatly = any(part.above_zero for part in parts.values())
-    both_sides = {True, False} <= {d.above_zero for d in differences.values() if d.above_zero or d.below_zero}
-    return "holds" if greatly and both_sides else "holds in part" if greatly or both_sides else "does not hold here"
+    return Outcome(results, verdict_of(parts), figures)
 
 
 def _train(memory: InMemory, dtype: str, rate: float, seed: int, solved: bool) -> dict[str, Any]:
@@ -101,11 +90,21 @@ def _difference(rows: Sequence[Mapping[str, Any]], dtype: str, share: int) -> In
     return advantage(rows, "held_out_loss", *found)
 
 
-def _move(rows: Sequence[Mapping[str, Any]], dtype: str, share: int) -> Interval:
-    """How far precision moves a run's held-out loss, less the standard deviation over seeds in fp32."""
-    fp32 = by_seed(rows, "held_out_loss", dtype="fp32", share=share)
-    deviation = statistics.stdev(fp32) if len(fp32) > 1 else 0.0
-    return mean_interval([abs(value) - deviation for value in _difference(rows, dtype, share).values])
+def _parts(rows: Sequence[Mapping[str, Any]], rates: Mapping[int, float]) -> dict[str, Interval]:
+    """What table 7 shows: bf16 moves a run further than the seed does, and each precision is somewhere the better."""
+    parts = {}
+    above = {share: _difference(rows, "bf16", share).values for share in rates}
+    for share, rate in rates.items():
+        fp32 = by_seed(rows, "held_out_loss", dtype="fp32", share=share)
+        deviation = statistics.stdev(fp32) if len(fp32) > 1 else 0.0
+        far = mean_interval([abs(value) - deviation for value in above[share]])
+        parts[f"move by bf16 at rate {rate:.2g}, less the seeds' deviation"] = far
+    least, most = (pick(rates, key=lambda share: statistics.fmean(above[share])) for pick in (min, max))
+    parts[f"fp32 better than bf16 where it is most, at rate {rates[most]:.2g}"] = mean_interval(above[most])
+    parts[f"bf16 better than fp32 where it is most, at rate {rates[least]:.2g}"] = mean_interval(
+        [-value for value in above[least]]
+    )
+    return parts
 
 
 def draw(results: Mapping[str, Any]) -> Any:

@@ -197,4 +197,5 @@ STUDY = Study(
     run,
     draw,
     minutes=5,
+    intervals_over="layers",
 )

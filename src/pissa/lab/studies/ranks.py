@@ -11,15 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...train.recipe import Recipe
 from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval, paired_difference
 from .judge import advantage, by_seed, verdict_of
-from .lm import LanguageTask, cell, find_rates, language_task, recipe
+from .lm import TUNED, LanguageTask, cell, find_rates, language_task, recipe
 from .study import Outcome, Settings, Study
 
 NAME = "ranks"
-TUNED = "lora, its own rate"
 PLAIN = ("lora", "pissa", TUNED)
 QUANTIZED = ("qlora", "loftq", "qpissa")
 SEARCHED_AT = 8
@@ -47,7 +45,8 @@ def run(settings: Settings) -> Outcome:
         solved: bool = False,
         **_: Any,
     ) -> dict[str, Any]:
-        values = cell(settings, task, recipe_of(task, method, rank, rate, seed), solved=solved)
+        ranked = {} if method == "full" else {"rank": rank}
+        values = cell(settings, task, recipe(task, method, rate, seed, **ranked), solved=solved)
         return {**values, "first_grad_norm": values["grad_norms"][0]}
 
     search = find_rates(settings, NAME, task, ("lora", "pissa", "full"), measure)
@@ -84,15 +83,6 @@ def run(settings: Settings) -> Outcome:
         f"full {table['held_out_loss']['full']['0']['mean']:.3f}; rates {search}"
     )
     return Outcome(results, verdict_of(parts), figures)
-
-
-def recipe_of(task: LanguageTask, method: str, rank: int, rate: float, seed: int) -> Recipe:
-    """A run's settings; QPiSSA as published, with five iterations."""
-    if method == "full":
-        return recipe(task, method, rate, seed)
-    if method == "qpissa":
-        return recipe(task, "pissa", rate, seed, rank=rank, quantize="nf4", quantize_method="qpissa-5")
-    return recipe(task, "lora" if method == TUNED else method, rate, seed, rank=rank)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str, method: str, rank: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def run(settings: Settings) -> Outcome:
     ranks = settings.pick(quick=[4], default=[8, 64], full=[8, 16, 64])
     iterations = settings.pick(quick=20, default=400, full=1000)
     kinds = settings.pick(quick=KINDS, default=KINDS[:2], full=KINDS)
-    layers = [name for name in spread(source, settings.pick(quick=1, default=1, full=3)) if kind_of(name) in kinds]
+    layers = [name for name in spread(source, settings.pick(quick=1, default=4, full=4)) if kind_of(name) in kinds]
     keys = [
         {"source": model_name(source), "layer": layer, "rank": rank, "iterations": iterations, "seed": seed}
         for layer in layers or spread(source, 1)
@@ -171,4 +171,5 @@ STUDY = Study(
     run,
     draw,
     minutes=2,
+    intervals_over="matrices",
 )

@@ -137,4 +137,5 @@ STUDY = Study(
     run,
     draw,
     minutes=6,
+    intervals_over="the fit's residuals",
 )

@@ -254,4 +254,5 @@ STUDY = Study(
     run,
     draw,
     minutes=4,
+    intervals_over="layers",
 )

@@ -110,7 +110,8 @@ class Settings:
         return rows
 
     def _cell(self, study: str, key: Mapping[str, Any], measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        identity = {"study": study, "model": self.model, "version": __version__, **key}
+        scale = {} if self.scale == "default" else {"scale": self.scale}
+        identity = {"study": study, "model": self.model, "version": __version__, **scale, **key}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         path = self.out / CELLS / f"{study}-{digest}.json"
         found = _read_cell(path, identity)
@@ -155,6 +156,8 @@ class Study:
     """Seeds of the default pass."""
     seed_step: int = 1
     """Between two seeds; the first is 0."""
+    intervals_over: str | None = None
+    """What its intervals are taken over; None for seeds."""
 
     def seeds(self, scale: Scale, count: int | None = None) -> tuple[int, ...]:
         """The seeds of a pass.
