@@ -132,14 +132,16 @@ def search_lines(panel: Any, search: Mapping[str, Any], styles: Mapping[str, Map
     Args:
         panel: to draw in.
         search: `Search.as_dict()`; nothing is drawn where nothing was tried.
-        styles: method -> matplotlib's settings of its line, where they are not the method's colour.
+        styles: method -> matplotlib's settings of its line, beside the method's colour.
     """
     for number, (method, values) in enumerate(search["values"].items()):
         tried = {float(rate): value for rate, value in values.items() if value is not None}
-        style = (styles or {}).get(method, {"color": colour_of(method, number)})
+        style = {"color": colour_of(method, number), **(styles or {}).get(method, {})}
         panel.plot(list(tried), list(tried.values()), label=method, marker="o", markersize=3, **style)
     panel.set(title="search, on validation rows", xlabel="learning rate")
     if any(search["values"].values()):
         panel.set(xscale="log", yscale="log")
-        panel.xaxis.set_minor_formatter("")
+        rates = sorted({float(rate) for values in search["values"].values() for rate in values})
+        panel.set_xticks(rates, [f"{rate:.1g}" for rate in rates], rotation=40, fontsize=8)
+        panel.set_xticks([], minor=True)
     panel.legend(frameon=False, fontsize=8)

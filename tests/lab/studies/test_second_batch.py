@@ -1,4 +1,4 @@
-"""Invariants of the studies of GLUE, combinations, precision, ranks, long runs, families and direction."""
+"""Invariants of the studies of combinations, precision, ranks, long runs, families and direction."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from passes import Quick
 
 from pissa.lab.interval import Interval, mean_interval
-from pissa.lab.studies import direction_or_scale, families, glue, long_run, precision, ranks
-from pissa.lab.studies.encoder_task import prepare, tiny_encoder
+from pissa.lab.studies import direction_or_scale, families, long_run, precision, ranks
 from pissa.lab.studies.lm import InMemory, language_task
 from pissa.lab.studies.precision import verdict
 from pissa.lab.studies.study import Settings
@@ -42,26 +41,6 @@ def test_arms_differ_in_direction_and_scale_as_they_say() -> None:
     for arm, share in inside.items():
         principal = "pissa" in arm or "principal" in arm
         assert share == pytest.approx(1, abs=1e-3) if principal else share < 0.9
-
-
-@pytest.mark.parametrize("method", glue.METHODS)
-def test_every_glue_method_starts_as_the_base_and_trains_its_part(method: str) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer, model = tiny_encoder(2)
-    ids = torch.tensor(tokenizer("some words")["input_ids"])[None]
-    everything = sum(p.numel() for p in model.parameters())
-    model.eval()
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        prepared = prepare(model, method, seed=0).eval()
-        assert torch.allclose(prepared(input_ids=ids).logits, before, atol=1e-5)
-    trained = {name for name, p in prepared.named_parameters() if p.requires_grad}
-    assert any("classifier" in name for name in trained) and any("pooler" in name for name in trained)
-    count = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
-    assert (count == everything) == (method == "full")
-    if method == "bitfit":
-        assert all(name.endswith("bias") or "classifier" in name or "pooler" in name for name in trained)
 
 
 def test_precision_needs_a_visible_move_and_both_sides() -> None:
@@ -105,7 +84,6 @@ def test_grids_are_complete(quick: Quick) -> None:
     assert seen("long-run", "method", "seed") == {(m, s) for m in long_run.METHODS for s in seeds}
     assert {m for m, _ in seen("ranks", "method", "rank")} == {*ranks.PLAIN, *ranks.QUANTIZED, "full"}
     assert {m for (m,) in seen("families", "method")} == {*families.PLAIN, *families.QUANTIZED}
-    assert seen("glue", "task", "method") == {(t, m) for t in ("SST-2", "STS-B") for m in glue.METHODS}
     assert len(families.COMMANDS) == 9
 
 

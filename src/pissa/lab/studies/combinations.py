@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..figures import colour_of, new_figure, search_lines, seed_dots
+from ..figures import new_figure, search_lines, seed_dots
 from ..interval import Interval, mean_interval
 from .judge import advantage, by_seed, sentence, verdict_of
 from .lm import LanguageTask, cell, find_rates, language_task, recipe
@@ -81,9 +81,7 @@ def _parts(
 def draw(results: Mapping[str, Any]) -> Any:
     """The search over learning rates, then held-out loss and share of problems solved at each method's rate."""
     figure, panels = new_figure(1, 3, width=4.4)
-    started = results["pairs"].values()
-    lines = {m: {"color": colour_of(m), "linestyle": "-" if m in started else "--"} for m in results["table"]}
-    search_lines(panels[0], results["search"], lines)
+    search_lines(panels[0], results["search"], {without: {"linestyle": "--"} for without in results["pairs"]})
     titles = {"held_out_loss": "held-out loss", "solved": "share of problems solved"}
     for panel, (name, title) in zip(panels[1:], titles.items(), strict=True):
         seed_dots(panel, {method: entry[name] for method, entry in results["table"].items()}, title)
@@ -96,6 +94,6 @@ STUDY = Study(
     "LoRA, DoRA and AdaLoRA each get better when they start from PiSSA (PiSSA, appendix A, table 5)",
     run,
     draw,
-    minutes=5,
+    minutes=17,
     seed_count=5,
 )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...train.recipe import Recipe
-from ..figures import COLOURS, band, new_figure, seed_dots
+from ..figures import new_figure, search_lines, seed_dots
 from ..interval import Interval, mean_interval
 from .judge import advantage, by_seed, sentence, verdict_of
 from .lm import LanguageTask, cell, find_rates, language_task, recipe
@@ -91,15 +91,10 @@ def _parts(rows: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> dict
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """Training loss by step at the principal one's rate, and the held-out loss there and at each one's own."""
-    figure, (curves, one, own) = new_figure(1, 3)
-    rate = results["search"]["best"]["principal"]
-    for component, colour in zip(COMPONENTS, COLOURS, strict=False):
-        losses = [row["losses"] for row in results["runs"] if (row["method"], row["rate"]) == (component, rate)]
-        band(curves, range(1, len(losses[0]) + 1), losses, label=component, colour=colour)
-    curves.set(title=f"training loss, all at {rate:.2g}", xlabel="step", yscale="log")
-    curves.legend(frameon=False)
-    seed_dots(one, results["at_one_rate"], f"held-out loss, all at {rate:.2g}")
+    """The search over learning rates, and the held-out loss at the principal one's rate and at each one's own."""
+    figure, (search, one, own) = new_figure(1, 3)
+    search_lines(search, results["search"])
+    seed_dots(one, results["at_one_rate"], f"held-out loss, all at {results['search']['best']['principal']:.2g}")
     seed_dots(own, results["at_its_own"], "held-out loss, each at its own rate")
     figure.suptitle(results["task"], fontsize=10)
     return figure
@@ -111,6 +106,6 @@ STUDY = Study(
     "the minor ones (PiSSA, appendix F, figure 8)",
     run,
     draw,
-    minutes=12,
+    minutes=18,
     seed_count=5,
 )

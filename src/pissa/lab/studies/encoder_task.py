@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ...checkpoint.hub import first_line
 from ...config import PissaConfig
@@ -25,6 +27,8 @@ from .study import Settings
 
 VALIDATION = 256
 """Training rows that a search validates on and no run learns from."""
+TRAINING, SCORED = 2048, 512
+"""Of a default pass: rows to learn, and development rows to score, of each task at most."""
 ADAPTED = r".*\.(query|key|value)(_proj)?"
 HEAD = ("classifier", "pooler")
 RANK = 8
@@ -32,11 +36,80 @@ MINILM = "all-minilm-l6-v2"
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def prepared(settings: Settings, task: GlueTask, method: str, blocks: int | None, seed: int) -> tuple[Any, Any]:
-    """Tokenizer and classifier, ready to be trained where it is trained."""
-    tokenizer, model = encoder(settings, task, blocks, seed)
+class Inputs:
+    """Rows as a model's inputs: tokens, or the hidden states that frozen lower blocks make of them, computed once."""
+
+    def __init__(self, tokenizer: Any, task: GlueTask, lower: Any = None) -> None:
+        self.tokenizer, self.task, self.lower = tokenizer, task, lower
+        self.kept: dict[GlueRow, Tensor] = {}
+
+    def __call__(self, rows: Sequence[GlueRow]) -> dict[str, Tensor]:
+        """What the model takes, with `labels`: of STS-B in [0, 1]."""
+        kind = torch.float32 if self.task.classes == 1 else torch.int64
+        labels = torch.tensor([row.label / self.task.most for row in rows], dtype=kind)
+        if self.lower is None:
+            return {**self._tokens(rows), "labels": labels}
+        self._keep([row for row in dict.fromkeys(rows) if row not in self.kept])
+        states = [self.kept[row] for row in rows]
+        mask = pad_sequence([torch.ones(len(each), dtype=torch.int64) for each in states], batch_first=True)
+        return {"inputs_embeds": pad_sequence(states, batch_first=True), "attention_mask": mask, "labels": labels}
+
+    @torch.no_grad()
+    def _keep(self, rows: Sequence[GlueRow]) -> None:
+        if rows:
+            tokens = self._tokens(rows)
+            found = self.lower(**tokens).last_hidden_state
+            for row, states, mask in zip(rows, found, tokens["attention_mask"], strict=True):
+                self.kept[row] = states[mask.bool()]
+
+    def _tokens(self, rows: Sequence[GlueRow]) -> dict[str, Tensor]:
+        texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+        return dict(self.tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt"))
+
+
+class Given(nn.Module):
+    """In the place of embeddings: hidden states pass."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
+        return inputs_embeds
+
+
+def cut(model: Any, blocks: int) -> tuple[Any, Any]:
+    """Split an encoder with a classifier in two: what is below its last blocks, frozen, and the rest, which takes the
+    first one's hidden states as `inputs_embeds`. The model is used up."""
+    lower = copy.copy(model.base_model)
+    lower._modules = dict(lower._modules)
+    lower.encoder = copy.copy(lower.encoder)
+    lower.encoder._modules = dict(lower.encoder._modules)
+    layers = model.base_model.encoder.layer
+    lower.encoder.layer, lower.pooler = layers[:-blocks], None
+    model.base_model.encoder.layer, model.base_model.embeddings = layers[-blocks:], Given()
+    return lower.eval().requires_grad_(False), model
+
+
+def prepared(settings: Settings, task: GlueTask, method: str, blocks: int | None, seed: int) -> tuple[Inputs, Any]:
+    """How rows become inputs, and a classifier that is ready to be trained where it is trained.
+
+    Args:
+        settings: of the study.
+        task: gives the head its size.
+        method: how to train.
+        blocks: how many of the last blocks are trained; those below are frozen. None for all.
+        seed: of the head and whatever else is drawn.
+    """
+    tokenizer, model = encoder(settings, task, seed)
+    inputs = Inputs(tokenizer, task)
+    if blocks is not None:
+        _, model = cut(model, blocks)
+        inputs = _inputs(settings.model, task.name, blocks)
     model = prepare(model, method, seed)
-    return tokenizer, model.cuda() if torch.cuda.is_available() else model
+    return inputs, model.cuda() if torch.cuda.is_available() else model
+
+
+@lru_cache(maxsize=3)
+def _inputs(source: str | None, task: str, blocks: int) -> Inputs:
+    tokenizer, model = _pretrained(source, GLUE[task], seed=0)
+    return Inputs(tokenizer, GLUE[task], cut(model, blocks)[0])
 
 
 def is_head(name: str) -> bool:
@@ -69,35 +142,33 @@ def prepare(model: Any, method: str, seed: int) -> Any:
     return model
 
 
-def predict(model: Any, tokenizer: Any, task: GlueTask, rows: Sequence[GlueRow]) -> list[float]:
+def predict(model: Any, inputs: Inputs, rows: Sequence[GlueRow]) -> list[float]:
     """Classes, or values, in evaluation mode."""
-    found = outputs(model, tokenizer, task, rows)
-    return (found[:, 0] if task.classes == 1 else found.argmax(-1)).float().tolist()
+    found = outputs(model, inputs, rows)
+    return (found[:, 0] if inputs.task.classes == 1 else found.argmax(-1)).float().tolist()
 
 
 @torch.no_grad()
-def outputs(model: Any, tokenizer: Any, task: GlueTask, rows: Sequence[GlueRow]) -> Tensor:
+def outputs(model: Any, inputs: Inputs, rows: Sequence[GlueRow]) -> Tensor:
     """(n, classes) fp32 on the CPU, in evaluation mode."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda place: length(rows[place]))
     found = []
     for start in range(0, len(order), 32):
-        inputs = _inputs([rows[place] for place in order[start : start + 32]], tokenizer, task)
-        inputs.pop("labels")
-        found.append(model(**{name: value.to(model.device) for name, value in inputs.items()}).logits.float().cpu())
+        batch = inputs([rows[place] for place in order[start : start + 32]])
+        batch.pop("labels")
+        found.append(model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float().cpu())
     return torch.cat(found)[torch.tensor(order).argsort()]
 
 
-def batches(
-    rows: Sequence[GlueRow], tokenizer: Any, task: GlueTask, size: int, seed: int
-) -> Iterator[dict[str, Tensor]]:
+def batches(rows: Sequence[GlueRow], inputs: Inputs, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Full batches of rows of similar length, for ever."""
     order = LengthGroupedBatches([length(row) for row in rows], size, seed)
     for epoch in itertools.count():
         order.set_epoch(epoch)
         places = list(order)
         for start in range(0, len(places) - size + 1, size):
-            yield _inputs([rows[place] for place in places[start : start + size]], tokenizer, task)
+            yield inputs([rows[place] for place in places[start : start + size]])
 
 
 def length(row: GlueRow) -> int:
@@ -105,31 +176,29 @@ def length(row: GlueRow) -> int:
     return sum(map(len, row.texts))
 
 
-def _inputs(rows: Sequence[GlueRow], tokenizer: Any, task: GlueTask) -> dict[str, Tensor]:
-    texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
-    found = dict(tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt"))
-    kind = torch.float32 if task.classes == 1 else torch.int64
-    return {**found, "labels": torch.tensor([row.label / task.most for row in rows], dtype=kind)}
-
-
-def encoder(settings: Settings, task: GlueTask, blocks: int | None, seed: int) -> tuple[Any, Any]:
+def encoder(settings: Settings, task: GlueTask, seed: int) -> tuple[Any, Any]:
     """Tokenizer and classifier with a random head of this seed; a tiny random encoder in a quick pass."""
+    if settings.scale == "quick" and settings.model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return tiny_encoder(task.classes)
+    return _pretrained(settings.model, task, seed)
+
+
+def _pretrained(model: str | None, task: GlueTask, seed: int) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
+    at_hand = cache_directory() / MINILM
+    source = model or (str(at_hand) if at_hand.is_dir() else MINILM_ID)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if settings.scale == "quick" and settings.model is None:
-            return tiny_encoder(task.classes)
-        at_hand = cache_directory() / MINILM
-        source = settings.model or (str(at_hand) if at_hand.is_dir() else MINILM_ID)
-        shorter = {} if blocks is None else {"num_hidden_layers": blocks}
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=task.classes, dtype=torch.float32, **shorter
+            found = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=task.classes, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load an encoder from {source}: {first_line(error)}") from error
-    return _tokenizer(source), model
+    return _tokenizer(source), found
 
 
 @lru_cache(maxsize=1)
@@ -162,7 +231,8 @@ def glue_rows(settings: Settings, task: str) -> tuple[list[GlueRow], list[GlueRo
     """Rows to learn, to validate on and to score; a few words in a quick pass, which needs no file."""
     if settings.scale != "quick":
         train, validation, dev = _read(task, settings.data_set("glue"))
-        return train, validation, sampled(dev, settings.pick(quick=8, default=512, full=len(dev)))
+        learnt, scored = settings.pick(quick=(8, 8), default=(TRAINING, SCORED), full=(len(train), len(dev)))
+        return train[:learnt], validation, sampled(dev, scored)
     words = ["good", "bad", "fine", "poor"]
     columns = len(GLUE[task].texts)
     rows = [GlueRow((words[i % 4],) * columns, float(i % 2)) for i in range(16)]

@@ -1,22 +1,24 @@
 """Understanding tasks of GLUE with nine ways to fine-tune an encoder: the paper's table 3 in small.
 
 All methods train the head (and the pooler) in full and have rank 8 on query, key and value, or as many parameters in
-bottlenecks. The encoder is all-MiniLM-L6-v2, by default its first two blocks; `--model microsoft/deberta-v3-base` is
-the paper's. As in the paper every method has a learning rate of its own for every task: the one of least loss on rows
-that are held out of the training part. The chosen ones are scored on development rows that no search saw.
+bottlenecks. The encoder is all-MiniLM-L6-v2; by default its last two blocks are trained, so that what the frozen ones
+below make of a row is computed once, with `--full` all six. `--model microsoft/deberta-v3-base` is the paper's. As in
+the paper every method has a learning rate of its own for every task: the one of least loss on rows that are held out of
+the training part. The chosen ones are scored on development rows, which no search saw.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from ...errors import TrainingError
-from ...evaluate.glue import GLUE, GlueRow, GlueTask, score
+from ...evaluate.glue import GLUE, score
 from ..figures import colour_of, new_figure
 from ..fit import Diverged, Fit, fit
 from ..interval import mean_interval, paired_difference
@@ -41,7 +43,7 @@ RATES = {
 """Method -> learning rates at which its search begins."""
 METHODS = tuple(RATES)
 BLOCKS = 2
-"""Of MiniLM's six in a default pass: more steps say more than more blocks."""
+"""Of MiniLM's six that a default pass trains: more steps say more than more blocks."""
 Row = Mapping[str, Any]
 
 
@@ -51,7 +53,7 @@ def run(settings: Settings) -> Outcome:
     lengths = {
         "steps": settings.pick(quick=2, default=64, full=2000),
         "batch": settings.pick(quick=4, default=8, full=32),
-        "blocks": settings.pick(quick=2, default=BLOCKS, full=None) if settings.model is None else None,
+        "blocks": settings.pick(quick=None, default=BLOCKS, full=None) if settings.model is None else None,
     }
     searches = {
         task: search_rates(settings, NAME, RATES, lambda **key: _search_run(settings, **key), task=task, **lengths)
@@ -116,11 +118,11 @@ def _measure(
     """Train one model and score it on development rows; all its scores are 0 where training failed."""
     chosen = GLUE[task]
     train, _, test = glue_rows(settings, task)
-    tokenizer, model = prepared(settings, chosen, method, blocks, seed)
+    inputs, model = prepared(settings, chosen, method, blocks, seed)
     trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
     try:
-        seen, failed = _fit(model, train, tokenizer, chosen, rate, steps, batch, seed), None
-        scores = score(chosen, predict(model, tokenizer, chosen, test), [row.label for row in test])
+        seen, failed = _fit(model, batches(train, inputs, batch, seed), rate, steps, seed), None
+        scores = score(chosen, predict(model, inputs, test), [row.label for row in test])
     except Diverged as error:
         seen, failed, scores = error.seen, str(error), dict.fromkeys(chosen.metrics, 0.0)
     return {
@@ -138,9 +140,9 @@ def _search_run(
     """Train one model; its loss on training rows held out for this."""
     chosen = GLUE[task]
     train, validation, _ = glue_rows(settings, task)
-    tokenizer, model = prepared(settings, chosen, method, blocks, seed)
-    _fit(model, train, tokenizer, chosen, rate, steps, batch, seed)
-    found = outputs(model, tokenizer, chosen, validation)
+    inputs, model = prepared(settings, chosen, method, blocks, seed)
+    _fit(model, batches(train, inputs, batch, seed), rate, steps, seed)
+    found = outputs(model, inputs, validation)
     labels = torch.tensor([row.label / chosen.most for row in validation])
     loss = float(mse_loss(found[:, 0], labels) if chosen.classes == 1 else cross_entropy(found, labels.long()))
     if not math.isfinite(loss):
@@ -148,17 +150,15 @@ def _search_run(
     return {"held_out_loss": loss}
 
 
-def _fit(
-    model: Any, rows: Sequence[GlueRow], tokenizer: Any, task: GlueTask, rate: float, steps: int, batch: int, seed: int
-) -> Fit:
-    return fit(
-        model.train(),
-        batches(rows, tokenizer, task, batch, seed),
-        lambda model, inputs: model(**inputs).loss,
-        learning_rate=rate,
-        steps=steps,
-        schedule="linear",
-    )
+def _fit(model: Any, rows: Iterable[Mapping[str, Tensor]], rate: float, steps: int, seed: int) -> Fit:
+    """Train with dropout of this seed."""
+
+    def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**batch).loss
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return fit(model.train(), rows, loss, learning_rate=rate, steps=steps, schedule="linear")
 
 
 def draw(results: Mapping[str, Any]) -> Any:

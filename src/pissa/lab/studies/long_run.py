@@ -150,6 +150,6 @@ STUDY = Study(
     "(PiSSA, figures 4, 5, 12, 13, appendix J)",
     run,
     draw,
-    minutes=15,
+    minutes=17,
     seed_count=5,
 )

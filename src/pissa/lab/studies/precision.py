@@ -132,6 +132,6 @@ STUDY = Study(
     "(PiSSA, appendix D, table 7)",
     run,
     draw,
-    minutes=10,
+    minutes=12,
     seed_count=5,
 )
