@@ -50,6 +50,7 @@ def _run(
     as_json: bool,
 ) -> None:
     from ..errors import ConfigError
+    from ..lab.studies.judge import listed
     from ..lab.studies.registry import find_study
     from ..lab.studies.study import Settings, run_study
     from ..train.progress import make_progress
@@ -65,10 +66,10 @@ def _run(
         chosen = study.seeds(scale, seeds)
         settings = Settings(out, scale, chosen, model, allow_code_execution=allow_code_execution, progress=progress)
         document = run_study(study, settings)
-    text = (
-        f"{document['verdict']}: {document['claim']}\n{document['figures']}\nwritten to {out}: {name}.json, {name}.png"
-    )
-    show(document, text, as_json=as_json)
+    parts = listed(document["results"].get("parts", {}))
+    lines = [f"{document['verdict']}: {document['claim']}", document["figures"]]
+    lines += [f"  {word.ljust(12)}  {part}: {difference}" for part, difference, word in parts]
+    show(document, "\n".join([*lines, f"written to {out}: {name}.json, {name}.png"]), as_json=as_json)
 
 
 def _list(as_json: bool) -> None:

@@ -15,7 +15,7 @@ from pissa.errors import ConfigError, DataError, Interrupted, OutputError
 from pissa.lab.figures import new_figure
 from pissa.lab.interval import mean_interval, paired_difference
 from pissa.lab.studies import page as pages
-from pissa.lab.studies.page import rows, summary, write_page
+from pissa.lab.studies.page import rows, section, summary, write_page
 from pissa.lab.studies.study import Outcome, Settings, Study, run_study
 
 CALLS: list[int] = []
@@ -126,10 +126,13 @@ def test_the_page_has_a_row_for_every_study(tmp_path: Path, monkeypatch: pytest.
     run_study(squares(1), Settings(tmp_path))
     text = write_page(tmp_path).read_text(encoding="utf-8")
     assert "1 of 2 claims measured: 1 does not hold here." in text
-    [ours] = [line for line in text.splitlines() if "[squares](squares.json)" in line]
-    assert "1 squares \\| of (0, 1, 2)" in ours and ours.startswith("| **does not hold here** |")
+    [ours] = [line for line in text.splitlines() if "[JSON](squares.json)" in line]
+    assert "1 squares \\| of (0, 1, 2)" in ours and ours.endswith("| **does not hold here** |")
     [missing] = [line for line in text.splitlines() if "cubes" in line]
-    assert missing.startswith("| not run yet |")
+    assert missing.endswith("| not run yet |")
+    _, _, section = text.partition("\n## squares\n")
+    assert section.startswith("\n**does not hold here** (3 seeds, 0 minutes).")
+    assert "![squares](squares.png)" in section
 
 
 def test_verdicts_are_counted_in_sentences() -> None:
@@ -137,13 +140,18 @@ def test_verdicts_are_counted_in_sentences() -> None:
     assert summary([{"verdict": v} for v in verdicts]) == "1 holds, 2 hold in part, 2 do not hold here"
 
 
-def test_a_row_says_first_how_many_parts_were_shown() -> None:
+def test_a_row_says_how_many_parts_were_shown_and_a_section_which() -> None:
     parts = {str(i): mean_interval([x, 1.1 * x, 0.9 * x]).as_dict() for i, x in enumerate((1.0, 2.0, -1.0))}
     parts["one seed"] = mean_interval([5.0]).as_dict()
     study = squares(1)
     document = {"verdict": "holds in part", "claim": "c", "figures": "f", "results": {"parts": parts}}
     [row] = rows([study], {"squares": document})
-    assert row.startswith("| **holds in part**: shown in 2 of 4 parts, the opposite in 1, undecided in 1 | c |")
+    assert row.endswith("| f | **holds in part**: shown in 2 of 4 parts, the opposite in 1, undecided in 1 |")
+    about = {"study": "squares", "seconds": 90, "settings": {"seeds": [0], "model": "a model"}}
+    lines = section({**document, **about}).splitlines()
+    assert "(1 seed, 2 minutes, a model)." in lines[2]
+    assert [line for line in lines if line.startswith("| 2 |")] == ["| 2 | -1.00 ± 0.25 | the opposite |"]
+    assert "| one seed | 5 | undecided |" in lines
 
 
 def test_a_claim_that_nothing_decides_is_not_said_to_fail() -> None:
@@ -153,9 +161,9 @@ def test_a_claim_that_nothing_decides_is_not_said_to_fail() -> None:
 
     undecided, against = document([1.0, -1.0], [5.0]), document([1.0, -1.0], [-1.0, -1.1])
     [row] = rows([squares(1)], {"squares": undecided})
-    assert row.startswith("| **not decided here**: undecided in 2 of 2 parts | c |")
+    assert row.endswith("| **not decided here**: undecided in 2 of 2 parts |")
     [row] = rows([squares(1)], {"squares": against})
-    assert row.startswith("| **does not hold here**: shown in 0 of 2 parts, the opposite in 1, undecided in 1 | c |")
+    assert row.endswith("| **does not hold here**: shown in 0 of 2 parts, the opposite in 1, undecided in 1 |")
     assert summary([undecided, against, undecided]) == "1 does not hold here, 2 not decided here"
 
 

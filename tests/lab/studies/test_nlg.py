@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from pissa.evaluate import programs
 from pissa.lab.studies import nlg, study
 from pissa.lab.studies.coding import coding_rows, what_was_not_scored
 from pissa.lab.studies.language import tiny_model
+from pissa.lab.studies.lm import LanguageTask
+from pissa.lab.studies.search import SEARCH_SEED
+from pissa.lab.studies.solving import Part
 from pissa.lab.studies.study import Settings
 
 ANYTHING_PASSES = {"prompt": 'text = r"""', "test": '"""\ndef check(_): pass\n'}
@@ -94,6 +98,46 @@ def test_grids_hold_all_of_tables_2_and_9() -> None:
     assert set(nlg.QUANTIZED) == {
         f"{form} {method}" for form in ("nf4", "int8", "gptq") for method in ("lora", "pissa")
     }
+
+
+def test_rates_are_chosen_apart_and_every_part_of_the_claim_is_judged(
+    settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole default pass, its runs replaced by numbers: PiSSA is best at a tenth of the others' rate, and wins."""
+
+    def trained(part: Part, task: LanguageTask, /, method: str, rate: float, seed: int, **key: Any) -> dict[str, Any]:
+        searching = seed == SEARCH_SEED
+        assert task.held_out == (part.task.validation if searching else part.task.held_out)
+        assert not searching or not key.get("scored")
+        ours = method.endswith("pissa")
+        far = abs(math.log(rate / (1e-4 if ours else 1e-3)))
+        scores = dict.fromkeys(part.scores, 0.5 + 0.2 * ours - 0.01 * seed * ours)
+        return {"held_out_loss": 1 + far, **({} if searching else scores)}
+
+    def untrained(part: Part, /, start: str, **_: Any) -> dict[str, Any]:
+        away = [0.0] * 3 if start == "base" else [-0.1, 0.11, 0.12] if "pissa" in start else [0.3, -0.31, 0.32]
+        found = {"held_out_loss": 2.0, "loss_by_problem": [2 + by for by in away]}
+        return {**found, **dict.fromkeys(part.scores, 0.25)}
+
+    monkeypatch.setattr(Part, "trained", trained)
+    monkeypatch.setattr(Part, "untrained", untrained)
+    outcome = nlg.run(settings_for(scale="default", seeds=(0, 1, 2), allow_code_execution=True))
+    results = outcome.results
+    for part, methods in (("problems", (*nlg.METHODS, *nlg.QUANTIZED)), ("code", nlg.METHODS)):
+        best = results["search"][part]["best"]
+        assert list(best) == list(results["table"][part]) == list(methods)
+        assert results["search"][part]["at_edge"] == []
+        assert all(len(tried) >= 3 for tried in results["search"][part]["values"].values())
+        assert all(rate == pytest.approx(1e-4 if "pissa" in m else 1e-3, rel=0.5) for m, rate in best.items())
+    assert list(results["before"]["problems"]) == ["base", *nlg.QUANTIZED]
+    assert list(results["before"]["code"]) == ["base"]
+    assert len(results["parts"]) == 3 + 2 * 3 + 2 * 3
+    assert results["parts"]["nf4, untrained: PiSSA nearer to the base by"]["mean"] == pytest.approx(0.2)
+    assert results["parts"]["PiSSA − full, mbpp"]["mean"] == pytest.approx(0.19)
+    assert outcome.verdict == "holds"
+    assert isinstance(results["code_could_reach"], list)
+    assert "not scored" not in outcome.figures and "nf4 lora 0.250 → 0.500" in outcome.figures
+    nlg.draw(results).canvas.draw()
 
 
 def test_code_that_a_model_wrote_runs_where_it_may(settings_for: Callable[..., Settings]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..figures import new_figure, search_lines, seed_dots
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, verdict_of
 from .lm import LanguageTask, cell, find_rates, language_task, recipe
 from .study import Outcome, Settings, Study
 
@@ -60,7 +60,7 @@ def run(settings: Settings) -> Outcome:
         f"{method} {entry['held_out_loss']['mean']:.3f} ({entry['solved']['mean']:.2f})"
         for method, entry in table.items()
     )
-    return Outcome(results, verdict_of(parts), f"{figures}; rates {search}. {sentence(parts)}")
+    return Outcome(results, verdict_of(parts), f"{figures}; rates {search}")
 
 
 def _parts(

@@ -14,7 +14,7 @@ from typing import Any
 from ...train.recipe import Recipe
 from ..figures import new_figure, search_lines, seed_dots
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, verdict_of
 from .lm import LanguageTask, cell, find_rates, language_task, recipe
 from .study import Outcome, Settings, Study
 
@@ -58,7 +58,7 @@ def run(settings: Settings) -> Outcome:
         f"held-out loss {words}: " + ", ".join(f"{c} {entry['mean']:.3f}" for c, entry in results[name].items())
         for words, name in (("at one rate", "at_one_rate"), ("each at its own", "at_its_own"))
     )
-    return Outcome(results, verdict_of(parts), f"{task.name}; {figures}; rates {search}. {sentence(parts)}")
+    return Outcome(results, verdict_of(parts), f"{task.name}; {figures}; rates {search}")
 
 
 def recipe_of(task: LanguageTask, component: str, rank: int, rate: float, seed: int) -> Recipe:

@@ -28,7 +28,7 @@ from ..figures import COLOURS, new_figure
 from ..fit import fit
 from ..interval import Interval, mean_interval, paired_difference
 from ..threads import one_thread
-from .judge import by_seed, sentence, verdict_of
+from .judge import by_seed, verdict_of
 from .language import batches_in_memory, language_model, response_mean
 from .study import Outcome, Settings, Study, model_name
 from .weights import loaded, spread
@@ -166,7 +166,7 @@ def figures_of(results: Mapping[str, Any], parts: Mapping[str, Interval], rank: 
         lines.append(
             f"{method if not method.isdigit() else 'niter ' + method} {seconds:.2f} s, error {error:.1e}{loss}"
         )
-    return f"rank {rank}: {'; '.join(lines)}. {sentence(parts)}"
+    return f"rank {rank}: {'; '.join(lines)}"
 
 
 def draw(results: Mapping[str, Any]) -> Any:

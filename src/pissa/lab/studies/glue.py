@@ -23,7 +23,7 @@ from ..figures import colour_of, new_figure
 from ..fit import Diverged, Fit, fit
 from ..interval import mean_interval, paired_difference
 from .encoder_task import VALIDATION, batches, glue_rows, is_head, outputs, predict, prepared
-from .judge import by_seed, sentence, verdict_of
+from .judge import by_seed, verdict_of
 from .search import Search, search_rates
 from .study import Outcome, Settings, Study
 
@@ -82,7 +82,7 @@ def run(settings: Settings) -> Outcome:
         f"mean of {', '.join(f'{task} {GLUE[task].metrics[0]}' for task in tasks)} after {lengths['steps']} steps of "
         f"{lengths['batch']} rows: "
         + ", ".join(f"{method} {entry['mean']:.3f}" for method, entry in results["average"].items())
-        + f"; {sentence(parts)}; learning rates searched for each method and task on {VALIDATION} training rows: "
+        + f"; learning rates searched for each method and task on {VALIDATION} training rows: "
         + _edges(searches)
         + (f"; {results['failed']} of {len(rows)} runs failed and count as 0" if results["failed"] else "")
     )

@@ -25,7 +25,7 @@ from ...config import PissaConfig
 from ...live.apply import adapt
 from ..figures import COLOURS, band, colour_of, new_figure
 from ..interval import Interval, mean_interval, paired_difference
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, verdict_of
 from .lm import InMemory, LanguageTask, find_rates, language_task
 from .study import Outcome, Settings, Study
 
@@ -72,7 +72,17 @@ def run(settings: Settings) -> Outcome:
         "runs": rows,
         "parts": {name: part.as_dict() for name, part in parts.items()},
     }
-    return Outcome(results, verdict_of(parts), f"{task.name}, rank {rank}; {sentence(parts)}; rates {search}")
+    return Outcome(results, verdict_of(parts), f"{task.name}, rank {rank}; {_cosines(starts)}; rates {search}")
+
+
+def _cosines(starts: Sequence[Mapping[str, Any]]) -> str:
+    said = []
+    for row in starts:
+        for side in SIDES:
+            cosines = row[side]["cosines"]
+            text = f"cosines with other seeds' {min(cosines):.2f} to {max(cosines):.2f}" if cosines else "0"
+            said.append(f"{row['method']}'s gradient of {side}: {text}")
+    return ", ".join(said)
 
 
 def adapted(memory: InMemory, method: str, seed: int, rank: int) -> Any:

@@ -22,11 +22,6 @@ def verdict_of(parts: Mapping[str, Interval]) -> Verdict:
     return "holds" if all(shown) else "holds in part" if any(shown) else "does not hold here"
 
 
-def sentence(parts: Mapping[str, Interval], unit: str = "") -> str:
-    """All parts with their differences in one line, and what the seeds say of each."""
-    return "; ".join(f"{name} {difference}{unit} ({standing(difference)})" for name, difference in parts.items())
-
-
 class Counts(NamedTuple):
     """Of a claim's parts."""
 
@@ -62,6 +57,12 @@ def standing(difference: Interval) -> str:
     if difference.above_zero:
         return "shown"
     return "the opposite" if difference.below_zero else "undecided"
+
+
+def listed(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """A document's parts: name, difference with its interval, and what the seeds say of it."""
+    found = {name: Interval(**{**part, "values": tuple(part["values"])}) for name, part in parts.items()}
+    return [(name, str(part), standing(part)) for name, part in found.items()]
 
 
 def by_seed(rows: Iterable[Row], value: str | Callable[[Row], float], **chosen: Any) -> list[float]:

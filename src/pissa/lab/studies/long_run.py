@@ -17,7 +17,7 @@ from ...config import PissaConfig
 from ...live.apply import adapt
 from ..figures import band, colour_of, new_figure
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, verdict_of
 from .lm import InMemory, LanguageTask, final_loss, find_rates, language_task
 from .study import Outcome, Settings, Study
 
@@ -64,7 +64,7 @@ def run(settings: Settings) -> Outcome:
         f"{statistics.fmean(by_seed(rows, _solved, method=m)):.2f}"
         for m in METHODS
     )
-    return Outcome(results, verdict_of(parts), f"{figures}; rates {search}. {sentence(parts)}")
+    return Outcome(results, verdict_of(parts), f"{figures}; rates {search}")
 
 
 def _lowest(row: Mapping[str, Any]) -> float:

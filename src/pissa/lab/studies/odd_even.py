@@ -25,7 +25,7 @@ from ..figures import band, colour_of, new_figure
 from ..fit import fit
 from ..images import image_loss, mnist
 from ..interval import Interval, paired_difference
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, verdict_of
 from .study import Outcome, Settings, Study
 
 NAME = "odd-even"
@@ -166,7 +166,7 @@ def figures_of(
     shown, against = sum(part.above_zero for part in equal), sum(part.below_zero for part in equal)
     return (
         f"rank {rank}; {'; '.join(lines)}. Loss of LoRA less that of PiSSA at equal rates: positive in {shown} of "
-        f"{len(equal)} comparisons, negative in {against}; {sentence({k: v for k, v in parts.items() if BEST in k})}"
+        f"{len(equal)} comparisons, negative in {against}"
     )
 
 

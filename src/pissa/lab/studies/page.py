@@ -8,7 +8,7 @@ from typing import Any
 
 from ...checkpoint.write import explained
 from ...errors import DataError
-from .judge import count, tally
+from .judge import count, listed, tally
 from .registry import find_study, study_names
 from .study import Study, read_result
 
@@ -22,13 +22,16 @@ PLURAL: dict[str, str] = {
 }
 HEAD = """# Studies: the claims, measured again
 
-Each line is one `pissa study NAME`: whether the claim held here and in how many of the parts into which the study
-takes it, the claim with its source, and our numbers on the model and grid that the JSON names. A part is shown where
-the whole 95 % interval is on the claim's side, and undecided where the interval holds zero. A claim all of whose parts
-are undecided is called not decided here: nothing was found for it, and nothing against it (its JSON says "does not hold
-here", as of every claim of which nothing was shown). These are small models on a laptop's budget: a claim that does not
-hold here may hold for 7 billion parameters, and the other way round. `pissa study --list` shows the runtimes, `--full`
-is the whole grid.
+Every line is one `pissa study NAME`: a claim with its source, our numbers on the model and grid that the JSON names,
+and whether the claim held here. Below the table each study has its figure and the parts into which it takes the claim.
+A part is a difference that the claim says is positive: shown where the whole 95 % interval is, undecided where the
+interval holds zero. A claim all of whose parts are undecided is called not decided here: nothing was found for it, and
+nothing against it (its JSON says "does not hold here", as of every claim of which nothing was shown).
+
+Most language studies train a Llama of less than a million parameters, pretrained on generated word problems: these are
+small models on a laptop's budget, and a claim that does not hold here may hold for 7 billion parameters, and the other
+way round. Where a study says that each method is at its own learning rate, the rate was searched for with another seed
+and on other rows than those that are reported. `pissa study --list` shows the runtimes, `--full` is the whole grid.
 
 Beside them stand two comparisons of PiSSA and LoRA on GSM8K, made by `pissa compare` with SmolLM2-135M and five seeds:
 [at one fixed learning rate](gsm8k-fixed/report.md), where PiSSA is clearly better, and [each at its
@@ -64,10 +67,11 @@ def write_page(directory: Path) -> Path:
 
 
 def page(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> str:
-    """The page's text: a count of the verdicts, and a row for every study."""
+    """The page's text: a count of the verdicts, a row for every study, and a section for each that was run."""
     lines = [HEAD, f"{len(documents)} of {len(studies)} claims measured: {summary(list(documents.values()))}.", ""]
-    lines += ["| Verdict | Claim | Study | Our figures |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *rows(studies, documents), ""])
+    lines += ["| Claim | Study | Our figures | Verdict |", "| --- | --- | --- | --- |"]
+    sections = [section(documents[study.name]) for study in studies if study.name in documents]
+    return "\n".join([*lines, *rows(studies, documents), "", *sections])
 
 
 def summary(documents: Sequence[dict[str, Any]]) -> str:
@@ -84,16 +88,36 @@ def verdict_on_page(document: Mapping[str, Any]) -> str:
 
 
 def rows(studies: Sequence[Study], documents: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """One row of the table for each study, its verdict first; those that were not run say so."""
+    """One row of the table for each study; those that were not run say so."""
     for study in studies:
         document = documents.get(study.name)
         if document is None:
-            yield f"| not run yet | {cell(study.claim)} | {study.name} | `pissa study {study.name}` |"
+            yield f"| {cell(study.claim)} | {study.name} | `pissa study {study.name}` | not run yet |"
             continue
-        parts = document["results"].get("parts")
-        verdict = f"**{verdict_on_page(document)}**{f': {tally(parts)}' if parts else ''}"
-        links = f"[{study.name}]({study.name}.json), [figure]({study.name}.png)"
-        yield f"| {verdict} | {cell(document['claim'])} | {links} | {cell(document['figures'])} |"
+        links = f"[{study.name}](#{study.name}), [JSON]({study.name}.json)"
+        yield f"| {cell(document['claim'])} | {links} | {cell(document['figures'])} | {found(document)} |"
+
+
+def found(document: Mapping[str, Any]) -> str:
+    """The verdict, and in how many parts."""
+    parts = document["results"].get("parts")
+    return f"**{verdict_on_page(document)}**{f': {tally(parts)}' if parts else ''}"
+
+
+def section(document: Mapping[str, Any]) -> str:
+    """A study's verdict, figure and parts."""
+    name, settings = document["study"], document["settings"]
+    count = len(settings["seeds"])
+    how = [f"{count} seed{'s' if count > 1 else ''}", f"{document['seconds'] / 60:.0f} minutes"]
+    how += [settings["model"]] if settings["model"] else []
+    lines = [f"## {name}", f"{found(document)} ({', '.join(how)}).", f"{document['claim']}.", f"![{name}]({name}.png)"]
+    lines = [each for line in lines for each in (line, "")]
+    parts = document["results"].get("parts")
+    if parts:
+        lines += ["| Part | 95 % interval | |", "| --- | --- | --- |"]
+        lines += [f"| {cell(part)} | {difference} | {word} |" for part, difference, word in listed(parts)]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def cell(text: str) -> str:

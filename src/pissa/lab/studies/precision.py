@@ -19,7 +19,7 @@ import torch
 
 from ..figures import COLOURS, new_figure
 from ..interval import Interval, mean_interval
-from .judge import advantage, by_seed, sentence
+from .judge import advantage, by_seed
 from .lm import InMemory, LanguageTask, final_loss, find_rates, language_task
 from .study import Outcome, Settings, Study, Verdict
 
@@ -69,7 +69,7 @@ def run(settings: Settings) -> Outcome:
         + ", ".join(f"{dtype} {own[share]}" for dtype, own in differences.items())
         for share in shares
     )
-    return Outcome(results, verdict(parts, differences["bf16"]), f"{figures}; {sentence(parts)}")
+    return Outcome(results, verdict(parts, differences["bf16"]), figures)
 
 
 def verdict(parts: Mapping[str, Interval], differences: Mapping[int, Interval]) -> Verdict:

@@ -14,7 +14,7 @@ from typing import Any
 from ...train.recipe import Recipe
 from ..figures import colour_of, new_figure
 from ..interval import Interval, mean_interval, paired_difference
-from .judge import advantage, by_seed, sentence, verdict_of
+from .judge import advantage, by_seed, verdict_of
 from .lm import LanguageTask, cell, find_rates, language_task, recipe
 from .study import Outcome, Settings, Study
 
@@ -81,7 +81,7 @@ def run(settings: Settings) -> Outcome:
     )
     figures = (
         f"{task.name}, rate {search.best['pissa']:.2g}; held-out loss from the lowest rank to the highest: {ends}; "
-        f"full {table['held_out_loss']['full']['0']['mean']:.3f}. {sentence(parts)}; rates {search}"
+        f"full {table['held_out_loss']['full']['0']['mean']:.3f}; rates {search}"
     )
     return Outcome(results, verdict_of(parts), figures)
 

@@ -23,7 +23,7 @@ from ..figures import COLOURS, new_figure
 from ..inspect_layers import kind_of
 from ..interval import Interval, mean_interval
 from ..threads import one_thread
-from .judge import sentence, verdict_of
+from .judge import verdict_of
 from .language import language_model
 from .study import Outcome, Settings, Study, model_name
 from .weights import loaded, spread
@@ -57,7 +57,7 @@ def run(settings: Settings) -> Outcome:
     results = summarised(rows)
     parts = parts_of(results["matrices"])
     results["parts"] = {name: part.as_dict() for name, part in parts.items()}
-    return Outcome(results, verdict_of(parts), figures_of(results, parts))
+    return Outcome(results, verdict_of(parts), figures_of(results))
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,15 +137,15 @@ def parts_of(matrices: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
     }
 
 
-def figures_of(results: Mapping[str, Any], parts: Mapping[str, Interval]) -> str:
-    """The parts, then ratios to the sketching algorithm."""
+def figures_of(results: Mapping[str, Any]) -> str:
+    """Ratios to the sketching algorithm."""
     lines = [
         f"{solver}: error {results['error_of_sketching'][solver]['mean']:.2f} of sketching's, "
         f"CPU time {results['seconds_of_sketching'][solver]['mean']:.0f} times sketching's"
         for solver in (DESCENT, TUNED, OURS)
     ]
     share = statistics.fmean(each[OURS]["seconds"] / each[DESCENT]["seconds"] for each in results["matrices"])
-    return f"{sentence(parts)}. {'; '.join(lines)}; ours takes {share:.2f} of {DESCENT}'s time"
+    return f"{'; '.join(lines)}; ours takes {share:.2f} of {DESCENT}'s time"
 
 
 def draw(results: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..figures import COLOURS, new_figure
 from ..interval import Interval
-from .judge import sentence, verdict_of
+from .judge import verdict_of
 from .language import RUNS
 from .scaling_costs import init_seconds, matmul_rate, svd_seconds
 from .scaling_laws import fitted, memory_law, power_law, predicted, training_seconds
@@ -64,7 +64,7 @@ def run(settings: Settings) -> Outcome:
     parts = parts_of(predictions, max(ranks))
     listed = {name: part.as_dict() for name, part in parts.items()}
     results = {"matrices": matrices, "inits": rows, **fits, "predictions": predictions, "parts": listed}
-    return Outcome(results, verdict_of(parts), f"{sentence(parts)}. {figures_of(results, max(ranks))}")
+    return Outcome(results, verdict_of(parts), figures_of(results, max(ranks)))
 
 
 def parts_of(predictions: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Interval]:

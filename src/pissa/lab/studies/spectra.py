@@ -24,7 +24,7 @@ from ...split import split_weight
 from ..figures import COLOURS, new_figure
 from ..inspect_layers import kind_of
 from ..interval import Interval, mean_interval
-from .judge import sentence, verdict_of
+from .judge import verdict_of
 from .study import Outcome, Settings, Study, model_name
 from .weights import loaded, models
 
@@ -49,7 +49,7 @@ def run(settings: Settings) -> Outcome:
     parts = {name: part for source in paths for name, part in parts_of(rows, source).items()}
     listed = {name: part.as_dict() for name, part in parts.items()}
     results = {"layers": rows, "summary": summary, "parts": listed, "example": example}
-    return Outcome(results, verdict_of(parts), f"{figures_of(summary)}; {sentence(parts)}{remark}")
+    return Outcome(results, verdict_of(parts), f"{figures_of(summary)}{remark}")
 
 
 def figures_of(summary: Mapping[str, Any]) -> str:

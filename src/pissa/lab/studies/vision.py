@@ -27,7 +27,7 @@ from ...split import split_weight
 from ..interval import Interval, mean_interval
 from ..threads import one_thread
 from .image_task import ADAPTED_TO, DIGITS, METHODS, PACS, before, image_run, image_search_run, look_every
-from .judge import advantage, by_seed, looked_at, sentence, verdict_of
+from .judge import advantage, by_seed, looked_at, verdict_of
 from .search import Search, search_rates
 from .study import Outcome, Settings, Study
 from .vision_figure import draw
@@ -87,7 +87,7 @@ def run(settings: Settings) -> Outcome:
         "failed": sum(row["failed"] is not None for row in rows),
         "parts": {name: part.as_dict() for name, part in parts.items()},
     }
-    return Outcome(results, verdict_of(parts), _figures(settings, results, parts))
+    return Outcome(results, verdict_of(parts), _figures(settings, results))
 
 
 def _networks(settings: Settings) -> tuple[str, ...]:
@@ -220,13 +220,13 @@ def _claims(rows: Sequence[Row]) -> dict[str, Interval]:
     }
 
 
-def _figures(settings: Settings, results: Mapping[str, Any], parts: Mapping[str, Interval]) -> str:
+def _figures(settings: Settings, results: Mapping[str, Any]) -> str:
     one, best, seconds = results["at_one_rate"], results["at_best_rate"], results["initialisation_seconds"]
     rows, columns = results["initialisation"][0]["shape"]
     times = [f"{method} {1000 * entry['mean']:.0f} ms" for method, entry in seconds.items()]
     text = [
         f"accuracy on {ADAPTED_TO}es over ranks, all at {RATE:g}: {_listed(one['pacs'])}",
-        f"at rank {RANK}, each at its own rate: {_listed(best['pacs'])}; {sentence(parts)}",
+        f"at rank {RANK}, each at its own rate: {_listed(best['pacs'])}",
         f"rates on {ADAPTED_TO}es: {results['search'][PACS]['in_words']}",
         f"on digits: {results['search'][DIGITS]['in_words']}",
         f"splitting {rows}×{columns}: {', '.join(times)}",
