@@ -302,8 +302,8 @@ def recipe_from(values: dict[str, Any], source: str | Path = "the recipe") -> Re
 
 
 def _converted(name: str, value: Any, annotation: str) -> Any:
-    if isinstance(value, list) and annotation != "TokenIds":
-        return tuple(str(item) for item in value)
+    if isinstance(value, list):
+        return tuple(value if annotation == "TokenIds" else map(str, value))
     if isinstance(value, bool) or value is None or not annotation.startswith(("int", "float")):
         return value
     if value == AUTO and AUTO in annotation:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pissa.lab.interval import mean_interval
-from pissa.lab.studies.judge import advantage, by_seed, looked_at, sentence, verdict_of
+from pissa.lab.studies.judge import advantage, by_seed, listed, looked_at, verdict_of
 from pissa.lab.studies.study import Settings
 
 POSITIVE, NEGATIVE = mean_interval([1.0, 1.1, 0.9]), mean_interval([-1.0, -1.1, -0.9])
@@ -28,10 +28,16 @@ def test_a_part_holds_where_its_whole_interval_is_above_zero(parts: list, verdic
     assert verdict_of({str(place): part for place, part in enumerate(parts)}) == verdict
 
 
-def test_a_sentence_says_which_part_is_which() -> None:
-    text = sentence({"a": POSITIVE, "b": NEGATIVE, "c": UNCLEAR}, " nats")
-    assert [part.rpartition("(")[2] for part in text.split("; ")] == ["shown)", "the opposite)", "undecided)"]
-    assert text.startswith("a 1.00 ± 0.25 nats (shown)")
+def test_listed_parts_say_which_is_which() -> None:
+    parts = {"a": POSITIVE, "b": NEGATIVE, "c": UNCLEAR, "d": mean_interval([3.0])}
+    found = listed({name: part.as_dict() for name, part in parts.items()})
+    assert [(name, word) for name, _, word in found] == [
+        ("a", "shown"),
+        ("b", "the opposite"),
+        ("c", "undecided"),
+        ("d", "undecided"),
+    ]
+    assert [difference for _, difference, _ in found][0] == "1.00 ± 0.25"
 
 
 def test_rows_are_averaged_by_seed_and_compared_in_pairs() -> None:
