@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pissa.lab.interval import mean_interval
-from pissa.lab.studies.judge import advantage, by_seed, listed, looked_at, verdict_of
-from pissa.lab.studies.study import Settings
+from pissa.lab.studies.judge import advantage, by_seed, listed, verdict_of
 
 POSITIVE, NEGATIVE = mean_interval([1.0, 1.1, 0.9]), mean_interval([-1.0, -1.1, -0.9])
 UNCLEAR = mean_interval([1.0, -1.0, 0.5])
@@ -50,8 +47,3 @@ def test_rows_are_averaged_by_seed_and_compared_in_pairs() -> None:
     assert by_seed(rows, "loss", method="pissa", rank=[2, 4]) == [4, 7]
     assert by_seed(rows, lambda row: 2 * row["loss"], method="pissa", rank=8) == [18, 24]
     assert advantage(rows, "loss", {"method": "lora"}, {"method": "pissa"}).values == pytest.approx((10, 10))
-
-
-def test_a_default_pass_on_its_own_model_says_how_its_recipe_was_chosen() -> None:
-    assert "one seed" in looked_at(Settings(Path()))
-    assert looked_at(Settings(Path(), "full")) == looked_at(Settings(Path(), model="another")) == ""
