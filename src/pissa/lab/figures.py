@@ -27,6 +27,7 @@ METHOD_COLOURS = {
     "pissa+dora": "#bc4b51",
     "pissa+adalora": "#e07a5f",
     "lora-gaussian": "#1b4965",
+    "lora-kaiming": COLOURS[1],
 }
 """A method has one colour in all figures."""
 

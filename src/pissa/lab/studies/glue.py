@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from ...errors import TrainingError
 from ...evaluate.glue import GLUE, score
-from ..figures import colour_of, new_figure
+from ..figures import new_figure, seed_dots
 from ..fit import Diverged, Fit, fit
 from ..interval import mean_interval, paired_difference
 from .encoder_task import VALIDATION, batches, glue_rows, is_head, outputs, predict, prepared
@@ -174,15 +174,7 @@ def draw(results: Mapping[str, Any]) -> Any:
     entries = [{m: e[GLUE[task].metrics[0]] for m, e in results["table"][task].items()} for task in tasks]
     titles = [f"{task}: {GLUE[task].metrics[0]}" for task in tasks]
     for panel, table, title in zip(panels, [*entries, results["average"]], [*titles, "mean"], strict=True):
-        for place, method in enumerate(METHODS):
-            colour = colour_of("lora" if method == "lora-kaiming" else method, place)
-            panel.barh(place, table[method]["mean"], color=colour)
-            panel.plot(table[method]["values"], [place] * len(table[method]["values"]), "k.", markersize=4)
-        panel.set_yticks(range(len(METHODS)), METHODS)
-        panel.invert_yaxis()
-        low = min(min(entry["values"]) for entry in table.values())
-        panel.set_xlim(left=max(low - 0.05, 0) if low > 0 else None)
-        panel.set_title(title)
+        seed_dots(panel, table, title)
     return figure
 
 
