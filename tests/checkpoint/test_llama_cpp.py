@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pissa import PissaConfig, adapt, export_lora
-from pissa.lab.models import _fetch, smollm2
+from pissa.lab.models import GGUF, GGUF_SHA256, PACKAGE, _fetch, smollm2
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
 def test_llama_cpp_predicts_what_transformers_predicts(interpreter: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = _fetch(tmp_path)
+    [gguf] = _fetch(PACKAGE, [GGUF], GGUF_SHA256, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     tokens = torch.tensor([tokenizer(prompt)["input_ids"][:12] for prompt in PROMPTS])
     np.save(tmp_path / "tokens.npy", tokens.numpy())
