@@ -30,9 +30,9 @@ nothing against it (its JSON says "does not hold here", as of every claim of whi
 
 Most language studies train a Llama of less than a million parameters, pretrained on generated word problems: these are
 small models on a laptop's budget, and a claim that does not hold here may hold for 7 billion parameters, and the other
-way round. That Llama's held-out loss falls from 0.113 nats a token to about 0.100, so differences are to be read against
-0.013. Where a study says that each method is at its own learning rate, the rate was searched for with
-another seed and on other rows than those that are reported; odd-even takes the best of the rates that it reports.
+way round. That Llama's held-out loss falls from 0.113 nats a token to about 0.100: differences are to be read against
+0.013. Where a study says that each method is at its own learning rate, the rate was searched for with another seed and
+on other rows than those that are reported; odd-even takes the best of the rates that it reports.
 `pissa study --list` shows the runtimes, `--full` is the whole grid.
 
 Beside them stand two comparisons of PiSSA and LoRA on GSM8K, made by `pissa compare` with SmolLM2-135M and five seeds:
