@@ -161,6 +161,6 @@ STUDY = Study(
     "(PiSSA, figures 4, 12, 13, appendix J)",
     run,
     draw,
-    minutes=17,
+    minutes=16,
     seed_count=5,
 )

@@ -187,6 +187,6 @@ STUDY = Study(
     "GPTQ's 4 bits, which PiSSA leaves nearer to the model it was (PiSSA, tables 2 and 9)",
     run,
     draw,
-    minutes=25,
+    minutes=20,
     seed_count=5,
 )

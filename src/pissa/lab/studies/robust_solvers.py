@@ -170,6 +170,6 @@ STUDY = Study(
     "sketching algorithm, in less time (report, figure 3)",
     run,
     draw,
-    minutes=2,
+    minutes=4,
     intervals_over="matrices",
 )
