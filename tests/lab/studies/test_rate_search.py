@@ -98,3 +98,13 @@ def test_rates_of_a_task_are_found_on_its_validation_rows(tmp_path):
     found = find_rates(Settings(tmp_path), "s", task, ("lora", "full"), measure, rank=8)
     assert found.best == {"lora": 2e-3, "full": 5e-4}
     assert set(tried) >= {("lora", 1e-3), ("lora", 2e-3), ("full", 2.5e-4), ("full", 5e-4)}
+
+
+def test_several_runs_at_a_rate_are_averaged(tmp_path):
+    def measure(method, rate, seed):
+        lucky = rate == 4e-3 and seed == SEARCH_SEED
+        return {"held_out_loss": 0.0 if lucky else abs(math.log(rate / 2e-3)) + 0.5}
+
+    rates = {"a": (1e-3, 2e-3, 4e-3, 8e-3)}
+    assert search_rates(Settings(tmp_path), "s", rates, measure).best == {"a": 4e-3}
+    assert search_rates(Settings(tmp_path), "t", rates, measure, runs=3).best == {"a": 2e-3}

@@ -51,9 +51,10 @@ def search_rates(
     rates: Mapping[str, Sequence[float]],
     measure: Callable[..., dict[str, Any]],
     value: str | Callable[[Mapping[str, Any]], float] = "held_out_loss",
+    runs: int = 1,
     **about: Any,
 ) -> Search:
-    """The learning rate of least `value` for every method, by one run each.
+    """The learning rate of least `value` for every method.
 
     Args:
         settings: of the study; a quick pass does not search, it takes the middle of the grid.
@@ -62,6 +63,7 @@ def search_rates(
         measure: called with `method`, `rate`, `seed` and what `about` holds; returns a cell's values. A run that
             raises `TrainingError` counts as worse than any other.
         value: the entry to minimise, or what to take of a cell.
+        runs: at each rate, whose mean is minimised; their seeds follow on SEARCH_SEED.
         about: what else decides a cell's result.
 
     Raises:
@@ -84,9 +86,15 @@ def search_rates(
     found: dict[str, dict[float, float]] = {method: {} for method in rates}
     wanted = [(method, rate) for method, grid in rates.items() for rate in grid]
     for _ in range(GROWTH + 1):
-        keys = [{"method": method, "rate": rate, "seed": SEARCH_SEED, **about} for method, rate in wanted]
+        keys = [
+            {"method": method, "rate": rate, "seed": SEARCH_SEED + run, **about}
+            for method, rate in wanted
+            for run in range(runs)
+        ]
         for row in settings.grid(f"{study}-search", keys, tried):
-            found[row["method"]][row["rate"]] = math.inf if "failed" in row else take(row)
+            own = math.inf if "failed" in row else take(row)
+            found[row["method"]].setdefault(row["rate"], 0.0)
+            found[row["method"]][row["rate"]] += own / runs
         wanted = [(method, further) for method, tried_here in found.items() if (further := _further(tried_here))]
         if not wanted:
             break
