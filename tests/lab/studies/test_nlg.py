@@ -186,7 +186,7 @@ def test_the_flag_of_the_command_is_the_setting(monkeypatch: pytest.MonkeyPatch,
 
     def record(_: Any, settings: Settings) -> dict[str, Any]:
         seen.append(settings)
-        return {"verdict": "holds", "claim": "", "figures": ""}
+        return {"verdict": "holds", "claim": "", "figures": "", "results": {}}
 
     monkeypatch.setattr(study, "run_study", record)
     for flags in ([], ["--allow-code-execution"]):
