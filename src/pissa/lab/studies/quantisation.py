@@ -42,7 +42,7 @@ def run(settings: Settings) -> Outcome:
     keys = [
         {"source": name, "layer": layer, "format": form, "rank": rank}
         for name, source in sources.items()
-        for layer in spread(source, settings.pick(quick=1, default=2, full=None))
+        for layer in spread(source, settings.pick(quick=1, default=4, full=None))
         for form in ("nf4", *OTHER_FORMATS)
         for rank in layer_ranks(source, layer, ranks if form == "nf4" else [])
     ]
@@ -196,6 +196,6 @@ STUDY = Study(
     "every rank and number of iterations, and in INT8 and GPTQ too (PiSSA, tables 4, 8, 9, figures 7a, 14)",
     run,
     draw,
-    minutes=5,
+    minutes=7,
     intervals_over="layers",
 )
