@@ -113,6 +113,7 @@ def _inputs(source: str | None, task: str, blocks: int) -> Inputs:
 
 
 def is_head(name: str) -> bool:
+    """Whether a parameter is of the classifier or the pooler, which every method trains in full."""
     return any(part in name for part in HEAD)
 
 
