@@ -298,11 +298,6 @@ def test_a_loaded_model_is_saved_as_it_was(base: Path, tmp_path: Path) -> None:
     loaded = load(tmp_path / "first")
     loaded.save_pretrained(str(tmp_path / "second"))
     for name in FILES:
-        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
-        if name.endswith(".json"):  # PEFT keeps target_modules as a set, whose order is nobody's
-            first, second = (json.loads(text) for text in (first, second))
-            for config in (first, second):
-                config["target_modules"] = sorted(config.get("target_modules", []))
-        assert first == second
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     with reference(loaded):
         assert largest_difference(logits_of(loaded), logits_of(from_disk(base))) < 1e-5

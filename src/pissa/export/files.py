@@ -63,6 +63,9 @@ def write_lora(export: LoraExport, directory: Path, *, final: Path | None = None
     write_card(directory, lora_card(export.config, export.base, export.method, export.rank, export.errors, export.gaps))
     config = deepcopy(export.config)
     config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # PEFT would write it in the order of its hashes, another in every process
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(directory))
     assert (directory / CONFIG).is_file()
 
