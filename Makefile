@@ -25,13 +25,14 @@ endif
 QUIET_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS)
 PYTEST := $(QUIET_THREADS) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-all lint format docs bench clean
+.PHONY: help setup demo test test-studies test-all lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup     .venv with everything that demo and tests need (done once)"
 	@echo "make demo      fine-tune a real model with PiSSA and with LoRA, side by side"
 	@echo "make test      the tests; make test-all adds the slow ones"
+	@echo "make test-studies  the tests of the studies, which measure the claims of the paper again"
 	@echo "make lint      ruff and pyright; make format mends what ruff can"
 	@echo "make docs      check links, commands and names in the pages, and build the site into site/"
 	@echo "make bench     every benchmark; make bench-NAME runs benchmarks/NAME.py"
@@ -60,8 +61,11 @@ demo: setup
 test: setup
 	$(PYTEST) $(TEST_ARGS)
 
+test-studies: setup
+	$(PYTEST) studies $(TEST_ARGS)
+
 test-all: setup
-	$(PYTEST) -m '' $(TEST_ARGS)
+	$(PYTEST) tests studies -m '' $(TEST_ARGS)
 
 lint: setup
 	@failed=; for check in 'ruff check .' 'ruff format --check .' pyright; do \

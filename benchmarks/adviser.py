@@ -28,24 +28,24 @@ from typing import Any
 
 import torch
 
-from pissa.calibrate.text import texts_of
-from pissa.checkpoint.manifest import hardware, package_versions
-from pissa.checkpoint.read import load_base, load_tokenizer
-from pissa.checkpoint.write import write_json
+from pissa.adapted.adapt import adapt
+from pissa.checkpoint.disk.write import write_json
+from pissa.checkpoint.source.load import load_base, load_tokenizer
+from pissa.data.encode import Collator, Encoded, encode
+from pissa.data.read import read_examples
+from pissa.data.rows import Example, examples_from_rows
+from pissa.data.text import texts_of
 from pissa.errors import TrainingError
-from pissa.evaluate.loss import held_out_loss
-from pissa.lab.arithmetic import make_problems
-from pissa.lab.fit import fit
+from pissa.evaluation.loss import held_out_loss
+from pissa.lab.demo.arithmetic import make_problems
 from pissa.lab.models import smollm2
-from pissa.live.apply import adapt
-from pissa.train.adviser import MULTIPLE, advise, probe_data, vertex
-from pissa.train.data import read_examples
-from pissa.train.encode import Collator, Encoded, encode
-from pissa.train.recipe import Recipe
-from pissa.train.rows import Example, examples_from_rows
-from pissa.train.run import quieten
-from pissa.train.sampler import LengthGroupedBatches
-from pissa.train.trainer import response_loss
+from pissa.provenance import hardware, package_versions
+from pissa.training.adviser import MULTIPLE, advise, probe_data, vertex
+from pissa.training.recipe import Recipe
+from pissa.training.run import quieten
+from pissa.training.sampler import LengthGroupedBatches
+from pissa.training.trainer import response_loss
+from studies.fit import fit
 
 STEPS, BATCH, LENGTH, TRAIN, HELD_OUT = 16, 4, 128, 400, 64
 FACTOR = math.sqrt(10)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.checkpoint.layout import INDEX, Kind, raw_bytes, sharded
+from pissa.checkpoint.disk.layout import INDEX, Kind, raw_bytes, sharded
 
 NOISE = 1 << 26
 """Values of noise that all weights are cut from."""

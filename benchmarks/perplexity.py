@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from pissa.calibrate.moments import second_moments
-from pissa.calibrate.text import calibration_batches, texts_of
-from pissa.checkpoint.manifest import hardware, package_versions
-from pissa.checkpoint.read import load_base, load_tokenizer
+from pissa.checkpoint.source.load import load_base, load_tokenizer
 from pissa.config import PissaConfig
-from pissa.evaluate.perplexity import perplexity
+from pissa.data.text import calibration_batches, texts_of
+from pissa.evaluation.perplexity import perplexity
+from pissa.lab.inspection.variants import Variant, variant
 from pissa.lab.models import smollm2
-from pissa.lab.variants import Variant, variant
 from pissa.live.layers import place_of, weight_matrix
 from pissa.live.targets import resolve_targets
+from pissa.provenance import hardware, package_versions
 from pissa.split import split_weight
 
 METHODS = {

@@ -21,8 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pissa import PissaConfig, adapt
-from pissa.checkpoint.manifest import hardware, package_versions
 from pissa.lab.models import smollm2
+from pissa.provenance import hardware, package_versions
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora-kaiming"},

@@ -5,7 +5,7 @@
 Without MODEL_DIR, weights of SmolLM2-135M. The report's Algorithm 1 gets the best of several learning rates for each
 matrix, once with torch's Huber threshold of 1 and once with one tuned to the weights; only the time of the best run is
 counted. The sketching algorithm (arXiv 1611.00898) gets the best of three seeds, likewise. Ours runs once, as
-`--method robust-pissa` does. The solvers are those of `pissa study robust-solvers`. Times are CPU seconds of one
+`--method robust-pissa` does. The solvers are those of `python -m studies robust-solvers`. Times are CPU seconds of one
 thread, so that other work on the machine hardly counts. Writes `robust.json` and `robust.png`.
 """
 
@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from pissa import truncated_svd
-from pissa.checkpoint.manifest import hardware, package_versions
-from pissa.decompose.l1_sketch import cauchy_sketch
-from pissa.lab.inspect_layers import kind_of
+from pissa.lab.inspection.layers import kind_of
 from pissa.lab.models import smollm2
-from pissa.lab.studies.robust_solvers import (
+from pissa.provenance import hardware, package_versions
+from studies.l1_sketch import cauchy_sketch
+from studies.robust_solvers import (
     DESCENT,
     KINDS,
     LEARNING_RATES,
@@ -37,7 +37,7 @@ from pissa.lab.studies.robust_solvers import (
     descent,
     ours,
 )
-from pissa.lab.studies.weights import loaded, spread
+from studies.weights import loaded, spread
 
 ITERATIONS = 1000
 SEEDS = (0, 1, 2)

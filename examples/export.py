@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from pissa import export_lora, export_merged
-from pissa.checkpoint.vllm import needed_rank, vllm_refusals
+from pissa.export.vllm import needed_rank, vllm_refusals
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pissa.lab.figures import draw_curves
 from pissa.lab.models import smollm2
-from pissa.train.recipe import Recipe
-from pissa.train.run import train
+from pissa.training.recipe import Recipe
+from pissa.training.run import train
 
 NAMES = {"pissa": "PiSSA", "lora": "LoRA"}
 

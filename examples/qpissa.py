@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pissa import export_merged
 from pissa.lab.models import smollm2
-from pissa.train.recipe import Recipe
-from pissa.train.run import train
+from pissa.training.recipe import Recipe
+from pissa.training.run import train
 
 
 def main() -> None:

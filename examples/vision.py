@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from pissa import PissaConfig, adapt, export_lora, export_merged
-from pissa.lab.fit import fit
-from pissa.lab.image_models import make_network, with_new_head
-from pissa.lab.images import Images, accuracy, image_loss, mnist, patterns
+from studies.fit import fit
+from studies.image_models import make_network, with_new_head
+from studies.images import Images, accuracy, image_loss, mnist, patterns
 
 SIZE, CLASSES, BATCH = 32, 5, 64
 

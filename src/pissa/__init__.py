@@ -10,24 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint.read import load as load
+    from .adapted.adapt import adapt as adapt
+    from .adapted.load import load as load
+    from .calibrate.moments import second_moments as second_moments
     from .checkpoint.residual import save_residual as save_residual
-    from .checkpoint.stream import init_checkpoint as init_checkpoint
-    from .checkpoint.verify import verify as verify
+    from .checkpoint.stream.init import init_checkpoint as init_checkpoint
+    from .checkpoint.stream.verify import verify as verify
     from .config import PissaConfig as PissaConfig
     from .config import Quantization as Quantization
     from .config import quantization_preset as quantization_preset
     from .decompose.certificate import Certificate as Certificate
     from .decompose.svd import truncated_svd as truncated_svd
     from .errors import PissaError as PissaError
+    from .evaluation.run import evaluate as evaluate
     from .export import export_lora as export_lora
     from .export import export_merged as export_merged
-    from .live.apply import adapt as adapt
+    from .lab.comparison.run import compare as compare
     from .live.reference import reference as reference
     from .live.reference import restore as restore
     from .quantize.error import reduction_ratio as reduction_ratio
     from .split import Split as Split
     from .split import split_weight as split_weight
+    from .training.recipe import Recipe as Recipe
+    from .training.run import train as train
 
 __version__ = "0.1.0"
 
@@ -41,20 +46,25 @@ _HOMES = {
     "Quantization": "config",
     "quantization_preset": "config",
     "PissaError": "errors",
+    "second_moments": "calibrate.moments",
     "Certificate": "decompose.certificate",
     "truncated_svd": "decompose.svd",
     "Split": "split",
-    "reduction_ratio": "quantize.error",
     "split_weight": "split",
-    "adapt": "live.apply",
+    "reduction_ratio": "quantize.error",
     "reference": "live.reference",
     "restore": "live.reference",
-    "load": "checkpoint.read",
-    "init_checkpoint": "checkpoint.stream",
-    "verify": "checkpoint.verify",
+    "init_checkpoint": "checkpoint.stream.init",
+    "verify": "checkpoint.stream.verify",
     "save_residual": "checkpoint.residual",
     "export_lora": "export",
     "export_merged": "export",
+    "adapt": "adapted.adapt",
+    "load": "adapted.load",
+    "Recipe": "training.recipe",
+    "train": "training.run",
+    "evaluate": "evaluation.run",
+    "compare": "lab.comparison.run",
 }
 __all__ = [*_HOMES, "__version__"]
 

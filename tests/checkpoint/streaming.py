@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pissa import PissaConfig, Quantization
-from pissa.checkpoint import journal, outputs, workspace
+from pissa.checkpoint.disk import journal, outputs
+from pissa.checkpoint.stream import workspace
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 QUICK = {"iterations": 1, "momentum": 0.0}

@@ -19,10 +19,10 @@ from streaming import CONFIG, contents, llama_on_disk
 from torch import distributed
 
 from pissa import init_checkpoint
-from pissa.checkpoint import outputs
-from pissa.checkpoint.distribute import JOINED, Alone, Processes, assemble
-from pissa.checkpoint.journal import Journal
-from pissa.checkpoint.workspace import WORK
+from pissa.checkpoint.disk import outputs
+from pissa.checkpoint.disk.distribute import JOINED, Alone, Processes, assemble
+from pissa.checkpoint.disk.journal import Journal
+from pissa.checkpoint.stream.workspace import WORK
 from pissa.cli.main import run
 from pissa.errors import Interrupted, PissaError
 

@@ -16,7 +16,7 @@ from headers import contents, joined, parts, read, valid_file
 from safetensors import safe_open
 from safetensors.torch import save
 
-from pissa.checkpoint.header import KINDS, LARGEST_JSON, Entry, read_header
+from pissa.checkpoint.disk.header import KINDS, LARGEST_JSON, Entry, read_header
 from pissa.errors import CheckpointError
 
 # Where the library is more lenient, and why we are not.

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pissa import PissaConfig, Quantization, adapt, export_lora, export_merged, load, save_residual
-from pissa.checkpoint.read import load_base
-from pissa.checkpoint.source import open_source
+from pissa.checkpoint.source.load import load_base
+from pissa.checkpoint.source.tensors import open_source
 from pissa.errors import CheckpointError, OutputError
 from pissa.live.quantized import bits_of
 from tiny import logits_of, same_tensors, tiny_gpt2, tiny_llama, tiny_tokenizer, train_steps

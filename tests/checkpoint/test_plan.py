@@ -13,8 +13,8 @@ from streaming import BASES, CONFIG, CONFIGS, llama_on_disk, on_disk
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from pissa import PissaConfig, init_checkpoint
-from pissa.checkpoint.plan import make_plan
-from pissa.checkpoint.source import open_source
+from pissa.checkpoint.source.tensors import open_source
+from pissa.checkpoint.stream.plan import make_plan
 from pissa.errors import CheckpointError, TargetError
 from tiny import same_tensors, tiny_llama
 

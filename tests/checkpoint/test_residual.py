@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import pissa
 from pissa import PissaConfig, Quantization, adapt, export_lora, quantization_preset, reference, restore, save_residual
-from pissa.checkpoint.manifest import fingerprint
-from pissa.checkpoint.read import load_base
 from pissa.checkpoint.residual import residual_at, residual_state
+from pissa.checkpoint.source.load import load_base
 from pissa.errors import CheckpointError, OutputError, PissaError
 from pissa.live.layers import weight_matrix
 from pissa.live.quantized import keep_unpacked, quantized_layers
 from pissa.live.state import INITIAL, adapter_layers, base_layer
+from pissa.provenance import fingerprint
 from tiny import largest_difference, logits_of, same_tensors, tiny_gpt2, tiny_llama, train_steps
 
 pytest.importorskip("bitsandbytes")

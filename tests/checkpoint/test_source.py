@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pissa.checkpoint.read import check_model_directory, load_base
-from pissa.checkpoint.source import Source, open_source
+from pissa.checkpoint.source.load import check_model_directory, load_base
+from pissa.checkpoint.source.tensors import Source, open_source
 from pissa.errors import CheckpointError, PissaError
 from tiny import same_tensors, tiny_llama, tiny_tokenizer
 

@@ -15,7 +15,7 @@ from streaming import BASES, CONFIG, CONFIGS, contents, llama_on_disk, on_disk
 
 from pissa import PissaConfig, adapt, init_checkpoint, save_residual, verify
 from pissa.checkpoint.seal import is_intact, sealed
-from pissa.checkpoint.verify import Verification
+from pissa.checkpoint.stream.verify import Verification
 from pissa.errors import CheckpointError
 from tiny import tiny_llama
 

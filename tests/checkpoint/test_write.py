@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pissa.checkpoint import write
-from pissa.checkpoint.write import check_free, output_directory, output_files, write_json
+from pissa.checkpoint.disk import write
+from pissa.checkpoint.disk.write import check_free, output_directory, output_files, write_json
 from pissa.errors import OutputError, PissaError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from commands import exit_code
 
-from pissa.checkpoint.workspace import WORK
+from pissa.checkpoint.stream.workspace import WORK
 from pissa.cli.init import _bytes
 from pissa.errors import ConfigError
 from tiny import tiny_llama, tiny_tokenizer
@@ -102,7 +102,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_command_says_what_is_saved_and_exits_with_130(number: int, base: Path, tmp_path: Path) -> None:
-    slow = "import time\nfrom pissa.checkpoint.outputs import Outputs\noriginal = Outputs.put\n"
+    slow = "import time\nfrom pissa.checkpoint.disk.outputs import Outputs\noriginal = Outputs.put\n"
     slow += "def put(self, *a):\n    time.sleep(0.3)\n    original(self, *a)\nOutputs.put = put\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
     out = tmp_path / "out"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import exit_code
 
-from pissa.lab.variants import PUBLISHED
+from pissa.lab.inspection.variants import PUBLISHED
 from tiny import CORPUS
 
 # the tiny model's rows are too short for blocks of 64

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pissa.decompose.l1_sketch import cauchy_sketch
 from pissa.decompose.robust import huber_descent, l1_approximation
 from pissa.decompose.svd import TruncatedSVD, truncated_svd
+from studies.l1_sketch import cauchy_sketch
 
 EXAMPLE = torch.tensor([[3.0, 0, 0], [0, 1, 1], [0, 1, 1]])
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError
-from pissa.evaluate.answers import extract_answer
-from pissa.lab.arithmetic import TRAINED, UNSEEN, draw_problems, make_problems
-from pissa.train.rows import examples_from_rows
+from pissa.evaluation.tasks.answers import extract_answer
+from pissa.lab.demo.arithmetic import TRAINED, UNSEEN, draw_problems, make_problems
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 COMPUTE = {

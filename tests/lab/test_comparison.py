@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from pissa.errors import ConfigError, DataError, MissingExtraError, OutputError
-from pissa.evaluate.sandbox import Verdict
-from pissa.evaluate.task import Evaluation, accuracy
+from pissa.evaluation.sandbox import Verdict
+from pissa.evaluation.task import Evaluation, accuracy
 from pissa.lab.comparison import run as comparison
 from pissa.lab.comparison.page import page_of
 from pissa.lab.comparison.plan import Plan
 from pissa.lab.comparison.run import compare, rebuild
 from pissa.lab.comparison.trial import KEPT, TRIAL
-from pissa.train.recipe import QUANTIZED_METHODS, Recipe
+from pissa.training.recipe import QUANTIZED_METHODS, Recipe
 from tiny import tiny_llama, tiny_tokenizer
 
 RECIPE = Recipe(rank=2, batch_size=2, micro_batch_size=2, dtype="fp32", template="none", max_length=64)
@@ -249,7 +249,7 @@ def test_a_task_of_pissa_eval_is_solved_in_the_place_of_the_test_problems(
         assert (options.template, options.max_new_tokens) == ("none", 2)
         return accuracy("exact_match", [{"index": i, "correct": i == 0} for i in range(len(problems))])
 
-    monkeypatch.setattr("pissa.evaluate.solutions.Gsm8k.run", solved)
+    monkeypatch.setattr("pissa.evaluation.tasks.solutions.Gsm8k.run", solved)
     others = write(tmp_path / "problems.jsonl", 5)
     chosen = plan(
         methods=("lora",), steps=1, evaluation="gsm8k", evaluation_data=others, accuracy_problems=3, new_tokens=2,
@@ -275,8 +275,8 @@ def test_programs_are_run_where_that_is_allowed_and_their_file_stays_the_same(
         ran.append(program)
         return Verdict(True, "passed", {})
 
-    monkeypatch.setattr("pissa.evaluate.programs.run_program", passed)
-    monkeypatch.setattr("pissa.evaluate.programs.gaps", lambda: ("using the network",))
+    monkeypatch.setattr("pissa.evaluation.tasks.programs.run_program", passed)
+    monkeypatch.setattr("pissa.evaluation.tasks.programs.gaps", lambda: ("using the network",))
     chosen = plan(
         methods=("lora",), steps=1, evaluation="humaneval", evaluation_data=str(problems), allow_code_execution=True,
         accuracy_problems=None, new_tokens=2,
@@ -298,7 +298,7 @@ def test_a_task_of_glue_is_asked_without_generating(
     def likeliest(*_: Any, **options: Any) -> Any:
         return iter([[-2.0, -1.0], [-2.0, -1.0]])
 
-    monkeypatch.setattr("pissa.evaluate.understanding.likelihoods", likeliest)
+    monkeypatch.setattr("pissa.evaluation.tasks.glue.likelihoods", likeliest)
     problems = tmp_path / "dev.tsv"
     problems.write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
     chosen = plan(

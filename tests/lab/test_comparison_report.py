@@ -22,7 +22,7 @@ from pissa.lab.comparison.page import page_of
 from pissa.lab.comparison.report import as_html, as_markdown, write_report
 from pissa.lab.comparison.style import DARK, LIGHT, LOOKS, looks_of
 from pissa.lab.comparison.table import costs_of, quality_of
-from pissa.train.recipe import TRAINING_METHODS
+from pissa.training.recipe import TRAINING_METHODS
 
 HOSTILE = '<script>alert("x")</script>'
 METHODS = ("lora", "qpissa", HOSTILE, "a|b `c` $\\frac{1$ [l](javascript:x) &amp;")

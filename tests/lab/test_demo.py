@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pissa.errors import DataError, OutputError
-from pissa.lab import demo
-from pissa.lab.arithmetic import make_problems
+from pissa.lab.demo import demo
+from pissa.lab.demo.arithmetic import make_problems
 from tiny import tiny_llama, tiny_tokenizer
 
 RUN_KEYS = {
@@ -65,7 +65,9 @@ def test_demo_writes_what_it_promises_and_never_does_it_twice(
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "in a fresh process" in (out / "report.md").read_text()
 
-    monkeypatch.setattr("pissa.train.prepare.adapt", lambda *_, **__: pytest.fail("a finished run was adapted again"))
+    monkeypatch.setattr(
+        "pissa.training.prepare.adapt", lambda *_, **__: pytest.fail("a finished run was adapted again")
+    )
     assert demo.run_demo(out, model=model, quick=True)["runs"] == results["runs"]
     with pytest.raises(OutputError, match="other settings"):
         demo.run_demo(out, model=model, quick=True, seed=1)

@@ -14,11 +14,12 @@ from pissa import PissaConfig, quantization_preset, reduction_ratio, split_weigh
 from pissa.calibrate.moments import second_moments
 from pissa.config import Quantization
 from pissa.errors import ConfigError, DataError
-from pissa.lab.inspect import inspect, inspect_quantized, inspect_split
-from pissa.lab.inspect_layers import block_of, kind_of
-from pissa.lab.inspect_tables import inspection_table
-from pissa.lab.inspect_text import read_calibration
-from pissa.lab.variants import PUBLISHED, variant, variants
+from pissa.lab.inspection.inspect import inspect
+from pissa.lab.inspection.layers import block_of, kind_of
+from pissa.lab.inspection.measure import inspect_quantized, inspect_split
+from pissa.lab.inspection.tables import inspection_table
+from pissa.lab.inspection.text import read_calibration
+from pissa.lab.inspection.variants import PUBLISHED, variant, variants
 from pissa.live.layers import weight_matrix
 from tiny import CORPUS, same_tensors, snapshot, tiny_gpt2, tiny_llama, tiny_tokenizer
 

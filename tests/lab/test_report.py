@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from pissa.lab.report import demo_report, final_loss
+from pissa.lab.demo.report import demo_report, final_loss
 
 
 def results(**after: float) -> dict[str, Any]:

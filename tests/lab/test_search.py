@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pissa.lab.comparison.search import FACTOR, best_rates, good_rate, is_on_edge, next_rate
-from pissa.train.recipe import TRAINING_METHODS
+from pissa.training.recipe import TRAINING_METHODS
 
 
 def searched(loss: Callable[[float], float], middle: float, runs: int) -> dict[float, float]:

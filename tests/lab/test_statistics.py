@@ -12,8 +12,18 @@ import pytest
 from scipy import stats
 
 from pissa.errors import DataError
-from pissa.evaluate.intervals import wilson
+from pissa.evaluation.intervals import wilson
 from pissa.lab.comparison.null_arm import null_rate
+from pissa.lab.comparison.statistics import (
+    Estimate,
+    difference,
+    difference_moments,
+    holm,
+    mcnemar,
+    mean,
+    mean_over_seeds,
+    share_interval,
+)
 from pissa.lab.comparison.verdict import (
     CAUTION,
     ERROR,
@@ -24,16 +34,6 @@ from pissa.lab.comparison.verdict import (
     in_words,
     pairs_of,
     summary,
-)
-from pissa.lab.statistics import (
-    Estimate,
-    difference,
-    difference_moments,
-    holm,
-    mcnemar,
-    mean,
-    mean_over_seeds,
-    share_interval,
 )
 from pissa.lab.student_t import quantile, two_sided_tail
 

@@ -19,7 +19,7 @@ from pissa.errors import ConfigError, TargetError, WeightError
 from pissa.export import export_state, write_lora
 from pissa.live.adalora import penalty
 from pissa.live.state import INITIAL, TRAINABLE, adapter_layers
-from pissa.train.optimizer import parameter_groups
+from pissa.training.optimizer import parameter_groups
 from tiny import (
     largest_difference,
     logits_of,

@@ -33,8 +33,8 @@ everything else calls the peer itself. Versions: {versions}.
 TAIL = """
 Not run here, because it is other people's training code: LLaMA-Factory converts only at the end of a run and refuses
 quantised bases; ms-swift converts at every save; axolotl passes PEFT's option through and keeps no initial adapter;
-unsloth rejects PiSSA. TRL's trainers do run here, in `tests/train/test_trl.py`. With pissa a run's directory is itself
-the LoRA for the base, at any checkpoint.
+unsloth rejects PiSSA. TRL's trainers do run here, in `tests/training/test_trl.py`. With pissa a run's directory is
+itself the LoRA for the base, at any checkpoint.
 """
 
 

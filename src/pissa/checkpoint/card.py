@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from ..decompose.certificate import Certificate
-from .hub import looks_like_path
+from .source.hub import looks_like_path
 
 CARD = "README.md"
 HERE = "PATH-OR-ID-OF-THIS"

@@ -16,8 +16,8 @@ from ..live.conversion import nesting
 from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
 from ..live.runtime import OUT_PROJ, TWICE
 from ..live.state import MAGNITUDE, AdapterFactors, Layout, module_path
-from .hub import first_line
 from .scales import rank_of, scale_of
+from .source.hub import first_line
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 
 MANIFEST = "pissa.json"
-PACKAGES = ("pissa", "torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -32,53 +27,3 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} holds {type(document).__name__} instead of an object; restore it")
     return document
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides the numbers, for manifests and results."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-
-
-def fingerprint(model: Any) -> str:
-    """A short hash of a model's weights, or of a state dict: names, shapes, and a sample of each tensor's values.
-
-    It tells another checkpoint, fine-tune or dtype from the one that a run began with; it is no proof of integrity.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    state = model if isinstance(model, dict) else model.state_dict()
-    for name, tensor in sorted((name, value) for name, value in state.items() if isinstance(value, torch.Tensor)):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

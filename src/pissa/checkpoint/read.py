@@ -1,4 +1,4 @@
-"""Bases and adapters from disk.
+"""Adapters from disk.
 
 An adapter directory comes in four layouts, and each says by itself which one it is:
 
@@ -20,22 +20,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel
-from safetensors import SafetensorError
+from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, MissingExtraError
-from ..live.attach import attach, attach_offset
-from ..live.identity import is_other_base
+from ..errors import CheckpointError
 from ..live.layers import CONVOLUTION, Place, place_named
-from ..live.quantized import keep_unpacked, quantized_layers, remember_dtype
 from ..live.runtime import UNDILATED, holes, is_dilated, taps, with_holes
 from ..live.state import (
     INITIAL,
-    TRAINABLE,
     AdapterFactors,
     Layout,
     config_with_ranks,
@@ -45,10 +38,9 @@ from ..live.state import (
     not_plain_lora,
 )
 from .factors import CONFIG, read_factors
-from .hub import adapter_directory, first_line, looks_like_path
 from .manifest import read_manifest
 from .residual import SavedResidual, find_residual, residual_at
-from .source import check_source
+from .source.hub import adapter_directory, first_line
 
 LOSSLESS = "lossless"
 
@@ -77,79 +69,6 @@ class SavedAdapter:
     """Name of the method by which it was trained, where it is recorded."""
 
 
-def load(
-    path: str | os.PathLike[str],
-    base: str | os.PathLike[str] | nn.Module | None = None,
-    *,
-    is_trainable: bool = False,
-) -> PeftModel:
-    """An adapted model as it was saved, at any step; nothing is decomposed.
-
-    Args:
-        path: a run's directory, a checkpoint inside it, an export, or what `model.save_pretrained` wrote; a hub id.
-        base: the base model (it is changed, as by `adapt`), its directory or hub id; None for the one recorded.
-        is_trainable: whether adapter "default" is to be trained further.
-
-    Returns:
-        The adapted model: adapter "default" as trained, and `pissa_init` where the method has one.
-
-    Raises:
-        CheckpointError: the adapter or the base is missing, incomplete, or they do not fit each other.
-    """
-    saved = read_adapter(path)
-    model, residual = _base_or_residual(path, saved, base)
-    adapters = fitted(path, saved, model)
-    if residual is None and is_other_base(saved.sample, model, adapters):
-        raise CheckpointError(
-            f"{path} was trained on another base than the one given: shapes agree, values do not; load it on "
-            f"{saved.base or 'the model that it was adapted from'}"
-        )
-    has_initial = any(factors.A0 is not None for factors in adapters.values())
-    in_few_bits = any(name in adapters for name in quantized_layers(model))
-    offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
-    trained = {name: _tensors(f.A, f.B, f.E) for name, f in adapters.items()}
-    initial = {
-        name: _tensors(f.A0, f.B0, f.E0) if f.A0 is not None and f.B0 is not None else trained[name]
-        for name, f in adapters.items()
-    }
-    magnitudes = {name: f.magnitude for name, f in adapters.items() if f.magnitude is not None}
-    attach_placed = attach_offset if offset else attach
-    adapted = attach_placed(
-        model,
-        saved.config,
-        initial,
-        subtract=has_initial,
-        trained=trained,
-        magnitudes=magnitudes or None,
-        ready=residual is not None,
-    )
-    record: Any = adapted.pissa
-    record.method = saved.method
-    if residual is not None:
-        record.base, record.residual, record.quantized = residual.base, str(residual.path), in_few_bits
-        record.certificates = residual.certificates
-    if saved.others:
-        _load_others(adapted, saved.others)
-    if not is_trainable:
-        adapted.requires_grad_(False)
-    return adapted
-
-
-def _tensors(*factors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(factor for factor in factors if factor is not None)
-
-
-def _base_or_residual(
-    path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | nn.Module | None
-) -> tuple[Any, SavedResidual | None]:
-    """The model to attach an adapter to, and where it is the residual already, what its directory says."""
-    given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
-    place, residual = base_place(path, saved, given)
-    model: Any = load_base(place) if base is None or isinstance(base, str | os.PathLike) else base
-    keep_unpacked(model)
-    return model, residual
-
-
 def base_place(
     path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | None
 ) -> tuple[str | os.PathLike[str], SavedResidual | None]:
@@ -174,94 +93,6 @@ def base_place(
             "save it with pissa.save_residual(model, …) and pass it: load(path, base=…)"
         )
     return base, residual
-
-
-def load_base(
-    source: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | str = "auto",
-    kind: str = "AutoModelForCausalLM",
-    **options: Any,
-) -> Any:
-    """A model through transformers, by default a causal language model; the checkpoint's completeness is checked first.
-
-    Args:
-        source: a directory or a hub id.
-        dtype: of the weights; "auto" for the checkpoint's own.
-        kind: name of the class of transformers that loads it.
-        options: passed to its `from_pretrained`.
-
-    Raises:
-        CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it; tensors are
-            missing or of another shape than config.json says (transformers would draw random ones).
-    """
-    import transformers
-
-    check_model_directory(source)
-    # by default a mismatch is an error that names no tensor
-    reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        loaded: Any = getattr(transformers, kind).from_pretrained(source, dtype=dtype, **{**options, **reporting})
-    except ImportError as error:
-        if "bitsandbytes" not in str(error):
-            raise
-        raise MissingExtraError(f"{source} is quantised with bitsandbytes: pip install 'pissa[quant]'") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(_cannot_load("a language model", source, error)) from error
-    model, report = loaded
-    _check_all_loaded(source, report)
-    keep_unpacked(model)
-    remember_dtype(model, model.dtype)
-    return model
-
-
-def load_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """The tokenizer that lies with a model; its padding token is set to the end-of-sequence token where it has none.
-
-    Raises:
-        CheckpointError: there is none, or it has no end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(_cannot_load("a tokenizer", source, error)) from error
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"the tokenizer of {source} has no end-of-sequence token, so no answer could ever end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def check_model_directory(source: str | os.PathLike[str]) -> None:
-    """Refuse a local model directory that is missing, empty, incomplete or damaged; a hub id passes unchecked.
-
-    Raises:
-        CheckpointError: as `open_source`.
-    """
-    if Path(source).exists() or looks_like_path(source):
-        check_source(source)
-
-
-def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
-    if Path(source).exists():
-        return f"cannot load {what} from {source}: {first_line(error)}"
-    return f"there is no directory {source}, and as a hub id it cannot be loaded: {first_line(error)}"
-
-
-def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
-    """Refuse a model whose weights are not all the checkpoint's, by transformers' own report (tied ones are there)."""
-    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
-    wrong += [
-        f"{key} is {tuple(found)} and not {tuple(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
-    ]
-    if wrong:
-        rest = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise CheckpointError(
-            f"{source} does not hold the weights that its config.json asks for: {', '.join(wrong[:20])}{rest}; "
-            "download it again, or correct config.json"
-        )
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
@@ -388,9 +219,3 @@ def _without_holes(factors: AdapterFactors, layout: Layout, place: Place) -> Ada
     if with_holes(place.weight.new_zeros(1, *place.shape[1:]), dilation).shape[1:] != kernel:
         return factors
     return _each(factors, lambda A: A.reshape(-1, *kernel)[taps(dilation)].flatten(1), "A")
-
-
-def _load_others(model: PeftModel, tensors: dict[str, Tensor]) -> None:
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, tensors, adapter_name=TRAINABLE)

@@ -28,11 +28,12 @@ from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
 from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, set_marks, without_wrappers
+from ..provenance import package_versions
 from .card import residual_adapter_card, residual_card, write_card
+from .disk.write import check_free, output_directory, write_json
 from .factors import WEIGHTS
-from .manifest import MANIFEST, package_versions, read_manifest
+from .manifest import MANIFEST, read_manifest
 from .seal import described, write_sealed
-from .write import check_free, output_directory, write_json
 
 RESIDUAL = "residual"
 ADAPTER = "adapter for a residual"

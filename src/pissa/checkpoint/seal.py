@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .header import read_header
-from .layout import FileLayout
+from .disk.header import read_header
+from .disk.layout import FileLayout
+from .disk.write import TEMPORARY_PREFIX, flush
 from .manifest import MANIFEST
-from .write import TEMPORARY_PREFIX, flush
 
 DIGEST = "sha256"
 BLANK = "0" * 64

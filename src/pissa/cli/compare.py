@@ -76,8 +76,8 @@ def command(
     from ..lab.comparison.plan import Plan, read_rates, search_runs_within
     from ..lab.comparison.run import compare
     from ..lab.comparison.run import rebuild as rebuild_results
-    from ..train.recipe import read_recipe, recipe_from
-    from .main import show
+    from ..training.recipe import read_recipe, recipe_from
+    from .output import show
 
     if rebuild:
         _refuse_unused(context)

@@ -19,8 +19,8 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
 ) -> None:
     """Fine-tune a real language model with PiSSA and with LoRA, side by side, and show the difference."""
-    from ..lab.demo import run_demo
-    from .main import show
+    from ..lab.demo.demo import run_demo
+    from .output import show
 
     out = out or Path("runs/demo-quick" if quick else "runs/demo")
     results = run_demo(out, model=model, data=data, quick=quick, seed=seed)

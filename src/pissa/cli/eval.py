@@ -58,10 +58,10 @@ def command(
         for name, value in locals().items()
         if name not in ("model", "task", "data", "out", "base", "as_json") and value is not None
     }
-    from ..evaluate.run import evaluate
-    from ..evaluate.summary import results_text
-    from ..evaluate.task import Options
-    from .main import show
+    from ..evaluation.run import evaluate
+    from ..evaluation.summary import results_text
+    from ..evaluation.task import Options
+    from .output import show
 
     results = evaluate(model, task, data, out, Options(**given), base=base)
     show(results, results_text(results, out), as_json=as_json)

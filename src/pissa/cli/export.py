@@ -31,10 +31,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write what training changed as a LoRA that loads on the untouched base, or as a merged model."""
-    from ..checkpoint.vllm import needed_rank
     from ..errors import ConfigError
     from ..export import export_lora, export_merged, gap_figures
-    from .main import show
+    from ..export.vllm import needed_rank
+    from .output import show
 
     if merged and (rank is not None or tolerance is not None):
         raise ConfigError("--merged writes the whole model; it takes neither --rank nor --tolerance")
@@ -80,8 +80,8 @@ def _check_vllm(export: Any) -> None:
     Raises:
         ConfigError: with every reason and the way out.
     """
-    from ..checkpoint.vllm import vllm_refusals
     from ..errors import ConfigError
+    from ..export.vllm import vllm_refusals
 
     refusals = vllm_refusals(export, export.config)
     if refusals:

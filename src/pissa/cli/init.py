@@ -59,12 +59,12 @@ def command(
     names += ("quantize_method", "iterations", "seed", "component", "random_fraction", "cur_core", "cur_rcond")
     values = locals()
     flags = {name: values[name] for name in names if values[name] is not None}
-    from ..checkpoint.stream import Step, init_checkpoint
+    from ..checkpoint.stream.init import Step, init_checkpoint
     from ..errors import ConfigError
-    from ..train.recipe import recipe_from
-    from ..train.run import quieten
+    from ..training.recipe import recipe_from
+    from ..training.run import quieten
     from .bytes_bar import bytes_bar
-    from .main import show
+    from .output import show
 
     quieten()
     recipe = recipe_from(flags, "the command line")
@@ -87,7 +87,7 @@ def command(
 
 
 def _note(step: object) -> str:
-    from ..checkpoint.stream import Step
+    from ..checkpoint.stream.init import Step
 
     assert isinstance(step, Step)
     done, certificate = f"{step.tensors}/{step.all_tensors}", step.certificate
@@ -99,7 +99,7 @@ def _note(step: object) -> str:
 
 
 def _summary(model: str, out: Path, result: object) -> tuple[dict[str, object], str]:
-    from ..checkpoint.stream import InitResult
+    from ..checkpoint.stream.init import InitResult
 
     assert isinstance(result, InitResult)
     modules = result.manifest["modules"].values()

@@ -51,11 +51,11 @@ def command(
     """Show what splitting and quantising MODEL would cost, layer kind by layer kind."""
     from ..config import quantization_preset
     from ..errors import ConfigError
-    from ..lab.inspect import inspect
-    from ..lab.inspect_tables import inspection_table
-    from ..lab.variants import CALIBRATED, PUBLISHED, variants
-    from ..train.progress import make_progress
-    from .main import show
+    from ..lab.inspection.inspect import inspect
+    from ..lab.inspection.tables import inspection_table
+    from ..lab.inspection.variants import CALIBRATED, PUBLISHED, variants
+    from ..training.progress import make_progress
+    from .output import show
 
     if quantize is None and methods is not None:
         raise ConfigError("--methods are ways to quantise; say --quantize nf4, int8 or gptq")

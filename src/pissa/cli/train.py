@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..train.recipe import Recipe
+    from ..training.recipe import Recipe
 
 
 def command(
@@ -121,9 +121,9 @@ def command(
         for name, value in locals().items()
         if name not in ("model", "data", "out", "config", "as_json") and value is not None
     }
-    from ..train.recipe import read_recipe, recipe_from
-    from ..train.run import train
-    from .main import show
+    from ..training.recipe import read_recipe, recipe_from
+    from ..training.run import train
+    from .output import show
 
     recipe = read_recipe(config, **flags) if config is not None else recipe_from(flags, "the command line")
     result = train(model, data, out, recipe)

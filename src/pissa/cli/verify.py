@@ -16,9 +16,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check every byte of DIRECTORY against its pissa.json, and residual + adapter against the base."""
-    from ..checkpoint.verify import verify
+    from ..checkpoint.stream.verify import verify
     from .bytes_bar import bytes_bar
-    from .main import show
+    from .output import show
 
     with bytes_bar("verifying") as bar:
         found = verify(directory, base, progress=lambda what, done, total: bar.show(what, done, total))

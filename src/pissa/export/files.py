@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint.card import lora_card, write_card
+from ..checkpoint.disk.write import write_json
 from ..checkpoint.factors import CONFIG, WEIGHTS
-from ..checkpoint.manifest import MANIFEST, package_versions
-from ..checkpoint.write import write_json
+from ..checkpoint.manifest import MANIFEST
+from ..provenance import package_versions
 
 
 class LoraExport(dict[str, Tensor]):

@@ -12,11 +12,10 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from ..checkpoint.disk.write import check_free, output_directory
 from ..checkpoint.factors import PREFIX
-from ..checkpoint.gguf_lora import check_gguf_target, write_gguf_lora
-from ..checkpoint.hub import first_line
 from ..checkpoint.read import LOSSLESS, SavedAdapter, read_adapter
-from ..checkpoint.write import check_free, output_directory
+from ..checkpoint.source.hub import first_line
 from ..errors import CheckpointError, ConfigError, PissaError
 from ..live.adalora import lora_config
 from ..live.conversion import NESTING, nesting
@@ -24,6 +23,7 @@ from ..live.state import active_adapter_name, config_with_ranks, is_marked_offse
 from ..live.targets import pattern_keys
 from .files import LoraExport, write_lora
 from .from_model import from_live
+from .gguf_lora import check_gguf_target, write_gguf_lora
 from .low_rank import LowRank, concatenated, joined, truncate
 
 Format = Literal["peft", "gguf"]

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.attached import attach_saved
 from ..checkpoint.card import merged_card, write_card
-from ..checkpoint.merge import merge_saved
-from ..checkpoint.read import load
+from ..checkpoint.disk.write import check_free, output_directory
 from ..checkpoint.residual import unshared
-from ..checkpoint.write import check_free, output_directory
+from ..checkpoint.stream.merge import merge_saved
 from ..decompose.dora import rescaled
 from ..errors import PissaError
 from ..live.layers import TRANSPOSED, Place, combine_each, place_of
@@ -53,7 +53,7 @@ def export_merged(
     check_free(out)
     if not isinstance(model_or_dir, PeftModel) and merge_saved(model_or_dir, out, base):
         return
-    model = model_or_dir if isinstance(model_or_dir, PeftModel) else load(model_or_dir, base)
+    model = model_or_dir if isinstance(model_or_dir, PeftModel) else attach_saved(model_or_dir, base)
     plain: Any = model.get_base_model()
     if not isinstance(plain, PreTrainedModel):
         raise PissaError(f"{type(plain).__name__} is no transformers model; export_lora works for any module")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..checkpoint.hub import first_line
-from ..checkpoint.read import check_model_directory
+from ..checkpoint.source.hub import first_line
+from ..checkpoint.source.load import check_model_directory
 from ..errors import CheckpointError
 
 

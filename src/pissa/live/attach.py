@@ -16,23 +16,13 @@ from ..errors import PissaError
 from ..quantize.formats import Packed
 from .adalora import layer_scale
 from .conversion import settle_names
-from .guards import guard
 from .identity import base_sample
 from .layers import combine_each
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import bitsandbytes_config, declare_quantized, quantized_layer
 from .record import AdaptationRecord
 from .runtime import keep_slow_path
-from .state import (
-    INITIAL,
-    TRAINABLE,
-    adapter_layers,
-    base_layer,
-    place_at,
-    set_factors,
-    set_magnitude,
-    set_marks,
-)
+from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_magnitude, set_marks
 from .ties import declare_untied, shared_weights
 from .tokens import fill_tokens
 from .undo import undone_on_failure
@@ -140,7 +130,6 @@ def _attach(
     adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
         None, {}, shared, ties, tied_before, trainable, quantized=bool(packed), base=base
     )
-    guard(adapted)
     return adapted
 
 

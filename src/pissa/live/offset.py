@@ -180,3 +180,13 @@ def _put_back(optimizer: Optimizer, *_: Any) -> None:
                 setattr(parameter, PUT_BACK, True)
                 dimension, stacks, values = getattr(parameter, FROZEN)
                 second_half(parameter, dimension, stacks).copy_(values)
+
+
+def freeze_ahead(model: PeftModel, adapter: str) -> None:
+    """Keep an offset adapter's second half as it is from the moment the adapter is trained."""
+    held = [(p, p.requires_grad) for name, p in model.named_parameters() if f".{adapter}." in name]
+    for parameter, _ in held:
+        parameter.requires_grad_(True)  # torch hooks no others
+    freeze_second_halves(model, adapter)
+    for parameter, flag in held:
+        parameter.requires_grad_(flag)

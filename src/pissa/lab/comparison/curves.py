@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..report import LAST, final_loss
+from ..demo.report import LAST, final_loss
 from .verdict import finished
 
 POINTS = 24

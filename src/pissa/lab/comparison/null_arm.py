@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ...evaluate.intervals import wilson
-from ..statistics import Estimate, difference_moments, holm
+from ...evaluation.intervals import wilson
+from .statistics import Estimate, difference_moments, holm
 from .verdict import ERROR, FEWEST_SEEDS, METRICS, Metric, cautious, finished, outcomes
 
 RESAMPLES = 1000

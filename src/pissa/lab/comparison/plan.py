@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ...errors import ConfigError
-from ...train.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
+from ...training.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
 from .search import FIRST
 
 MOST_SEARCH_RUNS = 12

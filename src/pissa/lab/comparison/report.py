@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.write import output_files
+from ...checkpoint.disk.write import output_files
 from ...errors import MissingExtraError
 from .drawing import png, svg
 from .page import Page, page_of

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ...checkpoint.manifest import hardware, package_versions
-from ...checkpoint.read import check_model_directory, load_base, load_tokenizer
-from ...checkpoint.write import explained, locked, write_json
+from ...checkpoint.disk.write import explained, locked, write_json
+from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from ...errors import ConfigError, Interrupted, MissingExtraError, OutputError
-from ...train.directory import absolute
-from ...train.engine import process_count, storage_dtype
-from ...train.progress import make_progress
-from ...train.run import quieten
+from ...provenance import hardware, package_versions
+from ...training.directory import absolute
+from ...training.engine import process_count, storage_dtype
+from ...training.progress import make_progress
+from ...training.run import quieten
 from .continuation import record_to_keep
 from .plan import Plan
 from .record import ComparisonDirectory, assemble, chosen_rate, losses_of

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ...calibrate.text import texts_of
+from ...data.text import texts_of
 from ...errors import DataError
-from ...evaluate.loss import HeldOutLoss, held_out_loss
-from ...evaluate.perplexity import perplexity
+from ...evaluation.loss import HeldOutLoss, held_out_loss
+from ...evaluation.perplexity import perplexity
 from ...live.state import is_offset
-from ...train.recipe import Recipe
+from ...training.recipe import Recipe
 from .plan import Plan
 from .solve import Solver, make_solver
 from .task import Task

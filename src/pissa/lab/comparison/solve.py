@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...evaluate.task import Options
-from ...evaluate.task import Task as EvaluationTask
-from ...evaluate.tasks import find_task
+from ...evaluation.task import Options
+from ...evaluation.task import Task as EvaluationTask
+from ...evaluation.tasks.registry import find_task
 from .plan import Plan
 from .task import Task
 

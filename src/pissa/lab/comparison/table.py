@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..statistics import Estimate, mean, mean_over_seeds, share_interval
 from .curves import final_losses, steps_to_loss
+from .statistics import Estimate, mean, mean_over_seeds, share_interval
 from .verdict import METRICS, finished, outcomes, reference_of
 
 MISSING = "–"

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.read import read_examples
+from ...data.rows import Example, row_of
 from ...errors import DataError
-from ...evaluate.answers import extract_answer
-from ...train.data import read_examples
-from ...train.rows import Example, row_of
+from ...evaluation.tasks.answers import extract_answer
 from .plan import Plan
 
 Row = dict[str, Any]

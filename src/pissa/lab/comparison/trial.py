@@ -1,4 +1,4 @@
-"""One run of a comparison: trained by `pissa.train.run.train`, scored, recorded, its weights removed.
+"""One run of a comparison: trained by `pissa.training.run.train`, scored, recorded, its weights removed.
 
 The run's directory is the ordinary one of a run, with trial.json beside results.json, written when all is measured.
 A run that diverged is a result too: it has a trial.json that says so, and the losses up to there.
@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 from rich.progress import Progress
 
-from ...checkpoint.read import load_base
-from ...checkpoint.write import write_json
+from ...checkpoint.disk.write import write_json
+from ...checkpoint.source.load import load_base
 from ...errors import TrainingError
-from ...train.directory import RunDirectory
-from ...train.engine import storage_dtype, training_arguments
-from ...train.prepare import prepare
-from ...train.progress import read_log
-from ...train.recipe import Recipe
-from ...train.run import RunResult, train
+from ...training.directory import RunDirectory
+from ...training.engine import storage_dtype, training_arguments
+from ...training.prepare import prepare
+from ...training.progress import read_log
+from ...training.recipe import Recipe
+from ...training.run import RunResult, train
 from ..memory import peak_gib, start_peak
 from .score import Scorer
 from .watch import Watch, curve_of, curve_steps, finite, seconds_of

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError
-from ...train.recipe import QUANTIZED_METHODS
-from ..statistics import Estimate, difference, holm, mcnemar
+from ...training.recipe import QUANTIZED_METHODS
+from .statistics import Estimate, difference, holm, mcnemar
 
 ERROR = 0.05
 """Greatest probability of one or more false calls."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...train.progress import keep_up_to, read_log
+from ...training.progress import keep_up_to, read_log
 
 
 class Watch(TrainerCallback):

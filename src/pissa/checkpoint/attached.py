@@ -1,0 +1,100 @@
+"""A saved adapter back on its base, exactly as it was; nothing is decomposed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..live.attach import attach, attach_offset
+from ..live.identity import is_other_base
+from ..live.quantized import keep_unpacked, quantized_layers
+from ..live.state import (
+    TRAINABLE,
+    is_marked_offset,
+)
+from .read import SavedAdapter, base_place, fitted, read_adapter
+from .residual import SavedResidual
+from .source.load import load_base
+
+
+def attach_saved(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | nn.Module | None = None,
+    *,
+    is_trainable: bool = False,
+) -> PeftModel:
+    """An adapted model as it was saved, at any step; nothing is decomposed.
+
+    Args:
+        path: a run's directory, a checkpoint inside it, an export, or what `model.save_pretrained` wrote; a hub id.
+        base: the base model (it is changed, as by `adapt`), its directory or hub id; None for the one recorded.
+        is_trainable: whether adapter "default" is to be trained further.
+
+    Returns:
+        The adapted model: adapter "default" as trained, and `pissa_init` where the method has one.
+
+    Raises:
+        CheckpointError: the adapter or the base is missing, incomplete, or they do not fit each other.
+    """
+    saved = read_adapter(path)
+    model, residual = _base_or_residual(path, saved, base)
+    adapters = fitted(path, saved, model)
+    if residual is None and is_other_base(saved.sample, model, adapters):
+        raise CheckpointError(
+            f"{path} was trained on another base than the one given: shapes agree, values do not; load it on "
+            f"{saved.base or 'the model that it was adapted from'}"
+        )
+    has_initial = any(factors.A0 is not None for factors in adapters.values())
+    in_few_bits = any(name in adapters for name in quantized_layers(model))
+    offset = has_initial and residual is None and (is_marked_offset(saved.config) or in_few_bits)
+    trained = {name: _tensors(f.A, f.B, f.E) for name, f in adapters.items()}
+    initial = {
+        name: _tensors(f.A0, f.B0, f.E0) if f.A0 is not None and f.B0 is not None else trained[name]
+        for name, f in adapters.items()
+    }
+    magnitudes = {name: f.magnitude for name, f in adapters.items() if f.magnitude is not None}
+    attach_placed = attach_offset if offset else attach
+    adapted = attach_placed(
+        model,
+        saved.config,
+        initial,
+        subtract=has_initial,
+        trained=trained,
+        magnitudes=magnitudes or None,
+        ready=residual is not None,
+    )
+    record: Any = adapted.pissa
+    record.method = saved.method
+    if residual is not None:
+        record.base, record.residual, record.quantized = residual.base, str(residual.path), in_few_bits
+        record.certificates = residual.certificates
+    if saved.others:
+        _load_others(adapted, saved.others)
+    if not is_trainable:
+        adapted.requires_grad_(False)
+    return adapted
+
+
+def _tensors(*factors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(factor for factor in factors if factor is not None)
+
+
+def _base_or_residual(
+    path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | nn.Module | None
+) -> tuple[Any, SavedResidual | None]:
+    """The model to attach an adapter to, and where it is the residual already, what its directory says."""
+    given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
+    place, residual = base_place(path, saved, given)
+    model: Any = load_base(place) if base is None or isinstance(base, str | os.PathLike) else base
+    keep_unpacked(model)
+    return model, residual
+
+
+def _load_others(model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, tensors, adapter_name=TRAINABLE)

@@ -1,0 +1,201 @@
+"""The header of a safetensors file, read as if an enemy had written it.
+
+A file is 8 bytes of length, a JSON header (tensor name -> dtype, shape, two data offsets) and the data, which the
+tensors must fill without a gap, an overlap or a byte to spare. Everything the header says is held against the size of
+the file before anything is allocated, so what it claims can cost no memory. It is stricter than the safetensors library
+where JSON leaves two readings: a name that occurs twice, or a field that the format does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ...errors import CheckpointError
+
+LARGEST_JSON = 1 << 25
+"""Bytes of JSON that are parsed at most: parsing takes up to 24 times as much memory. 32 MiB name 200,000 tensors."""
+DEEPEST_SHAPE = 64
+"""Dimensions that a torch tensor can have."""
+DAMAGED = "the file is damaged, or was not made by safetensors; download it again"
+
+# Format's name -> bits of an element and torch's dtype, where it has one. F4 packs two elements into one of torch's.
+KINDS: dict[str, tuple[int, torch.dtype | None]] = {
+    "BOOL": (8, torch.bool),
+    "F4": (4, torch.float4_e2m1fn_x2),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "U8": (8, torch.uint8),
+    "I8": (8, torch.int8),
+    "F8_E5M2": (8, torch.float8_e5m2),
+    "F8_E4M3": (8, torch.float8_e4m3fn),
+    "F8_E8M0": (8, torch.float8_e8m0fnu),
+    "F8_E4M3FNUZ": (8, torch.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": (8, torch.float8_e5m2fnuz),
+    "I16": (16, torch.int16),
+    "U16": (16, torch.uint16),
+    "F16": (16, torch.float16),
+    "BF16": (16, torch.bfloat16),
+    "I32": (32, torch.int32),
+    "U32": (32, torch.uint32),
+    "F32": (32, torch.float32),
+    "C64": (64, torch.complex64),
+    "F64": (64, torch.float64),
+    "I64": (64, torch.int64),
+    "U64": (64, torch.uint64),
+}
+KIND_OF = {dtype: kind for kind, (_, dtype) in KINDS.items() if dtype is not None}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies and what it is."""
+
+    kind: str
+    """The format's name of the element type, as it stands in a header: "BF16"."""
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+    """Of its first byte, from the beginning of the file."""
+    stride: tuple[int, ...] | None = None
+    """In elements, of a tensor in a pickle that is not stored row by row; None for any other."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """torch's element type; None for the 6-bit kinds, which torch does not have."""
+        return KINDS[self.kind][1]
+
+
+def read_header(descriptor: int, file: Path, size: int) -> dict[str, Entry]:
+    """The tensors of a safetensors file, by name, in the order in which they lie.
+
+    Args:
+        descriptor: of the open file.
+        file: its name, for the entries and for messages.
+        size: its size in bytes.
+
+    Raises:
+        CheckpointError: it is not a whole safetensors file, to the byte.
+    """
+    prefix = os.pread(descriptor, 8, 0)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{file} has {size} bytes, too few for a safetensors file; download it again")
+    length = int.from_bytes(prefix, "little")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file: its header claims {length:,} bytes, the file has {size:,}; "
+            "download it again"
+        )
+    if length > LARGEST_JSON:
+        raise CheckpointError(f"{file}: its header is {length:,} bytes; at most {LARGEST_JSON:,} are read")
+    text = os.pread(descriptor, length, 8)
+    if len(text) < length:
+        raise CheckpointError(f"{file} was shortened while it was read; download it again")
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{file}: its header does not begin with an object; {DAMAGED}")
+    document = parse_json(text, file, integers_only=True)
+    _check_metadata(document.pop("__metadata__", {}), file)
+    entries = {name: _entry(name, info, file, 8 + length) for name, info in document.items()}
+    return _check_cover(entries, file, 8 + length, size)
+
+
+def parse_json(text: bytes, file: Path, *, integers_only: bool = False) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice.
+
+    Args:
+        text: UTF-8.
+        file: where it is from, for messages.
+        integers_only: whether any number but a non-negative integer below 2^64 is refused.
+
+    Raises:
+        CheckpointError: it is not that.
+    """
+    number: dict[str, Any] = {"parse_int": _natural, "parse_float": _refuse, "parse_constant": _refuse}
+    try:
+        document = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_without_duplicates, **(number if integers_only else {})
+        )
+    except RecursionError as error:
+        raise CheckpointError(f"{file} is nested too deeply; {DAMAGED}") from error
+    except (ValueError, MemoryError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {' '.join(str(error).split())[:200]}; {DAMAGED}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(document).__name__} instead of an object; {DAMAGED}")
+    return document
+
+
+def _entry(name: str, info: Any, file: Path, start: int) -> Entry:
+    """One tensor's entry, checked as far as it can be alone."""
+    what = f"{file}: tensor {name[:200]!r}"
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{what} is not described by dtype, shape and data_offsets; {DAMAGED}")
+    kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise CheckpointError(f"{what} is of type {str(kind)[:50]!r}; the format has {', '.join(KINDS)}")
+    if not _are_sizes(shape) or len(shape) > DEEPEST_SHAPE or math.prod(side or 1 for side in shape) >= 1 << 63:
+        raise CheckpointError(f"{what} has the shape {str(shape)[:80]}; {DAMAGED}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{what} has the offsets {str(offsets)[:80]}; {DAMAGED}")
+    bits, nbytes = math.prod(shape) * KINDS[kind][0], offsets[1] - offsets[0]
+    if bits != 8 * nbytes:
+        raise CheckpointError(
+            f"{what}, {kind} of shape {tuple(shape)}, needs {-(-bits // 8):,} bytes and is given {nbytes:,}; {DAMAGED}"
+        )
+    return Entry(kind, tuple(shape), nbytes, file, start + offsets[0])
+
+
+def _check_cover(entries: dict[str, Entry], file: Path, start: int, size: int) -> dict[str, Entry]:
+    """The entries in the order of their offsets.
+
+    Raises:
+        CheckpointError: they overlap, leave a gap, end beyond the file or before its end.
+    """
+    ordered = sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+    end = start
+    for name, entry in ordered:
+        if entry.offset != end:
+            how = "overlaps the one before it" if entry.offset < end else "leaves a gap before it"
+            raise CheckpointError(f"{file}: tensor {name[:200]!r} {how}, at byte {entry.offset:,}; {DAMAGED}")
+        end += entry.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{file} is not whole: its header describes {end:,} bytes, the file has {size:,}; download it again"
+        )
+    return dict(ordered)
+
+
+def _check_metadata(metadata: Any, file: Path) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: __metadata__ is no object of texts; {DAMAGED}")
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def _natural(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 20 or int(digits) >= 1 << 64:
+        _refuse(digits)
+    return int(digits)
+
+
+def _refuse(token: str) -> NoReturn:
+    raise ValueError(f"{token[:40]} is no size")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        text.encode()  # half of a surrogate pair is a ValueError here, and would be a crash wherever it is written
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice[:200]!r} occurs twice")
+    return document

@@ -1,0 +1,109 @@
+"""What is finished, for whoever continues: one file of JSON lines per process, appended after the data is on the disk.
+
+A line counts only when it is whole and carries the right digest of itself, so a line that a crash tore is as if it had
+not been written. Each process holds a lock on its own journal for as long as it lives: a second run of the same command
+is refused, and the others of a run notice one that died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ...errors import OutputError
+from .write import locked
+
+NAME = "journal-{}.jsonl"
+DIGEST_LENGTH = 16
+
+
+class Journal:
+    """A process's own journal, open for appending."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        """Open or make it, and cut off what a crash left unfinished.
+
+        Raises:
+            OutputError: another process holds it.
+        """
+        self.path = directory / NAME.format(rank)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        if not locked(self._descriptor):
+            os.close(self._descriptor)
+            raise OutputError(
+                f"another process is writing into {directory.parent}; wait for it, or name another directory"
+            )
+        os.ftruncate(self._descriptor, sum(len(line) for line in _whole_lines(self.path)))
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add records and flush them to the disk."""
+        text = b"".join(map(_line, records))
+        while text:
+            text = text[os.write(self._descriptor, text) :]
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the journal and its lock."""
+        os.close(self._descriptor)
+
+
+def read_journals(directory: Path) -> list[dict[str, Any]]:
+    """Every whole record of every process, in no particular order."""
+    records = []
+    for path in sorted(directory.glob(NAME.format("*"))):
+        records += map(_record, _whole_lines(path))
+    return records
+
+
+def forget(directory: Path, tensors: set[str]) -> None:
+    """Drop, from every journal, the records of tasks that wrote one of these tensors; nobody may be appending."""
+    for path in sorted(directory.glob(NAME.format("*"))):
+        lines = _whole_lines(path)
+        kept = [line for line in lines if not tensors & {*_record(line).get("tensors", {})}]
+        if len(kept) != len(lines):
+            # in place, because its lock may be held by this very process
+            with path.open("r+b") as stream:
+                stream.write(b"".join(kept))
+                stream.truncate()
+                stream.flush()
+                os.fsync(stream.fileno())
+
+
+def is_held(directory: Path, rank: int) -> bool:
+    """Whether the process of this rank lives and holds its journal, or has taken it away, which is the last it does."""
+    try:
+        descriptor = os.open(directory / NAME.format(rank), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        return not locked(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    return json.loads(line[DIGEST_LENGTH + 1 :])
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    return _digest(text) + b" " + text + b"\n"
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:DIGEST_LENGTH].encode()
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines up to the first that is torn or damaged."""
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        digest, text = line[:DIGEST_LENGTH], line[DIGEST_LENGTH + 1 : -1]
+        if not line.endswith(b"\n") or digest != _digest(text):
+            break
+        lines.append(line)
+    return lines

@@ -1,0 +1,195 @@
+"""Files appear whole or not at all.
+
+Everything is written under a temporary name beside its destination, flushed to the disk and renamed. Whoever reads
+while we write, or after we were killed, sees the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import OutputError
+
+TEMPORARY_PREFIX = ".pissa-partial-"
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary directory that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: `out` already holds something, or cannot be written (disk full, no permission, no directory).
+    """
+    out = Path(out)
+    check_free(out)
+    out = Path(os.path.realpath(out))  # a link to an empty directory keeps pointing there
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out.parent))
+    try:
+        with explained(out):
+            yield partial
+            flush_tree(partial)
+            if out.exists():
+                out.rmdir()
+            os.chmod(partial, 0o777 & ~_umask())
+            partial.replace(out)
+            flush(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def output_files(out: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
+    """A temporary directory whose files are moved into the existing directory `out` when the block ends well.
+
+    Each file replaces its namesake in one step; the file named `last`, without which no reader accepts the
+    others, is taken away first and comes last, so that a mixture of old and new is never readable.
+    """
+    out = Path(out)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out))
+    try:
+        with explained(out):
+            yield partial
+            flush_tree(partial)
+            (out / last).unlink(missing_ok=True)
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
+                os.chmod(file, 0o666 & ~_umask())
+                file.replace(out / file.name)
+            flush(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def output_file(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path whose file becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"{out} already exists; name a new file, or remove it first")
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=out.parent))
+    try:
+        with explained(out):
+            yield partial / out.name
+            flush(partial / out.name)
+            os.chmod(partial / out.name, 0o666 & ~_umask())
+            os.replace(partial / out.name, out)
+            flush(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document, whole or not at all."""
+    with explained(path):
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=2, sort_keys=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def check_free(out: str | os.PathLike[str]) -> None:
+    """Refuse an output directory that already holds something.
+
+    Raises:
+        OutputError: `out` is a file or a directory with content.
+    """
+    out = Path(out)
+    with explained(out):
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken:
+        raise OutputError(f"{out} already holds something; name a new or empty directory, or remove it first")
+
+
+def durable_rename(partial: Path, final: Path) -> None:
+    """Flush a directory and everything in it to the disk, then give it its name, in place of an older one."""
+    flush_tree(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)
+    flush(final.parent)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system says of a full, read-only or forbidden disk into one clear line.
+
+    Raises:
+        OutputError: in place of such an error; any other passes as it is.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors wraps the system's error in one of its own that has no errno
+        if full or "No space left on device" in str(error):
+            raise OutputError(
+                f"the disk that holds {path} is full; make room and run the same command again"
+            ) from error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise OutputError(f"{path} cannot be written: {error.strerror}; choose another directory") from error
+        raise
+
+
+def locked(descriptor: int) -> bool:
+    """Take the lock that ends with the process; True also where the system or the file system has none."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def flush_tree(directory: Path) -> None:
+    """Flush a directory and everything in it to the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,69 @@
+"""A model's directory, from a path or from a hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ...errors import CheckpointError
+from .files import COPIED_NAMES, COPIED_SUFFIXES
+
+SMALL_FILES = [f"*{suffix}" for suffix in COPIED_SUFFIXES] + list(COPIED_NAMES)
+
+
+def local_directory(model: str | os.PathLike[str]) -> Path:
+    """A model's directory; of a hub id, that in the hub's cache, into which what is not there yet is downloaded.
+
+    Safetensors are taken where the model has them, its pickles where it has not.
+
+    Raises:
+        CheckpointError: there is no such directory or model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; give the directory that holds config.json and the weights")
+    if looks_like_path(model):
+        raise CheckpointError(f"{model} does not exist; give a model's directory or a hub id such as org/name")
+    snapshot = _download(os.fspath(model), "model*.safetensors")
+    if not any((snapshot / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        snapshot = _download(os.fspath(model), "pytorch_model*.bin")
+    return snapshot
+
+
+def adapter_directory(adapter: str | os.PathLike[str]) -> Path:
+    """An adapter's directory; of a hub id, that in the hub's cache, with the residual where one lies beside it.
+
+    Raises:
+        CheckpointError: there is no such directory or repository.
+    """
+    path = Path(adapter)
+    if path.is_dir():
+        return path
+    if path.exists() or looks_like_path(adapter):
+        raise CheckpointError(f"{adapter} is not a directory; give a run, a PEFT adapter directory, or a hub id")
+    return _download(os.fspath(adapter), "*.safetensors")
+
+
+def looks_like_path(source: str | os.PathLike[str]) -> bool:
+    """Whether a source can only be a path: hub ids are `name` or `org/name`."""
+    text = os.fspath(source)
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message as one line."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _download(model: str, weights: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, weights]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"there is no directory {model}, and as a hub id it cannot be loaded: {first_line(error)}"
+        ) from error

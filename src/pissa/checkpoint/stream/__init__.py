@@ -1,0 +1,1 @@
+"""A checkpoint split, verified or merged without ever being in memory."""

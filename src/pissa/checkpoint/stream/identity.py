@@ -1,0 +1,100 @@
+"""What a run is: its command, its base and the versions of what computes. Only the very same one is continued.
+
+A base is told by its configuration, its tensors' names, kinds and places, and its files' sizes, all of which cost
+nothing to read. Where a file was touched since, what was made of it is held against it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...config import PissaConfig
+from ...errors import CheckpointError
+from ...provenance import package_versions
+from ..source.tensors import Source
+from .plan import Task
+
+
+def identity(source: str | os.PathLike[str], base: Source, config: PissaConfig, dtype: str | None) -> dict[str, Any]:
+    """All that has to be the same for a run to be continued, as JSON has it."""
+    document = {
+        "base": str(Path(source).absolute()) if Path(source).is_dir() else str(source),
+        "config": asdict(config),
+        "dtype": dtype,
+        "base_files": describe_base(base),
+        "versions": package_versions(),
+    }
+    return json.loads(json.dumps(document))
+
+
+def describe_base(source: Source) -> dict[str, Any]:
+    """What tells one base from another without reading its weights."""
+    files = sorted({entry.file for entry in source.entries.values()})
+    entries = {n: [e.kind, list(e.shape), e.file.name, e.offset] for n, e in source.entries.items()}
+    return {
+        "sizes": {file.name: os.stat(file).st_size for file in files},
+        "config": _digest(source.config),
+        "tensors": _digest(entries),
+        "others": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in source.others},
+    }
+
+
+def modification_times(source: Source) -> dict[str, int]:
+    """The base's files -> when each was changed last, in nanoseconds."""
+    return {file.name: os.stat(file).st_mtime_ns for file in {entry.file for entry in source.entries.values()}}
+
+
+def check_base_unchanged(
+    source: Source, tasks: Iterable[Task], done: Mapping[str, dict[str, Any]], before: Mapping[str, int]
+) -> None:
+    """Read again what was split or copied, where its file was touched since.
+
+    Args:
+        done: task -> its record.
+        before: the base's files -> when each had been changed last as the run began.
+
+    Raises:
+        CheckpointError: naming tensors that are not what they were.
+    """
+    touched = {name for name, time in modification_times(source).items() if before.get(name) != time}
+    changed = []
+    for task in tasks:
+        if task.name not in done:
+            continue
+        for name in (name for name in task.sources if source.entries[name].file.name in touched):
+            digest = hashlib.sha256()
+            for chunk in source.chunks(name):
+                digest.update(chunk)
+            if digest.hexdigest() != done[task.name]["base"][name]:
+                changed.append(name)
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise CheckpointError(
+            f"{source.path} was changed since the run began: {', '.join(changed[:5])}{more}; put the old files back, "
+            "or name another directory"
+        )
+
+
+def differences(before: Any, now: Any, where: str = "") -> Iterable[str]:
+    """What differs between two runs' identities, for people; what only the first one notes does not count."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if key != "times":
+                yield from differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+    elif before != now:
+        yield f"{where}: {_short(before)} then, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:20]}…{text[-37:]}"
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""One task of a plan: a tensor of the base is read and split, or copied, and what it becomes is written.
+
+The record of a task says everything that the manifest will: digests of what was read and written, and the certificate.
+Neither time nor thread nor machine is in it, so that equal work leaves equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...decompose.certificate import worst
+from ...errors import WeightError
+from ...live.splits import weights_of
+from ...split import Split, split_weight
+from ..disk.layout import raw_bytes
+from ..disk.outputs import Outputs
+from ..factors import PREFIX
+from ..source.tensors import Source
+from .fused import fused
+from .plan import Task, packed_parts
+
+Record = dict[str, Any]
+
+
+def do(
+    task: Task, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
+) -> Record:
+    """Carry a task out.
+
+    Args:
+        task: what to do.
+        model: the base without its weights.
+        source: the base.
+        outputs: where the result goes.
+        computing: held while the processor is needed, so that others can read and write meanwhile.
+
+    Returns:
+        The task's name, the sha256 of each tensor of the base and of each one written, and the certificate of a split.
+
+    Raises:
+        WeightError, CheckpointError: the weight cannot be split or read.
+        OSError: it cannot be written.
+    """
+    return _copy(task, source, outputs) if task.target is None else _split(task, model, source, outputs, computing)
+
+
+def _split(
+    task: Task, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
+) -> Record:
+    assert task.config is not None and task.target is not None
+    weight, digests = read_weight(task.sources, task.dtype, model, source)
+    with computing:
+        weights = weights_of(task.target, task.target.kind.matrices(weight), task.config)
+        del weight
+        splits = [split_weight(each.W, each.config, name=each.name) for each in weights]
+        del weights
+        tensors = _tensors(task, splits)
+    written = {name: outputs.write(name, tensor) for name, tensor in tensors.items()}
+    certified = worst([split.certificate for split in splits])
+    certificate = {key: value for key, value in asdict(certified).items() if key != "seconds"}
+    return {"task": task.name, "base": digests, "tensors": written, "certificate": certificate}
+
+
+def read_weight(
+    names: Sequence[str], dtype: torch.dtype | None, model: PreTrainedModel, source: Source
+) -> tuple[Tensor, dict[str, str]]:
+    """A parameter in a dtype (None: its own), from one tensor or several, and the sha256 of each as it is stored."""
+    digests, tensors = {}, {}
+    for name in names:
+        stored = source.read(name)
+        digests[name] = hashlib.sha256(raw_bytes(stored)).hexdigest()
+        tensors[name] = stored if dtype is None else stored.to(dtype)
+    return (tensors[names[0]] if len(names) == 1 else fused(model, tensors)), digests
+
+
+def _tensors(task: Task, splits: Sequence[Split]) -> dict[str, Tensor]:
+    """What a split leaves on the disk, in the places that the plan has for it."""
+    assert task.target is not None and task.layout is not None and task.config is not None
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([*tensors]) if task.target is not None and task.target.is_stack else tensors[0]
+
+    tensors: dict[str, Tensor] = {}
+    if splits[0].packed is not None:
+        tensors |= packed_parts(task.target.module, task.name, splits[0].packed)
+    else:
+        residual = joined([split.residual for split in splits])
+        tensors[task.target.weight_key] = task.target.kind.stored(residual, task.target.place.shape)
+    if not task.config.starts_at_zero:
+        factors = joined([split.A for split in splits]), joined([split.B for split in splits])
+        tensors |= {f"{PREFIX}{key}": t.contiguous() for key, t in task.layout.tensors(*factors).items()}
+    assert tensors.keys() == task.outputs.keys()
+    assert all(tuple(tensor.shape) == task.outputs[name].shape for name, tensor in tensors.items())
+    return tensors
+
+
+def _copy(task: Task, source: Source, outputs: Outputs) -> Record:
+    """Piece by piece, so that no embedding is ever whole in memory."""
+    ((name, _),), (kept,) = task.outputs.items(), task.sources
+    stored = source.entries[kept].dtype
+    read, written = hashlib.sha256(), hashlib.sha256()
+    done = 0
+    for chunk in source.chunks(kept):
+        read.update(chunk)
+        data = chunk
+        if task.dtype is not None:
+            assert stored is not None
+            data = converted(chunk, stored, task, name)
+        written.update(data)
+        outputs.put(name, done, data)
+        done += len(data)
+    return {"task": task.name, "base": {kept: read.hexdigest()}, "tensors": {name: written.hexdigest()}}
+
+
+def converted(chunk: bytes | memoryview, stored: torch.dtype, task: Task, name: str) -> memoryview:
+    """A piece of a tensor in the task's dtype."""
+    assert task.dtype is not None
+    values = torch.frombuffer(chunk, dtype=stored)
+    result = values.to(task.dtype)
+    if bool((result.isinf() & values.isfinite()).any()):
+        raise WeightError(f"{name} does not fit into {task.dtype}; use a wider --dtype")
+    return raw_bytes(result)

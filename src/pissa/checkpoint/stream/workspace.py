@@ -1,0 +1,276 @@
+"""The directory while it is being made, and the step in which it becomes a model.
+
+Everything lies in OUT/.pissa-init/ until it is whole: the preallocated shards, the journals and `run.json`, which says
+what run it is. Nothing in OUT itself can be loaded before that. Then `pissa.json` is written beside the shards, which
+seals them, and all files move up, the manifest last. A crash between two moves leaves a sealed rest that the same
+command moves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config import PissaConfig
+from ...errors import OutputError
+from ...live.state import INITIAL
+from ..card import CARD, residual_card
+from ..disk.journal import forget, read_journals
+from ..disk.layout import INDEX, FileLayout
+from ..disk.write import explained, flush, flush_tree, write_json
+from ..manifest import MANIFEST, read_manifest
+from ..residual import RESIDUAL, certificate_of
+from ..seal import plain_file, tensor_file, write_sealed
+from ..source.tensors import Source
+from .identity import check_base_unchanged, differences, modification_times
+from .plan import Plan, Task
+
+WORK = ".pissa-init"
+RUN = "run.json"
+MARGIN = 64 << 20
+"""Bytes that the small files and the journals may take."""
+LAST = (INDEX, "config.json", MANIFEST)
+"""What makes a directory loadable comes last, in this order."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """An output directory in the making."""
+
+    out: Path
+    """Where the model will be."""
+    identity: dict[str, Any]
+    """What run this is: command, base, versions."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is until then."""
+        return self.out / WORK
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether everything is made and only has to be moved."""
+        return (self.path / MANIFEST).is_file()
+
+    def finished(self) -> dict[str, Any] | None:
+        """The manifest, where this very run is finished already; None where there is work to do.
+
+        Raises:
+            OutputError: the directory holds something else, or another run.
+        """
+        with explained(self.out):
+            if self.out.exists() and not self.out.is_dir():
+                raise OutputError(f"{self.out} is a file; name a directory")
+            there = sorted(child.name for child in self.out.iterdir()) if self.out.exists() else []
+            manifest = read_manifest(self.out) if MANIFEST in there else None
+            if manifest is not None and "run" in manifest:  # it is moved last
+                self._check_same(manifest["run"])
+                self._check_sizes(manifest)
+                shutil.rmtree(self.path, ignore_errors=True)
+                return manifest
+            if (self.path / RUN).is_file():
+                self._check_same(_read_run(self.path / RUN))
+            foreign = [name for name in there if name != WORK]
+            if foreign and not self.is_sealed:
+                raise OutputError(
+                    f"{self.out} already holds something ({', '.join(foreign[:5])}); name a new or empty directory, or "
+                    "remove it first"
+                )
+        return None
+
+    def make(self) -> Path:
+        """Make the work directory, if need be."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path
+
+    def discard_unbegun(self) -> None:
+        """Take the work directory away where nothing was begun in it."""
+        if self.path.is_dir() and not (self.path / RUN).is_file() and not self.is_sealed:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):
+                self.out.rmdir()
+
+    def prepare(self, plan: Plan, source: Source) -> None:
+        """Make the files, or check those of an earlier run and the base that it read.
+
+        Raises:
+            OutputError: the disk has no room.
+            CheckpointError: the base was changed since the run began.
+        """
+        self._check_room(plan)
+        if (self.path / RUN).is_file():
+            check_base_unchanged(source, plan.tasks, self.finished_tasks(plan), _read_run(self.path / RUN)["times"])
+        broken = [file for file in plan.files if not _is_intact(self.path / file.name, file)]
+        if broken:
+            forget(self.path, {tensor for file in broken for tensor in file.offsets})
+        for file in broken:
+            (self.path / file.name).unlink(missing_ok=True)
+            file.allocate(self.path)
+        if not (self.path / RUN).is_file():
+            flush_tree(self.path)
+            write_json(self.path / RUN, {**self.identity, "times": modification_times(source)})
+            flush(self.path)
+            flush(self.out)
+            flush(self.out.parent)
+
+    def finished_tasks(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        """What is finished: task -> its record."""
+        tasks = {task.name: task for task in plan.tasks}
+        done = {}
+        for record in read_journals(self.path):
+            task, tensors = tasks.get(str(record.get("task"))), record.get("tensors")
+            if task is not None and isinstance(tensors, dict) and tensors.keys() == task.outputs.keys():
+                done[task.name] = record
+        return done
+
+    def seal(self, plan: Plan, source: Source) -> None:
+        """Write the small files, and the manifest, which says that all is there."""
+        if self.is_sealed:
+            return
+        done = self.finished_tasks(plan)
+        missing = [task.name for task in plan.tasks if task.name not in done]
+        assert not missing, f"not done: {missing}"
+        digests = {name: digest for record in done.values() for name, digest in record["tensors"].items()}
+        files = {file.name: tensor_file(file, digests) for file in plan.files}
+        small = {file.relative_to(source.path).as_posix(): file.read_bytes() for file in source.others}
+        small |= {name: text.encode() for name, text in plan.documents.items()}
+        small[CARD] = self._card(plan, done).encode()
+        for name, data in sorted(small.items()):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_bytes(data)
+            files[name] = plain_file(self.path / name)
+        flush_tree(self.path)
+        write_sealed(self.path / MANIFEST, self._manifest(plan, source, done, files))
+
+    def publish(self) -> None:
+        """Move everything up, what makes it loadable last, and take the work directory away."""
+        names = [*(read_manifest(self.path) or {})["files"], MANIFEST]
+        left = [name for name in names if (self.path / name).is_file()]
+        for name in sorted(left, key=lambda name: LAST.index(name) if name in LAST else -1):
+            if name in LAST:
+                flush(self.out)
+            target = self.out / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path / name, target)
+            flush(target.parent)
+        shutil.rmtree(self.path)
+        flush(self.out)
+
+    def _card(self, plan: Plan, done: dict[str, dict[str, Any]]) -> str:
+        config = _config(plan)
+        found = {task.name: done[task.name]["certificate"] for task in plan.tasks if task.config is not None}
+        certificates = {name: certificate_of(certificate) for name, certificate in sorted(found.items())}
+        initial = None if config.starts_at_zero else INITIAL
+        return residual_card(
+            self.identity["base"], config.title, self.identity["config"]["rank"], certificates, initial
+        )
+
+    def _manifest(
+        self, plan: Plan, source: Source, done: dict[str, dict[str, Any]], files: dict[str, Any]
+    ) -> dict[str, Any]:
+        modules, tensors, copies = {}, {}, {}
+        for task in sorted(plan.tasks, key=lambda task: task.name):
+            record = done[task.name]
+            for name in task.sources:
+                entry = source.entries[name]
+                tensors[name] = {"dtype": entry.kind, "shape": list(entry.shape), "sha256": record["base"][name]}
+            if task.target is None or task.layout is None or task.config is None:
+                copies |= dict.fromkeys(task.outputs, task.sources[0])
+            else:
+                rank, alpha = task.target.rank, task.target.alpha
+                modules[task.name] = {
+                    "tensors": [*task.sources],
+                    "dtype": str(task.dtype).removeprefix("torch."),
+                    "rank": rank,
+                    "scale": task.config.scale(rank, alpha),
+                    **_place(task),
+                    **record["certificate"],
+                }
+        return {
+            "layout": RESIDUAL,
+            "base": self.identity["base"],
+            "method": _config(plan).title,
+            "config": self.identity["config"],
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "threads_per_matrix": 1,
+            "modules": modules,
+            "copies": copies,
+            "base_tensors": tensors,
+            "files": files,
+            "run": self.identity,
+            "versions": self.identity["versions"],
+        }
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        changed = list(differences(before, self.identity))
+        if changed:
+            more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
+            raise OutputError(
+                f"{self.out} is another run ({'; '.join(changed[:8])}{more}); give the same command, base and versions "
+                "to continue it, or another directory"
+            )
+
+    def _check_sizes(self, manifest: dict[str, Any]) -> None:
+        """Refuse to call finished what was damaged since, as far as that is seen without reading it."""
+        sizes = {name: file["size"] for name, file in manifest["files"].items()}
+        wrong = [
+            n for n, size in sizes.items() if not (self.out / n).is_file() or (self.out / n).stat().st_size != size
+        ]
+        if wrong:
+            raise OutputError(
+                f"{self.out} was finished and damaged since: {', '.join(wrong[:5])} missing or of another size; remove "
+                "it, and run the same command again"
+            )
+
+    def _check_room(self, plan: Plan) -> None:
+        """Refuse a disk that cannot hold the result, before the work and not after it."""
+        allocated = sum(_allocated(self.path / file.name) for file in plan.files)
+        needed = plan.size - allocated + MARGIN
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OutputError(
+                f"the disk that holds {self.out} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
+                "make room and run the same command again"
+            )
+
+
+def _config(plan: Plan) -> PissaConfig:
+    """The configuration, as the first module that is adapted has it."""
+    return next(task.config for task in plan.tasks if task.config is not None)
+
+
+def _place(task: Task) -> dict[str, Any]:
+    """Where a split's weight and factors lie, for `verify`."""
+    assert task.target is not None and task.layout is not None and task.config is not None
+    described: dict[str, Any] = {"kind": task.target.kind.title, "weight": task.target.weight_key}
+    if not task.config.starts_at_zero:
+        described["factors"] = list(task.layout.keys())
+        if task.layout.dilation:
+            described["dilation"] = list(task.layout.dilation)
+    return described
+
+
+def _is_intact(path: Path, file: FileLayout) -> bool:
+    """Whether an earlier run left a file as long as it is to be, with its header."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(file.header)) == file.header
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of the disk that a file, which may have holes, takes already."""
+    return getattr(os.stat(path), "st_blocks", 0) * 512 if path.is_file() else 0
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        document = dict(json.loads(path.read_text(encoding="utf-8")))
+        return {"times": {}, **document}
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{path} is damaged, so the run cannot be continued; remove {path.parent}") from error

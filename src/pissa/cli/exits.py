@@ -1,0 +1,66 @@
+"""How a command line ends, and what its exit codes mean.
+
+0   done
+1   our fault: a traceback follows
+2   the input is wrong: one line says what and how to mend it
+130 interrupted: one line says what is saved
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from ..errors import PissaError
+from .output import complain
+
+
+def interruptible(command: Callable[..., None], name: str = "pissa") -> Callable[..., None]:
+    """The command, with what an interruption says printed before typer turns it into an exit code."""
+
+    @functools.wraps(command)
+    def speaking(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt as interrupt:
+            complain(str(interrupt) or "interrupted", name)
+            raise
+
+    return speaking
+
+
+def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") -> None:
+    """Run a command line and exit with one of the codes above."""
+    # bitsandbytes reports at import that an optional kernel package is absent, which nobody needs to act on
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except PissaError as error:
+        complain(str(error), name)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        usage = _usage_error(error)
+        if usage is None:
+            raise
+        complain(usage, name)
+        sys.exit(2)
+
+
+def _usage_error(error: Exception) -> str | None:
+    """The message of a wrong flag or argument; None for any other exception."""
+    message = getattr(error, "format_message", None)
+    if message is None:
+        return None
+    context = getattr(error, "ctx", None)
+    hint = f"; see {context.command_path} --help" if context is not None else ""
+    return f"{message().rstrip('.')}{hint}"

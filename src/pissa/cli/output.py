@@ -1,0 +1,17 @@
+"""What commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def show(document: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a result: one JSON document, or the text for people."""
+    print(json.dumps(document, indent=2) if as_json else text)
+
+
+def complain(message: str, command: str = "pissa") -> None:
+    """Print one line on stderr: what is wrong, or what an interruption left."""
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)

@@ -1,0 +1,304 @@
+"""The demo: PiSSA and LoRA side by side, from the same base, on the same batches, with everything that was seen.
+
+Three runs: PiSSA, LoRA at PiSSA's learning rate (the paper's comparison), and LoRA at ten times that rate, which is
+near its own best (arXiv 2602.04998), so that the picture is honest. Then held-out problems before and after, and the
+proof that PiSSA's result is an ordinary LoRA: plain PEFT loads it on the untouched base in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+
+from ...checkpoint.disk.write import explained, output_files, write_json
+from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
+from ...data.encode import token_ids
+from ...data.prompts import prompt_text
+from ...data.read import read_examples
+from ...data.rows import Example, examples_from_rows, row_of
+from ...errors import DataError, OutputError
+from ...evaluation.loss import held_out_loss
+from ...evaluation.tasks.registry import Evaluation, Options, find_task
+from ...provenance import hardware, package_versions
+from ...training.progress import make_progress
+from ...training.recipe import Recipe
+from ...training.run import RunResult, quieten, train
+from ..figures import draw_curves
+from ..models import smollm2
+from .arithmetic import make_problems
+from .report import demo_report
+
+LEARNING_RATE = 2e-4
+SETTINGS = "demo.json"
+FRESH_PROCESS = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+base, run, prompts, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run).eval()
+with torch.no_grad():
+    logits = {name: model(input_ids=ids).logits.contiguous() for name, ids in load_file(prompts).items()}
+save_file(logits, out)
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    steps: int
+    batch_size: int
+    train: int
+    held_out: int
+    new_tokens: int
+    rank: int = 32
+
+    def recipe(self, method: str, learning_rate: float, seed: int) -> Recipe:
+        """One run's settings; fp32, so that the exported LoRA can be compared to the last digit."""
+        return Recipe(
+            method=method,  # pyright: ignore[reportArgumentType]
+            rank=self.rank,
+            learning_rate=learning_rate,
+            batch_size=self.batch_size,
+            micro_batch_size=self.batch_size,
+            max_steps=self.steps,
+            epochs=1000,
+            max_length=256,
+            dtype="fp32",
+            save_every=self.steps,
+            seed=seed,
+        )
+
+
+FULL = Plan(steps=32, batch_size=6, train=400, held_out=48, new_tokens=64)
+QUICK = Plan(steps=6, batch_size=4, train=80, held_out=6, new_tokens=64)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and what it is tested on."""
+
+    name: str
+    train: list[dict[str, Any]] | str
+    held_out: list[Example]
+    unseen: tuple[bool, ...] | None = None
+    """Per held-out problem: whether its template never occurs in training. None where that is unknown."""
+
+
+def run_demo(
+    out: Path, *, model: str | None = None, data: str | None = None, quick: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Run the demo and write results.json, curves.png and report.md.
+
+    Args:
+        out: directory; the runs lie in it, and a demo that was stopped goes on from them.
+        model: a directory or hub id; None for SmolLM2-135M-Instruct.
+        data: a data file or hub id with answers marked "The answer is: N" or "#### N"; None for generated problems.
+        quick: a reduced pass.
+        seed: of data, order and initial factors.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        PissaError: the input is wrong, or `out` holds another demo or something else.
+    """
+    quieten()
+    start = time.perf_counter()
+    plan = QUICK if quick else FULL
+    settings = {"model": model, "data": data, "quick": quick, "seed": seed}
+    _check_output(out, settings)
+    task = _task(data, plan, seed)
+    base = str(model or smollm2())
+    check_model_directory(base)
+    with make_progress() as progress:
+        tokenizer = load_tokenizer(base)
+        untouched = load_base(base, dtype=torch.float32).eval()
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / SETTINGS, settings)
+        before = _scores(untouched, tokenizer, task, plan, progress, "base")
+        del untouched
+        runs = []
+        for name, method, learning_rate in _arms():
+            recipe = plan.recipe(method, learning_rate, seed)
+            result = train(base, task.train, out / name, recipe, label=_label(method, learning_rate), progress=progress)
+            runs.append(_run_record(name, method, result, before, tokenizer, task, plan, progress))
+        export = _check_export(base, out / "pissa", tokenizer, task, progress)
+    results = {
+        "runs": runs,
+        "export": export,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_gib": _peak_memory_gib(),
+        "task": {"name": task.name, "held_out": len(task.held_out), "settings": settings},
+        "versions": package_versions(),
+        "hardware": hardware(),
+    }
+    with output_files(out, last="results.json") as partial:
+        draw_curves(runs, partial / "curves.png", title=f"{task.name}, rank {plan.rank}, seed {seed}")
+        (partial / "report.md").write_text(demo_report(results), encoding="utf-8")
+        write_json(partial / "results.json", results)
+    return results
+
+
+def _arms() -> tuple[tuple[str, str, float], ...]:
+    return (
+        ("pissa", "pissa", LEARNING_RATE),
+        ("lora", "lora", LEARNING_RATE),
+        ("lora-tuned", "lora", 10 * LEARNING_RATE),
+    )
+
+
+def _label(method: str, learning_rate: float) -> str:
+    return f"{ {'pissa': 'PiSSA', 'lora': 'LoRA'}[method] } lr {learning_rate:g}"
+
+
+def _check_output(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a directory that holds something other than this demo. Nothing is written."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; name a directory with --out")
+    path = out / SETTINGS
+    if not path.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} already holds something else; name another directory with --out")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OutputError(f"{path} is not a demo's record ({error}); name another directory with --out") from error
+    if before != settings:
+        raise OutputError(f"{out} holds a demo of other settings ({before}); name another directory with --out")
+
+
+def _peak_memory_gib() -> float:
+    """The largest resident memory that this process and its finished children had, in GiB."""
+    import resource
+
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def _task(data: str | None, plan: Plan, seed: int) -> Task:
+    if data is None:
+        rows, held_out = make_problems(seed, plan.train, plan.held_out)
+        unseen = tuple(not row["seen_template"] for row in held_out)
+        return Task("arithmetic word problems", rows, examples_from_rows(held_out), unseen)
+    examples = read_examples(data)
+    if len(examples) < plan.held_out + plan.batch_size:
+        raise DataError(f"{data} has {len(examples)} rows; the demo needs {plan.held_out + plan.batch_size} or more")
+    rows = [row_of(example) for example in examples[: -plan.held_out]]
+    return Task(Path(data).name, rows, examples[-plan.held_out :])
+
+
+def _scores(
+    model: Any, tokenizer: Any, task: Task, plan: Plan, progress: Progress, label: str
+) -> tuple[Evaluation, float]:
+    """Exact match and mean loss on the held-out problems; adapters are merged, which doubles the speed."""
+    if isinstance(model, PeftModel):
+        model.merge_adapter()  # pyright: ignore[reportCallIssue] -- LoraModel's, reached through PeftModel
+    bar = progress.add_task(f"{label}, test", total=len(task.held_out), note="")
+    match = find_task("gsm8k").run(
+        model,
+        tokenizer,
+        task.held_out,
+        Options(max_new_tokens=plan.new_tokens if task.unseen is not None else 256),
+        progress=lambda done, _: progress.update(bar, completed=done),
+    )
+    progress.update(bar, note=f"{match.value:.0%} right")
+    return match, held_out_loss(model, tokenizer, task.held_out).mean
+
+
+def _run_record(
+    name: str,
+    method: str,
+    result: RunResult,
+    before: tuple[Evaluation, float],
+    tokenizer: Any,
+    task: Task,
+    plan: Plan,
+    progress: Progress,
+) -> dict[str, Any]:
+    seen = result.results
+    path = result.directory / "held_out.json"
+    if not path.is_file():
+        model = result.model if result.model is not None else _load_run(result)
+        match, loss = _scores(model, tokenizer, task, plan, progress, _label(method, seen["learning_rate"]))
+        write_json(path, {"loss": loss, "samples": match.samples})
+    after = json.loads(path.read_text(encoding="utf-8"))
+    correct = [sample["correct"] for sample in after["samples"]]
+    return {
+        "name": name,
+        "label": _label(method, seen["learning_rate"]),
+        "method": method,
+        "learning_rate": seen["learning_rate"],
+        "rank": seen["rank"],
+        "seed": seen["seed"],
+        "losses": seen["losses"],
+        "grad_norms": seen["grad_norms"],
+        "tokens_per_second": seen["tokens_per_second"],
+        "init_seconds": seen["init_seconds"],
+        "exact_match_before": before[0].value,
+        "exact_match_after": statistics.fmean(correct),
+        "exact_match_after_by_template": _by_template(correct, task),
+        "held_out_loss_before": before[1],
+        "held_out_loss_after": after["loss"],
+    }
+
+
+def _load_run(result: RunResult) -> Any:
+    from ...adapted.load import load
+
+    return load(result.directory, load_base(result.results["base"], dtype=torch.float32)).eval()
+
+
+def _by_template(correct: Sequence[bool], task: Task) -> dict[str, float] | None:
+    if task.unseen is None:
+        return None
+    groups: Mapping[str, list[bool]] = {
+        "seen": [c for c, unseen in zip(correct, task.unseen, strict=True) if not unseen],
+        "unseen": [c for c, unseen in zip(correct, task.unseen, strict=True) if unseen],
+    }
+    return {name: statistics.fmean(values) for name, values in groups.items() if values}
+
+
+def _check_export(base: str, run: Path, tokenizer: Any, task: Task, progress: Progress) -> dict[str, Any]:
+    """Logits of the trained model (residual and adapter) against those of plain PEFT on the untouched base."""
+    from ...adapted.load import load
+
+    bar = progress.add_task("export, loaded by PEFT", total=1, note="")
+    texts = [prompt_text(example, tokenizer, "alpaca") for example in task.held_out[:4]]
+    prompts = {str(i): torch.tensor([ids]) for i, ids in enumerate(token_ids(texts, tokenizer))}
+    trained = load(run, load_base(base, dtype=torch.float32)).eval()
+    with torch.no_grad():
+        expected = {name: trained(input_ids=ids).logits for name, ids in prompts.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch, "prompts.safetensors"), Path(scratch, "logits.safetensors")
+        save_file(prompts, asked)
+        command = [sys.executable, "-c", FRESH_PROCESS, base, str(run), str(asked), str(answered)]
+        outcome = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+        if outcome.returncode:
+            raise RuntimeError(f"plain PEFT could not load {run}:\n{outcome.stderr}")
+        found = load_file(answered)
+    progress.update(bar, completed=1)
+    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    return {
+        "max_abs_logit_difference": max(float((found[name] - expected[name]).abs().max()) for name in prompts),
+        "max_abs_logit": max(float(logits.abs().max()) for logits in expected.values()),
+        "rank": config["r"],
+        "directory": run.name,
+    }

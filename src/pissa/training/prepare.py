@@ -1,0 +1,158 @@
+"""The model that a run trains: adapted from the base, or as the run left it on the disk.
+
+A quantised residual is split once, written to RUN/residual/ and read from there by whatever continues the run, so that
+no second split could come out different.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from ..adapted.adapt import adapt
+from ..adapted.load import load
+from ..calibrate.moments import Moment, second_moments
+from ..checkpoint.residual import SavedResidual, residual_at, residual_state
+from ..checkpoint.source.load import load_base, load_tokenizer
+from ..data.text import calibration_batches
+from ..export import gap_figures
+from ..live.targets import resolve_targets
+from ..provenance import fingerprint
+from .directory import RunDirectory, read_record
+from .engine import storage_dtype
+from .ready import ready_split
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be trained."""
+
+    model: Any
+    """The adapted model, or the base itself for full fine-tuning."""
+    fingerprints: dict[str, str]
+    """Of the base, and of the residual where it is quantised."""
+    split: dict[str, float | None] | None
+    """What the split cost; None where it was made before and stands in the run's record."""
+
+
+def prepare(
+    source: str,
+    recipe: Recipe,
+    directory: RunDirectory,
+    device: torch.device,
+    progress: Progress | None,
+    label: str,
+    batches: list[dict[str, Any]] | None = None,
+) -> Prepared:
+    """The model to train, as the last checkpoint left it where there is one.
+
+    Args:
+        source: the base's directory or hub id.
+        recipe: method, rank, quantisation.
+        directory: the run's; nothing is written.
+        device: where it is trained. bitsandbytes' layers must be made there, others are moved by the trainer.
+        progress: a bar for the split, or None.
+        label: the run's name on the bar.
+        batches: of the data, where components are scored by it.
+    """
+    checkpoint = directory.last_checkpoint
+    if (ready := ready_split(source)) is not None:
+        return _prepared_before(ready, recipe, directory, device)
+    if recipe.quantization is not None and (checkpoint is not None or residual_at(directory.residual) is not None):
+        return _continued(recipe, directory, device)
+    base = load_base(source, dtype=storage_dtype(recipe))
+    mark = {"base": fingerprint(base)}
+    _checkpoint_activations(base, recipe)
+    if not recipe.adapts:
+        base.requires_grad_(True)
+        return Prepared(base, mark, _figures(0.0, {}))
+    if checkpoint is not None:
+        return Prepared(load(checkpoint, base, is_trainable=True), mark, None)
+    if recipe.quantization is not None and device.type != "cpu":
+        base.to(device)
+    start = time.perf_counter()
+    adapted = _adapted(base, source, recipe, progress, label, batches)
+    seconds = time.perf_counter() - start
+    if recipe.quantization is not None:
+        mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
+    return Prepared(adapted, mark, _figures(seconds, adapted.pissa.certificates))
+
+
+def _prepared_before(ready: SavedResidual, recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
+    """What `pissa init` made, with the last checkpoint's adapter or, before the first, the initial one."""
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    # another dtype than the residual was rounded to would round it again
+    residual = load_base(ready.path, **place)
+    marks = {"base": fingerprint(residual_state(residual))}
+    _checkpoint_activations(residual, recipe)
+    last = directory.last_checkpoint
+    adapted = load(last or ready.path, residual, is_trainable=True)
+    return Prepared(adapted, marks, _figures(0.0, ready.certificates) if last is None else None)
+
+
+def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
+    """The saved residual, with the last checkpoint's adapter or, before the first, the initial one."""
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    residual = load_base(directory.residual, dtype=storage_dtype(recipe), **place)
+    marks = {**read_record(directory)["fingerprints"], "residual": fingerprint(residual_state(residual))}
+    marks.pop("data", None)
+    _checkpoint_activations(residual, recipe)
+    adapter: Path = directory.last_checkpoint or directory.residual
+    return Prepared(load(adapter, residual, is_trainable=True), marks, None)
+
+
+def _adapted(
+    base: Any,
+    source: str,
+    recipe: Recipe,
+    progress: Progress | None,
+    label: str,
+    batches: list[dict[str, Any]] | None,
+) -> Any:
+    task = progress.add_task(f"{label}, split", total=None, note="") if progress is not None else None
+
+    def show(name: str, done: int, total: int) -> None:
+        if progress is not None and task is not None:
+            progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
+
+    try:
+        moments = _moments(base, source, recipe)
+        return adapt(base, recipe.pissa_config(), moments=moments, batches=batches, progress=show)
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
+
+
+def _moments(base: Any, source: str, recipe: Recipe) -> Iterator[Moment] | None:
+    """Second moments of the targets' inputs on the calibration text, as they are taken."""
+    if recipe.calibration is None:
+        return None
+    batches = calibration_batches(
+        recipe.calibration, load_tokenizer(source), recipe.calibration_length, recipe.calibration_windows
+    )
+    return second_moments(base, batches, [target.name for target in resolve_targets(base, recipe.pissa_config())])
+
+
+def _checkpoint_activations(base: Any, recipe: Recipe) -> None:
+    if recipe.gradient_checkpointing:
+        # transformers 5.23 renamed it and warns of the old name
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def _figures(seconds: float, certificates: dict[str, Any]) -> dict[str, float | None]:
+    """What the split cost, for the results."""
+    gaps = {name: c.rounding for name, c in certificates.items() if c.quantization_error is not None}
+    return {
+        "init_seconds": seconds,
+        "largest_captured_energy_loss": max((c.captured_energy_loss for c in certificates.values()), default=None),
+        "largest_rounding_error": max((c.rounding for c in certificates.values()), default=None),
+        **gap_figures(gaps),
+    }

@@ -1,0 +1,74 @@
+"""GLUE's metrics against scikit-learn and scipy, and its files."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from pathlib import Path
+
+import pytest
+
+from pissa.errors import DataError
+from pissa.evaluation.tasks.glue_files import (
+    GLUE,
+    GlueRow,
+    accuracy,
+    f1,
+    matthews,
+    pearson,
+    read_glue,
+    score,
+    spearman,
+)
+
+
+def test_metrics_of_classes_agree_with_scikit_learn() -> None:
+    theirs = pytest.importorskip("sklearn.metrics")
+    draw = random.Random(0)
+    labels = [draw.randrange(2) for _ in range(60)]
+    guesses = [label if draw.random() < 0.7 else 1 - label for label in labels]
+    assert accuracy(guesses, labels) == pytest.approx(theirs.accuracy_score(labels, guesses))
+    assert f1(guesses, labels) == pytest.approx(theirs.f1_score(labels, guesses))
+    assert matthews(guesses, labels) == pytest.approx(theirs.matthews_corrcoef(labels, guesses))
+
+
+def test_correlations_agree_with_scipy_also_with_ties() -> None:
+    theirs = pytest.importorskip("scipy.stats")
+    draw = random.Random(1)
+    labels = [draw.randrange(6) / 2 for _ in range(50)]
+    values = [round(label + draw.gauss(0, 1), 1) for label in labels]
+    assert pearson(values, labels) == pytest.approx(theirs.pearsonr(values, labels)[0])
+    assert spearman(values, labels) == pytest.approx(theirs.spearmanr(values, labels)[0])
+
+
+def test_a_constant_prediction_correlates_with_nothing() -> None:
+    assert score(GLUE["STS-B"], [1.0, 1.0, 1.0], [0.0, 2.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
+    assert f1([0, 0], [0, 0]) == 0.0
+
+
+def test_files_are_read_as_glue_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "MRPC").mkdir()
+    text = '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said " no .\tHe said no .\n'
+    (tmp_path / "MRPC" / "train.tsv.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_glue(GLUE["MRPC"], tmp_path) == [GlueRow(('He said " no .', "He said no ."), 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "said"),
+    [
+        ("SST-2", "sentence\tlabel\ngood\t2\n", "has label '2'; SST-2 has 0 to 1"),
+        ("SST-2", "sentence\nfine\n", "has no rows with label"),
+        ("SST-2", "sentence\tlabel\nfine\n", "dev.tsv:2 ends before"),
+        ("STS-B", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "STS-B has 0 to 5"),
+    ],
+)
+def test_what_is_no_glue_file_is_refused(tmp_path: Path, task: str, text: str, said: str) -> None:
+    (tmp_path / task).mkdir()
+    (tmp_path / task / "dev.tsv").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        read_glue(GLUE[task], tmp_path, "dev")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.tsv\.gz cannot be read"):
+        read_glue(GLUE["MRPC"], tmp_path)

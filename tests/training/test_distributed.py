@@ -1,0 +1,122 @@
+"""Two processes with the same batch are the same run as one."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import command, finish, listing, log_of, plain_logits, recipe, result_tensors, run, write_rows
+
+from pissa import load
+from pissa.training.recipe import Recipe
+from tiny import largest_difference, logits_of
+
+CLOSE = 1e-4
+
+
+def settings(**changes: Any) -> Recipe:
+    """Eight steps of six rows, four of which are an epoch of 20 rows: its last batch has two."""
+    return recipe(**{"batch_size": 6, "micro_batch_size": 3, "max_steps": 8, "save_every": 3, **changes})
+
+
+def launched(arguments: list[str], launcher: str) -> list[str]:
+    """The command as two processes over gloo."""
+    pissa = arguments[arguments.index("-m") :]
+    if launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *pissa]
+    # with --cpu accelerate starts one process, whatever --num_processes says, unless it finds MPI
+    options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    engine = ("accelerate.commands.accelerate_cli", "launch", *options, "--dynamo_backend", "no")
+    return [sys.executable, "-m", *engine, "--main_process_port", str(free_port()), *pissa]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def alone(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(data, directory of the run of one process)."""
+    place = tmp_path_factory.mktemp("alone")
+    data = write_rows(place / "data.jsonl")
+    run(base_directory, place / "run", settings(), str(data))
+    return data, place / "run"
+
+
+def assert_close(out: Path, expected: Path) -> None:
+    """Losses and gradient norms of each step within 1e-4, and each step once."""
+    ours, theirs = log_of(out), log_of(expected)
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, abs=CLOSE)
+
+
+def assert_one_result(base: Path, out: Path, expected: Path) -> None:
+    """The files of one process, with the same function in them."""
+    assert listing(out) == listing(expected)
+    checkpoint = out / "state" / "checkpoint-8"
+    generators = {"rng_state_0.pth", "rng_state_1.pth"}
+    assert listing(checkpoint) == listing(expected / "state" / "checkpoint-8") - {"rng_state.pth"} | generators
+    assert result_tensors(out).keys() == result_tensors(expected).keys()
+    assert largest_difference(plain_logits(base, out), plain_logits(base, expected)) < 1e-3
+    assert largest_difference(plain_logits(base, out), logits_of(load(out, str(base)).eval())) < 1e-5
+    assert json.loads((out / "results.json").read_text())["processes"] == 2
+
+
+def test_two_processes_train_as_one_does(base_directory: Path, tmp_path: Path, alone: tuple[Path, Path]) -> None:
+    data, expected = alone
+    out = tmp_path / "run"
+    done = finish(launched(command(base_directory, data, out, settings(micro_batch_size=1)), "accelerate"))
+    assert done.returncode == 0, done.stderr
+    assert_close(out, expected)
+    assert_one_result(base_directory, out, expected)
+
+
+@pytest.mark.slow
+def test_two_processes_continue_what_was_stopped(
+    base_directory: Path, tmp_path: Path, alone: tuple[Path, Path]
+) -> None:
+    data, expected = alone
+    out = tmp_path / "run"
+    arguments = launched(command(base_directory, data, out, settings()), "torchrun")
+    stopper = tmp_path / "sitecustomize.py"
+    stopper.write_text(STOP_RANK_1_AT_STEP_5)
+    stopped = finish(arguments, PYTHONPATH=str(tmp_path))
+    assert stopped.returncode != 0 and "checkpoint-5 is saved" in stopped.stderr
+    assert (out / "state" / "checkpoint-5").is_dir() and len(log_of(out)) == 5
+    done = finish(arguments)
+    assert done.returncode == 0, done.stderr
+    assert_close(out, expected)
+    assert_one_result(base_directory, out, expected)
+
+
+STOP_RANK_1_AT_STEP_5 = """
+import os
+if os.environ.get("RANK") == "1":
+    import signal
+    from pissa.training.trainer import ResponseTrainer
+
+    original = ResponseTrainer.training_step
+
+    def training_step(self, *arguments):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    ResponseTrainer.training_step = training_step
+"""
+
+
+@pytest.mark.slow
+def test_wrong_input_ends_all_processes_with_nothing_written(base_directory: Path, tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "data.jsonl"), tmp_path / "run"
+    done = finish(launched(command(base_directory, data, out, settings(rank=20)), "torchrun"))
+    assert done.returncode != 0 and not out.exists()
+    assert "rank exceeds the smaller side" in done.stderr
