@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pissa.decompose.lapack import pseudo_inverse
 from pissa.decompose.svd import truncated_svd
 
 
@@ -45,7 +46,7 @@ def cauchy_sketch(W: Tensor, rank: int, *, oversampling: float = 2.0, seed: int 
     # orthonormal bases of the same spans keep the heavy tails out of the small problem
     columns, rows = torch.linalg.qr(columns)[0], torch.linalg.qr(rows.mT)[0].mT
     P, Q, N = left @ columns, rows @ right, left @ W @ right
-    P_inverse, Q_inverse = torch.linalg.pinv(P), torch.linalg.pinv(Q)
+    P_inverse, Q_inverse = pseudo_inverse(P), pseudo_inverse(Q)
     U, S, Vh, _ = truncated_svd(P @ P_inverse @ N @ Q_inverse @ Q, rank, algorithm="exact")
     B = columns @ P_inverse @ U.double()
     A = S.double()[:, None] * Vh.double() @ Q_inverse @ rows

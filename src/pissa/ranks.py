@@ -19,12 +19,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import Quantization
-from .decompose.svd import truncated_svd
+from .config import Algorithm, Quantization
+from .decompose.svd import TOLERANCE, TruncatedSVD, decompose
 from .errors import ConfigError
 from .quantize.formats import quantize_matrix
 from .quantize.metric import metric
@@ -55,7 +56,7 @@ def component_gains(
     *,
     quantization: Quantization | None = None,
     moment: Tensor | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> Tensor:
     """What the first components of a weight's adapter are worth.
@@ -70,13 +71,46 @@ def component_gains(
     Returns:
         (rank,) fp64, descending: squared singular values.
     """
+    return weighed_components(W, rank, quantization=quantization, moment=moment, tolerance=tolerance, seed=seed).gains
+
+
+class Weighed(NamedTuple):
+    """Components of a weight's adapter."""
+
+    gains: Tensor
+    """(rank,) fp64, descending: what each is worth."""
+    svd: TruncatedSVD
+    """Of what the adapter is to capture, so that nobody decomposes it again: of the weight, or of what its format
+    leaves over, in the metric of the moment."""
+
+
+def weighed_components(
+    W: Tensor,
+    rank: int,
+    *,
+    quantization: Quantization | None = None,
+    moment: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    algorithm: Algorithm = "auto",
+    seed: int = 0,
+    largest: float | None = None,
+) -> Weighed:
+    """`component_gains` with the SVD that they come from.
+
+    Args:
+        W, rank, quantization, moment: see `component_gains`.
+        tolerance, algorithm, seed: of the SVD, see `truncated_svd`.
+        largest: W's largest magnitude where it is known, which saves a look at every entry.
+    """
     X = _to_capture(W, quantization)
+    known = largest if quantization is None and moment is None else None
     scale = 1.0
     if moment is not None:
         # the metric is normalised, and weights are compared with each other here
         scale = float(moment.diagonal().double().mean())
         X = metric(moment.to(X.device), X.shape[1], damping=DAMPING).apply(X)
-    return scale * truncated_svd(X, rank, tolerance=tolerance, seed=seed).S.double().square().cpu()
+    svd = decompose(X, rank, tolerance, algorithm, seed, largest=known)
+    return Weighed(scale * svd.S.double().square().cpu(), svd)
 
 
 def total_gain(W: Tensor, *, quantization: Quantization | None = None) -> float:

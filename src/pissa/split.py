@@ -23,14 +23,15 @@ from torch import Tensor
 
 from .config import PissaConfig, Quantization
 from .decompose.certificate import Certificate
-from .decompose.methods import FACTORS
+from .decompose.methods import FACTORS, Request
 from .decompose.precision import full_precision
 from .decompose.scale import magnitude
+from .decompose.svd import TruncatedSVD
 from .errors import ConfigError, WeightError
 from .quantize.alternate import Alternation, alternate
 from .quantize.error import matrix_norm, plain_error
 from .quantize.formats import Packed
-from .quantize.lowrank import singular_triplets
+from .quantize.lowrank import OVERSAMPLING, singular_triplets
 from .quantize.metric import metric
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,6 +62,26 @@ class Split:
         return combine(self.residual, self.A, self.B, self.scale)
 
 
+class Weight(NamedTuple):
+    """One weight of many, for `split_each`, and what is already known of it."""
+
+    W: Tensor
+    """(out, in)."""
+    config: PissaConfig
+    """Its own configuration."""
+    name: str | None
+    """The weight's name."""
+    moment: Tensor | None = None
+    """(in, in) second moment of the layer's input."""
+    gradient: Tensor | None = None
+    """(out, in), of the loss with respect to W."""
+    largest: float | None = None
+    """The largest magnitude in W where that has been looked up; NaN where W holds one."""
+    svd: TruncatedSVD | None = None
+    """An SVD with at least as many triplets as the rank, where there is one: of W, and the split takes its first ones;
+    with a quantisation, of what the plain format leaves of W (in the moment's metric), and the split starts there."""
+
+
 def split_weight(
     W: Tensor,
     config: PissaConfig,
@@ -87,15 +108,25 @@ def split_weight(
         ConfigError: the rank exceeds the smaller side of W, the gradient that is needed is missing, or a moment or
             gradient that nothing would use.
     """
+    return split_one(Weight(W, config, name, moment, gradient))
+
+
+def split_one(weight: Weight) -> Split:
+    """`split_weight`, for a weight of which something is already known."""
+    W, config, name, moment, gradient, largest, svd = weight
     label = name or "the weight"
-    check(W, config, moment, gradient, label)
+    largest = check(weight, label)
     with torch.no_grad(), full_precision():
-        split = quantized if config.quantization is not None else unquantized
-        return split(aligned(W.detach()), config, moment, gradient, derive_seed(config.seed, name), label)
+        W = aligned(W.detach())
+        request = Request(W.float(), config, derive_seed(config.seed, name), gradient, largest, svd)
+        if config.quantization is not None:
+            return quantized(W, request, config.quantization, moment, label)
+        return unquantized(W, request, label)
 
 
-def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, label: str) -> None:
-    """Refuse what cannot be split."""
+def check(weight: Weight, label: str) -> float:
+    """Refuse what cannot be split; returns the largest magnitude in the weight."""
+    W, config, _, moment, gradient, largest, _ = weight
     if W.ndim != 2 or W.dtype not in STORAGE_DTYPES:
         already = "; it is quantised already" if W.dtype in (torch.uint8, torch.int8, torch.int32) else ""
         raise WeightError(
@@ -104,7 +135,8 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
         )
     if config.rank > min(W.shape):
         raise ConfigError(f"rank {config.rank} exceeds {min(W.shape)}, the smaller side of {label} {tuple(W.shape)}")
-    if not math.isfinite(magnitude(W)):
+    largest = magnitude(W) if largest is None else largest
+    if not math.isfinite(largest):
         raise WeightError(f"{label} holds NaN or Inf; repair or reload the checkpoint before adapting it")
     unused = {"gradient": gradient is not None and not config.needs_gradient}
     unused["second moment"] = moment is not None and config.quantization is None
@@ -114,6 +146,7 @@ def check(W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tenso
         check_gradient(W, gradient, label)
     if config.quantization is not None:
         check_quantization(W, config.quantization, moment, label)
+    return largest
 
 
 def check_gradient(W: Tensor, gradient: Tensor | None, label: str) -> None:
@@ -139,15 +172,13 @@ def check_quantization(W: Tensor, config: Quantization, moment: Tensor | None, l
         )
 
 
-def unquantized(
-    W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, seed: int, label: str
-) -> Split:
+def unquantized(W: Tensor, request: Request, label: str) -> Split:
     """The residual in W's dtype."""
-    scale = config.scale(config.rank, config.alpha)
+    config, scale = request.config, request.scale
     try:
-        A, B, certificate = FACTORS[config.method](W.float(), config.rank, scale, config, seed, gradient)
-    except ConfigError as error:
-        raise ConfigError(f"{label}: {error}") from error
+        A, B, certificate = FACTORS[config.method](request)
+    except (ConfigError, WeightError) as error:
+        raise type(error)(f"{label}: {error}") from error
     if certificate.residual_norm is not None and certificate.residual_norm > 1:
         warnings.warn(
             f"{label}: a bad draw, the residual's norm is {certificate.residual_norm:.3g} times the weight's; take "
@@ -168,21 +199,6 @@ def aligned(W: Tensor) -> Tensor:
     return W.clone() if W.device.type == "cpu" and W.dtype == torch.float32 and W.data_ptr() % CACHE_LINE else W
 
 
-class Weight(NamedTuple):
-    """One weight of many, for `split_each`."""
-
-    W: Tensor
-    """(out, in)."""
-    config: PissaConfig
-    """Its own configuration."""
-    name: str
-    """The weight's name."""
-    moment: Tensor | None = None
-    """(in, in) second moment of the layer's input."""
-    gradient: Tensor | None = None
-    """(out, in), of the loss with respect to W."""
-
-
 def split_each(weights: Sequence[Weight]) -> Iterator[Split]:
     """Split many weights, in order; on a CPU several at a time, each on one thread.
 
@@ -197,54 +213,55 @@ def split_each(weights: Sequence[Weight]) -> Iterator[Split]:
     """
     threads = torch.get_num_threads()
     if threads == 1 or any(weight.W.device.type != "cpu" for weight in weights):
-        yield from map(_split, weights)
+        yield from map(split_one, weights)
         return
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield from pool.map(_split, weights)
+        yield from pool.map(split_one, weights)
     finally:
         pool.shutdown(cancel_futures=True)
         # a thread's own count is also what threads yet to come begin with
         torch.set_num_threads(threads)
 
 
-def quantized(
-    W: Tensor, config: PissaConfig, moment: Tensor | None, gradient: Tensor | None, seed: int, label: str
-) -> Split:
+def quantized(W: Tensor, request: Request, quantization: Quantization, moment: Tensor | None, label: str) -> Split:
     """The residual in few bits, and the adapter that goes with it."""
-    assert config.quantization is not None
-    start = time.perf_counter()
-    scale = config.scale(config.rank, config.alpha)
-    found = alternate(
-        W.float(),
-        config.rank,
-        config.quantization,
-        dtype=W.dtype,
-        metric=None if moment is None else metric(moment.to(W.device), W.shape[1], name=label),
-        tolerance=config.tolerance,
-        algorithm=config.algorithm,
-        seed=seed,
-    )
-    A, B = factors(W, found, config, scale, seed)
+    start, config, scale = time.perf_counter(), request.config, request.scale
+    try:
+        found = alternate(
+            request.W,
+            config.rank,
+            quantization,
+            dtype=W.dtype,
+            metric=None if moment is None else metric(moment.to(W.device), W.shape[1], name=label),
+            tolerance=config.tolerance,
+            algorithm=config.algorithm,
+            seed=request.seed,
+            largest=request.largest,
+            start=None if request.svd is None else request.svd.Vh[: config.rank + OVERSAMPLING].mT,
+        )
+        A, B = factors(request, found)
+    except WeightError as error:
+        raise error if label in str(error) else WeightError(f"{label}: {error}") from error
     residual = found.packed.dequantize()
     error = torch.addmm(W.float() - residual.float(), B, A, alpha=-scale)
-    certificate = certify(W, error, found, config, time.perf_counter() - start)
+    certificate = certify(W, error, found, time.perf_counter() - start)
     if not math.isfinite(certificate.rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, certificate, found.packed)
 
 
-def factors(W: Tensor, found: Alternation, config: PissaConfig, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+def factors(request: Request, found: Alternation) -> tuple[Tensor, Tensor]:
     """A and B with `s·B·A = L`, S shared evenly between them as in `pissa_factors`."""
     if found.low_rank is None:
-        A, B, _ = FACTORS[config.method](W.float(), config.rank, scale, config, seed, None)
+        A, B, _ = FACTORS[request.config.method](request)
         return A.contiguous(), B.contiguous()
-    U, S, Vh = singular_triplets(found.low_rank, config.rank)
-    root = (S / scale).sqrt()
+    U, S, Vh = singular_triplets(found.low_rank, request.rank)
+    root = (S / request.scale).sqrt()
     return (root[:, None] * Vh).contiguous(), (U * root).contiguous()
 
 
-def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, seconds: float) -> Certificate:
+def certify(W: Tensor, error: Tensor, found: Alternation, seconds: float) -> Certificate:
     """What the quantised split cost."""
     total, left = matrix_norm(W, "frobenius"), matrix_norm(error, "frobenius")
     plain = matrix_norm(plain_error(W, found.packed), "frobenius")
@@ -259,10 +276,6 @@ def certify(W: Tensor, error: Tensor, found: Alternation, config: PissaConfig, s
     )
 
 
-def _split(weight: Weight) -> Split:
-    return split_weight(weight.W, weight.config, moment=weight.moment, gradient=weight.gradient, name=weight.name)
-
-
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`W + scale·B·A`, computed in fp32 and rounded once to W's dtype; (out, in)."""
     A, B = aligned(A.float()), aligned(B.float())
@@ -274,7 +287,7 @@ def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def residual_error(W: Tensor, residual: Tensor, A: Tensor, B: Tensor, scale: float) -> float:
-    """`‖W − (residual + scale·B·A)‖ / ‖W‖` in the Frobenius norm, the sum in fp32; 0 for W = 0.
+    """`‖W − (residual + scale·B·A)‖ / ‖W‖` in the Frobenius norm; 0 for W = 0.
 
     Args:
         W: (out, in); residual: the same shape; A: (r, in) fp32; B: (out, r) fp32.
@@ -285,10 +298,16 @@ def residual_error(W: Tensor, residual: Tensor, A: Tensor, B: Tensor, scale: flo
         for rows in row_blocks(W):
             block = W[rows].float()
             again = torch.addmm(residual[rows].float(), B[rows], A, alpha=scale)
-            norms.append(torch.linalg.vector_norm(block))
-            errors.append(torch.linalg.vector_norm(again.sub_(block)))
-    norm, error = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (norms, errors))
-    return float(error / norm) if norm > 0 else 0.0
+            norms.append(frobenius(block))
+            errors.append(frobenius(again.sub_(block)))
+    norm, error = math.hypot(*norms), math.hypot(*errors)
+    return error / norm if norm > 0 else 0.0
+
+
+def frobenius(E: Tensor) -> float:
+    """The Frobenius norm: in fp32, and in fp64 where squares might leave fp32's range."""
+    norm = float(torch.linalg.vector_norm(E))
+    return norm if 1e-12 < norm < 1e15 else float(torch.linalg.vector_norm(E, dtype=torch.float64))
 
 
 def row_blocks(W: Tensor) -> Iterator[slice]:

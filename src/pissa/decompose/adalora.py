@@ -17,12 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .lapack import thin_svd
+
 
 def orthonormal_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """P (r, in), Q (out, r) and E (r,) descending, all fp32, with `Q·diag(E)·P = B·A`, for A (r, in) and B (out, r)."""
     left, R = torch.linalg.qr(B.double())
     right, T = torch.linalg.qr(A.double().mT)
-    u, E, vh = torch.linalg.svd(R @ T.mT)
+    u, E, vh = thin_svd(R @ T.mT)
     return (vh @ right.mT).float().contiguous(), (left @ u).float().contiguous(), E.float()
 
 

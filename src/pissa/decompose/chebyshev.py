@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .gram import gram_matrix, gram_svd, triplets_along
+from .lapack import symmetric_eigen, symmetric_eigenvalues
 from .orthogonal import orthonormalize
 from .ritz import Factorization
 
@@ -120,10 +121,13 @@ def project(G: Tensor, Y: Tensor, generator: torch.Generator) -> tuple[Tensor, T
     """
     Q = nearly_orthonormal(Y, generator)
     Z = G @ Q
-    L = torch.linalg.cholesky(Q.mT @ Q)
+    L, info = torch.linalg.cholesky_ex(Q.mT @ Q)
+    if bool((info != 0).any()):
+        Q = orthonormalize(Q, None, generator)[0]
+        Z, L = G @ Q, torch.linalg.cholesky_ex(Q.mT @ Q)[0]
     H = torch.linalg.solve_triangular(L, Q.mT @ Z, upper=False)
     H = torch.linalg.solve_triangular(L.mT, H, upper=True, left=False)
-    theta, vectors = torch.linalg.eigh(H)
+    theta, vectors = symmetric_eigen(H)
     rotation = torch.linalg.solve_triangular(L.mT, vectors.flip(-1), upper=True)
     return Q @ rotation, Z @ rotation, theta.flip(-1)
 
@@ -151,7 +155,7 @@ def proven_energy(G: Tensor, Q: Tensor, H: Tensor, theta: Tensor, rank: int, tol
     """A bound (...,) fp64 on what any r directions capture, or None where d is too small. H is overwritten."""
     slack = ROUNDING * theta[..., 0]
     H.diagonal(dim1=-2, dim2=-1).add_(theta + slack[..., None])
-    energies = torch.linalg.eigvalsh(H)[..., -rank:]
+    energies = symmetric_eigenvalues(H)[..., -rank:]
     d = energies[..., 0] + slack + MARGIN * tolerance * theta[..., :rank].mean(-1)
     H.diagonal(dim1=-2, dim2=-1).sub_(d[..., None])
     N = ((Q @ H) @ Q.mT).sub_(G)

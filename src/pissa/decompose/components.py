@@ -28,10 +28,12 @@ from torch import Tensor
 from ..config import Component
 from ..errors import ConfigError
 from .certificate import Certificate
-from .svd import TruncatedSVD, truncated_svd
+from .svd import TruncatedSVD, decompose
 
 
-def chosen_triplets(W: Tensor, rank: int, component: Component, gradient: Tensor | None = None) -> TruncatedSVD:
+def chosen_triplets(
+    W: Tensor, rank: int, component: Component, gradient: Tensor | None = None, largest: float | None = None
+) -> TruncatedSVD:
     """The middle, the smallest, or the highest scored triplets.
 
     Args:
@@ -39,15 +41,17 @@ def chosen_triplets(W: Tensor, rank: int, component: Component, gradient: Tensor
         rank: r, 1 to min(m, n).
         component: "principal", "medium", "minor" or "scored".
         gradient: (m, n), for "scored"; its scale does not matter.
+        largest: W's largest magnitude where it is known, which saves a look at every entry.
 
     Returns:
         U (m, r), S (r,) descending, Vh (r, n), fp32, and the certificate.
     """
     start = time.perf_counter()
-    whole = truncated_svd(W, min(W.shape), algorithm="exact")
+    whole = decompose(W, min(W.shape), 0.0, "exact", 0, largest=largest)
     count = len(whole.S)
     if component == "scored":
-        assert gradient is not None
+        if gradient is None:
+            raise ConfigError('component "scored" needs the gradient of the loss with respect to the weight')
         # a stable sort: triplets of equal score are taken largest first
         indices = scores(whole, gradient).argsort(descending=True, stable=True)[:rank].sort().values
     else:
@@ -56,7 +60,7 @@ def chosen_triplets(W: Tensor, rank: int, component: Component, gradient: Tensor
     return _taken(whole, indices, start)
 
 
-def random_triplets(W: Tensor, rank: int, fraction: float, seed: int) -> TruncatedSVD:
+def random_triplets(W: Tensor, rank: int, fraction: float, seed: int, largest: float | None = None) -> TruncatedSVD:
     """The largest triplets with some replaced by triplets drawn from beyond the r largest.
 
     Args:
@@ -64,6 +68,7 @@ def random_triplets(W: Tensor, rank: int, fraction: float, seed: int) -> Truncat
         rank: r.
         fraction: in [0, 1]; `round(fraction · r)` triplets are drawn, uniformly and without replacement.
         seed: of the draw; the global generators are not touched.
+        largest: W's largest magnitude where it is known, which saves a look at every entry.
 
     Returns:
         U (m, r), S (r,) descending, Vh (r, n), fp32, and the certificate.
@@ -78,7 +83,7 @@ def random_triplets(W: Tensor, rank: int, fraction: float, seed: int) -> Truncat
             f"random_fraction {fraction:g} of rank {rank} draws {drawn} triplets, and a weight of shape "
             f"{tuple(W.shape)} has {beyond} beyond the {rank} largest; lower random_fraction or the rank"
         )
-    whole = truncated_svd(W, min(W.shape), algorithm="exact")
+    whole = decompose(W, min(W.shape), 0.0, "exact", 0, largest=largest)
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randperm(beyond, generator=generator)[:drawn].sort().values + rank
     return _taken(whole, torch.cat([torch.arange(rank - drawn), picked]).to(W.device), start)

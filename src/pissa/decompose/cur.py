@@ -24,11 +24,18 @@ from torch import Tensor
 
 from ..config import CurCore
 from .certificate import Certificate
+from .lapack import pseudo_inverse
 from .scale import energy, scaled, unscaled
 
 
 def cur_approximation(
-    W: Tensor, rank: int, *, core: CurCore = "optimal", rcond: float | None = None, seed: int = 0
+    W: Tensor,
+    rank: int,
+    *,
+    core: CurCore = "optimal",
+    rcond: float | None = None,
+    seed: int = 0,
+    largest: float | None = None,
 ) -> tuple[Tensor, Tensor, Certificate]:
     """Factors of W's CUR approximation.
 
@@ -39,6 +46,7 @@ def cur_approximation(
         rcond: singular values below this share of the largest count as zero in the pseudo-inverses; None for what fp64
             rounding leaves undetermined.
         seed: of the draw; the global generators are not touched.
+        largest: W's largest magnitude where it is known, which saves a look at every entry.
 
     Returns:
         A (r, n), B (m, r), fp32, with `B·A = C·M·R` and equal norms component by component; and the certificate, whose
@@ -46,15 +54,12 @@ def cur_approximation(
         W's energy.
     """
     start = time.perf_counter()
-    W, exponent = scaled(W)
+    W, exponent = scaled(W, largest)
     generator = torch.Generator().manual_seed(seed)
     rows = drawn(W.square().sum(1), rank, generator)
     columns = drawn(W.square().sum(0), rank, generator)
     C, R = W[:, columns].double(), W[rows].double()
-    if core == "intersection":
-        M = torch.linalg.pinv(W[rows][:, columns].double(), rtol=rcond)
-    else:
-        M = optimal_core(W, C, R, rcond)
+    M = pseudo_inverse(C[rows], rcond) if core == "intersection" else optimal_core(W, C, R, rcond)
     A, B = balanced(R, C @ M)
     total, left = float(energy(W)), float(energy(torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=-1)))
     share = left / total if total > 0 else 0.0
@@ -76,7 +81,7 @@ def optimal_core(W: Tensor, C: Tensor, R: Tensor, rcond: float | None) -> Tensor
     left, upper = torch.linalg.qr(C)
     right, lower = torch.linalg.qr(R.mT)
     core = (left.mT.to(W.dtype) @ W).double() @ right
-    return torch.linalg.pinv(upper, rtol=rcond) @ core @ torch.linalg.pinv(lower.mT, rtol=rcond)
+    return pseudo_inverse(upper, rcond) @ core @ pseudo_inverse(lower.mT, rcond)
 
 
 def drawn(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .lapack import symmetric_eigen, thin_svd
 from .orthogonal import orthonormalize
 from .ritz import FP32_ROUNDING, ROUNDING, Factorization
 
@@ -32,7 +33,7 @@ PANELS_FROM = 256
 
 def exact_svd(W: Tensor, rank: int) -> Factorization:
     """The full SVD (LAPACK's or cuSOLVER's), truncated; W (..., m, n) fp32."""
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    U, S, Vh = thin_svd(W)
     loss = torch.zeros(W.shape[:-2], dtype=torch.float64, device=W.device)
     return Factorization(U[..., :rank], S[..., :rank], Vh[..., :rank, :], loss, 0, "exact")
 
@@ -44,7 +45,7 @@ def gram_svd(
     fp32); the certificate is Ky Fan's."""
     if G is None or tolerance < FP64_BELOW:
         G = gram_matrix(W.double() if tolerance < FP64_BELOW else W)
-    energies, vectors = torch.linalg.eigh(G)
+    energies, vectors = symmetric_eigen(G)
     best = energies[..., -rank:].double().clamp_min(0).sum(-1)
     rounding = ROUNDING if G.dtype == torch.float64 else FP32_ROUNDING
     return triplets_along(W, vectors[..., -rank:].flip(-1).float(), best, generator, rounding)
@@ -78,14 +79,14 @@ def triplets_along(
     """
     Y = W @ V
     wide = Y.double()
-    energies, right = torch.linalg.eigh(wide.mT @ wide)
+    energies, right = symmetric_eigen(wide.mT @ wide)
     if bool((energies[..., 0] > WELL_CONDITIONED * energies[..., -1]).all()):
         S, right = energies.flip(-1).sqrt(), right.flip(-1)
         Q, Vh = Y @ (right / S[..., None, :]).float(), right.mT.float() @ V.mT
     else:
         V, _, _ = orthonormalize(V.clone(), None, generator)
         Q, _, R = orthonormalize(W @ V, None, generator)
-        left, S, right = torch.linalg.svd(R.double())
+        left, S, right = thin_svd(R.double())
         Q, Vh = Q @ left.float(), right.float() @ V.mT
     captured = S.square().sum(-1)
     loss = (1 - captured / best.clamp_min(torch.finfo(best.dtype).tiny)).clamp_min(0) + rounding

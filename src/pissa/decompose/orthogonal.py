@@ -1,15 +1,18 @@
-"""Orthonormal bases of blocks of vectors: CholeskyQR2, shifted, with Householder's QR to fall back on.
+"""Orthonormal bases of blocks of vectors: CholeskyQR2, shifted, and Householder's QR where that does not get there.
 
     G = YᵀY = RᵀR,   Q = Y R⁻¹                    CholeskyQR: two matrix products and one small factorisation
 
 costs a fraction of Householder's QR but loses orthogonality like cond(Y)². Doing it twice (Yamamoto et al., 2015)
 restores it to rounding level, and a small shift `G + sI` (Fukaya et al., arXiv 1809.11085) keeps the first
 factorisation alive for blocks that are nearly rank-deficient. The Gram matrix is taken in fp64, where the square of
-an fp32 condition number fits. Where even that fails, columns are exactly dependent: Householder's QR takes over and
-the dependent columns are replaced by random ones, so that the basis is always complete and always orthonormal.
+an fp32 condition number fits. Against an existing basis the block is projected before every round, which is classical
+Gram-Schmidt with "twice is enough" (Giraud, Langou and Rozložník, 2005): the round whose Gram matrix was already close
+to I is the last one, but never the first.
 
-Against an existing basis the block is projected before every round, which is classical Gram-Schmidt with "twice is
-enough" (Giraud, Langou and Rozložník, 2005): the round whose Gram matrix was already close to I is the last one.
+No number of such rounds is certain to end. What is left of a column that depends on others is their rounding error; if
+that error has their direction (ones repeated: every entry is rounded alike), so does what is left of it, round after
+round. Whether it is rounding error or an exact zero is up to the processor. So after a few rounds `complement.py` takes
+over, which is orthonormal by construction.
 
 All functions take leading batch dimensions. Shapes: Y (..., n, b), basis (..., n, k), C (..., k, b), R (..., b, b).
 """
@@ -19,10 +22,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_ROUNDS = 8
+from .complement import orthonormal_complement
+
+ROUNDS = 4
+"""Rounds of CholeskyQR. Weights take two or three."""
 NEARLY_ORTHONORMAL = 0.1
 SHIFT = 1e-15
-DEPENDENT = 1e-6
+GRAM_RANGE = (1e-24, 1e24)
+"""Where a block's squared norm lies outside, entries of R may not fit into fp32's normal numbers."""
 
 
 def orthonormalize(Y: Tensor, basis: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -36,10 +43,13 @@ def orthonormalize(Y: Tensor, basis: Tensor | None, generator: torch.Generator) 
     Returns:
         Q (..., n, b) orthonormal and orthogonal to the basis, C (..., k, b) or None, R (..., b, b). Rows of R that
         belong to replaced columns are zero up to rounding.
+
+    Raises:
+        WeightError: Y is not finite.
     """
     C: Tensor | None = None
     R: Tensor | None = None
-    for round_ in range(MAX_ROUNDS):
+    for round_ in range(ROUNDS):
         if basis is not None:
             D = basis.mT @ Y
             subtract_product(Y, basis, D)
@@ -49,37 +59,35 @@ def orthonormalize(Y: Tensor, basis: Tensor | None, generator: torch.Generator) 
         deviation = largest_deviation(G)
         if round_ and deviation >= NEARLY_ORTHONORMAL:
             G = gram_fp64(Y)
-        diagonal = G.diagonal(dim1=-2, dim2=-1)
-        shifted = G + torch.diag_embed((SHIFT * diagonal.sum(-1, keepdim=True)).expand_as(diagonal))
-        upper, info = torch.linalg.cholesky_ex(shifted, upper=True)
-        if bool((info != 0).any()) or bool((diagonal == 0).any()):
-            Y, step = complete_basis(Y, generator)
-        else:
-            step = upper.to(Y.dtype)
-            Y = torch.linalg.solve_triangular(step, Y, upper=True, left=False)
+        step = triangle(G)
+        if step is None:
+            break
+        step = step.to(Y.dtype)
+        Y = torch.linalg.solve_triangular(step, Y, upper=True, left=False)
         R = step if R is None else step @ R
-        if deviation < NEARLY_ORTHONORMAL:
+        # Projected only once, a block that was large inside the basis may not be orthogonal to it.
+        if deviation < NEARLY_ORTHONORMAL and (round_ or basis is None):
             return Y, C, R
-    raise AssertionError(f"{MAX_ROUNDS} rounds did not orthonormalise a block of shape {tuple(Y.shape)}")
+    Q, D, step = orthonormal_complement(Y, basis, generator)
+    if R is None:
+        return Q, D if C is None or D is None else C + D, step
+    return Q, C if D is None or C is None else C + D @ R, step @ R
+
+
+def triangle(G: Tensor) -> Tensor | None:
+    """R, upper triangular fp64, with `RᵀR = G + sI`; None where a triangular solve with it cannot be relied on."""
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    size = diagonal.sum(-1, keepdim=True)
+    if not bool(((size > GRAM_RANGE[0]) & (size < GRAM_RANGE[1])).all()) or bool((diagonal == 0).any()):
+        return None
+    upper, info = torch.linalg.cholesky_ex(G + torch.diag_embed((SHIFT * size).expand_as(diagonal)), upper=True)
+    return None if bool((info != 0).any()) else upper
 
 
 def gram_fp64(Y: Tensor) -> Tensor:
     """`YᵀY` in fp64."""
     wide = Y.double()
     return wide.mT @ wide
-
-
-def complete_basis(Y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Householder's QR of a block whose columns may be dependent: an orthonormal Q (..., n, b) and `R = QᵀY`."""
-    _, upper = torch.linalg.qr(Y)
-    pivots = upper.diagonal(dim1=-2, dim2=-1).abs()
-    dependent = pivots <= DEPENDENT * pivots.amax(-1, keepdim=True)
-    # Scaled to the block, so that the random columns neither drown nor are drowned by the others.
-    size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
-    random = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator) * size / Y.shape[-2] ** 0.5
-    Q, _ = torch.linalg.qr(torch.where(dependent[..., None, :], random, Y))
-    return Q, Q.mT @ Y
 
 
 def subtract_product(Y: Tensor, A: Tensor, B: Tensor) -> None:

@@ -26,6 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .lapack import singular_values, symmetric_eigen, symmetric_eigenvalues
+
 ROUNDING = 3e-7
 """Relative error of energies of fp32 products: no certificate claims a smaller loss."""
 FP32_ROUNDING = 3e-6
@@ -79,7 +81,7 @@ class Spectrum:
 def ritz_triplets(T: Tensor, rank: int) -> RitzTriplets:
     """The `rank` largest singular triplets of T (..., K, L), K ≥ rank, orthonormal even where values vanish."""
     T = T.double()
-    energies, left = torch.linalg.eigh(T @ T.mT)
+    energies, left = symmetric_eigen(T @ T.mT)
     values = energies[..., -rank:].flip(-1).clamp_min(0).sqrt()
     left = left[..., -rank:].flip(-1)
     # Householder's QR completes the directions whose singular value is zero; its R is diagonal up to rounding.
@@ -102,7 +104,7 @@ def certify(T: Tensor, rank: int, last: int, newest: int, total: Tensor, complem
         The spectrum; a loss of 0 for W = 0.
     """
     rounding = ROUNDING if T.dtype == torch.float64 else FP32_ROUNDING
-    energies = torch.linalg.eigvalsh(T @ T.mT).flip(-1).clamp_min(0).double()
+    energies = symmetric_eigenvalues(T @ T.mT).flip(-1).clamp_min(0).double()
     captured = energies[..., :rank].sum(-1)
     missed = (total - energies.sum(-1)).clamp_min(0)
     best = captured
@@ -110,7 +112,7 @@ def certify(T: Tensor, rank: int, last: int, newest: int, total: Tensor, complem
         d = missed_energy(T, energies, rank, last, newest, missed, complement)
         A = T.mT @ T
         A.diagonal(dim1=-2, dim2=-1)[..., -newest:] += d[..., None]
-        best = torch.linalg.eigvalsh(A)[..., -rank:].double().clamp_min(d[..., None]).sum(-1)
+        best = symmetric_eigenvalues(A)[..., -rank:].double().clamp_min(d[..., None]).sum(-1)
     floor = total.clamp_min(torch.finfo(total.dtype).tiny)
     loss = torch.where(total > 0, 1 - captured / best.clamp_min(torch.finfo(best.dtype).tiny), 0.0)
     return Spectrum(energies, loss.clamp_min(0) + torch.where(total > 0, rounding, 0.0), missed / floor)
@@ -123,13 +125,13 @@ def missed_energy(
     K = T.shape[-2]
     if last < K:
         block = T[..., -last:, :]
-        found = torch.linalg.eigvalsh(block @ block.mT)[..., -1].double()
+        found = symmetric_eigenvalues(block @ block.mT)[..., -1].double()
     else:
         # One block only, a subspace handed in: a converged one misses less than the first Ritz value beyond the
         # wanted ones, and what is unconverged of those shows in their coupling to the newest columns.
-        wanted = torch.linalg.eigh(T @ T.mT)[1][..., -rank:]
+        wanted = symmetric_eigen(T @ T.mT)[1][..., -rank:]
         coupling = T[..., -newest:].mT @ wanted
-        found = energies[..., min(rank, K - 1)] + torch.linalg.matrix_norm(coupling, 2).square().double()
+        found = energies[..., min(rank, K - 1)] + singular_values(coupling)[..., 0].square().double()
     mean = missed / max(complement, 1)
     unseen = repeated_energy(energies, rank, last)
     return torch.minimum(torch.maximum(torch.maximum(found, mean), unseen), missed)

@@ -24,14 +24,16 @@ the sketching algorithm of `l1_sketch.py`.
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 from torch import Tensor
 
 from .certificate import Certificate
-from .scale import energy, scaled, unscaled
-from .svd import TruncatedSVD, fix_signs, truncated_svd
+from .lapack import pseudo_inverse, thin_svd
+from .scale import energy, magnitude, scaled, unscaled
+from .svd import TOLERANCE, TruncatedSVD, decompose, fix_signs
 
 ITERATIONS = 150
 FIRST_STEP, LAST_STEP = 2.0, 0.02
@@ -42,7 +44,9 @@ RIDGE = 1e-7
 """Of the trace of a factor's Gram matrix, added to its diagonal: columns may vanish."""
 
 
-def l1_approximation(W: Tensor, rank: int, *, iterations: int = ITERATIONS, seed: int = 0) -> TruncatedSVD:
+def l1_approximation(
+    W: Tensor, rank: int, *, iterations: int = ITERATIONS, seed: int = 0, largest: float | None = None
+) -> TruncatedSVD:
     """A rank-r matrix that is close to W in the entrywise l1 norm.
 
     Args:
@@ -50,6 +54,7 @@ def l1_approximation(W: Tensor, rank: int, *, iterations: int = ITERATIONS, seed
         rank: r, 1 to min(m, n).
         iterations: subgradient steps; 0 for the better of the two starting points.
         seed: of the SVDs' sketches.
+        largest: W's largest magnitude where it is known, which saves a look at every entry.
 
     Returns:
         U (m, r), S (r,) descending, Vh (r, n) of the approximation, fp32, and the certificate with its
@@ -57,32 +62,31 @@ def l1_approximation(W: Tensor, rank: int, *, iterations: int = ITERATIONS, seed
         upper bound, measured against all of W's energy.
     """
     start = time.perf_counter()
-    W, exponent = scaled(W)
+    largest = magnitude(W) if largest is None else largest
+    W, exponent = scaled(W, largest)
     # signs of rounding errors decide the steps: the bits must not depend on the layout
     W = W.contiguous()
     if not W.any():
-        U, S, Vh, _ = truncated_svd(W, rank, seed=seed)
+        U, S, Vh, _ = decompose(W, rank, TOLERANCE, "auto", seed, largest=0.0)
         return TruncatedSVD(U, S, Vh, _certificate(W, W, start, exponent))
-    A, B = starting_point(W, rank, seed)
+    A, B = starting_point(W, rank, seed, math.ldexp(largest, exponent))
     A, B = descended(W, A, B, iterations)
     certificate = _certificate(W, torch.addmm(W, B, A, alpha=-1), start, exponent)
     U, S, Vh = product_svd(A, B)
     return TruncatedSVD(U, unscaled(S, exponent), Vh, certificate)
 
 
-def starting_point(W: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def starting_point(W: Tensor, rank: int, seed: int, largest: float) -> tuple[Tensor, Tensor]:
     """A and B of the better of two truncated SVDs: of W, and of W with its large entries clipped."""
     limit = CLIP * float(W.abs().mean())
-    best, least = None, float("inf")
-    for matrix in (W, W.clamp(-limit, limit)):
-        U, S, Vh, _ = truncated_svd(matrix, rank, seed=seed)
+    tried = []
+    for matrix, most in ((W, largest), (W.clamp(-limit, limit), min(largest, limit))):
+        U, S, Vh, _ = decompose(matrix, rank, TOLERANCE, "auto", seed, largest=most)
         root = S.sqrt()
         A, B = root[:, None] * Vh, U * root
-        error = mean_absolute(torch.addmm(W, B, A, alpha=-1))
-        if error < least:
-            best, least = (A, B), error
-    assert best is not None
-    return best
+        tried.append((mean_absolute(torch.addmm(W, B, A, alpha=-1)), A, B))
+    _, A, B = min(tried, key=lambda found: found[0])
+    return A, B
 
 
 def descended(W: Tensor, A: Tensor, B: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +116,8 @@ def inverse_gram(A: Tensor) -> Tensor:
     """`(A·Aᵀ)⁻¹` (r, r) for A (r, n), with a little on the diagonal."""
     G = A @ A.mT
     G.diagonal().add_(RIDGE * G.trace())
-    return torch.linalg.inv(G.double()).to(A.dtype)
+    inverse, info = torch.linalg.inv_ex(G.double())
+    return (inverse if int(info) == 0 else pseudo_inverse(G.double())).to(A.dtype)
 
 
 def mean_absolute(E: Tensor) -> float:
@@ -125,7 +130,7 @@ def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, r), S (r,), Vh (r, n), fp32, of `B·A`, from thin QRs and a small core."""
     left, R = torch.linalg.qr(B.double())
     right, T = torch.linalg.qr(A.double().mT)
-    u, S, vh = torch.linalg.svd(R @ T.mT)
+    u, S, vh = thin_svd(R @ T.mT)
     U, Vh = fix_signs((left @ u).float(), (vh @ right.mT).float())
     return U, S.float(), Vh
 

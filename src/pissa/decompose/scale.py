@@ -16,21 +16,30 @@ SAFE_MAGNITUDE = (1e-6, 1e6)
 """Matrices whose largest entry lies outside are scaled by a power of two, so that no square over- or underflows."""
 
 
-def scaled(W: Tensor) -> tuple[Tensor, int]:
+def scaled(W: Tensor, largest: float | None = None) -> tuple[Tensor, int]:
     """W in fp32 with one unit stride, times a power of two where squares would not fit; and the power's exponent.
+
+    Args:
+        W: (..., m, n), any float dtype.
+        largest: its `magnitude` where that is known, which saves a look at every entry.
 
     Raises:
         WeightError: W holds NaN or Inf.
     """
-    largest = magnitude(W)
+    largest = magnitude(W) if largest is None else largest
     if not math.isfinite(largest):
         raise WeightError("the matrix holds NaN or Inf; repair or reload the weight")
-    exponent = 0
-    if largest > 0 and not SAFE_MAGNITUDE[0] <= largest <= SAFE_MAGNITUDE[1]:
-        exponent = -math.frexp(largest)[1]
+    exponent = safe_exponent(largest)
+    if exponent:
         W = unscaled(W.double(), -exponent)
     W = W.float()
     return (W if 1 in W.stride()[-2:] else W.contiguous()), exponent
+
+
+def safe_exponent(largest: float) -> int:
+    """The power of two that brings a matrix of this magnitude to a size whose squares fit; 0 where they do already."""
+    fits = largest == 0 or SAFE_MAGNITUDE[0] <= largest <= SAFE_MAGNITUDE[1]
+    return 0 if fits else -math.frexp(largest)[1]
 
 
 def magnitude(W: Tensor) -> float:

@@ -18,6 +18,7 @@ any batch. On CUDA a batch is one set of batched kernels and its first products 
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -33,10 +34,12 @@ from .gram import exact_svd, gram_svd
 from .krylov import block_krylov, product
 from .precision import full_precision
 from .ritz import Factorization
-from .scale import energy, scaled, unscaled
+from .scale import energy, magnitude, scaled, unscaled
 from .sketch import sketched_start
 from .subspace import OVERSAMPLING, subspace_svd
 
+TOLERANCE = 1e-3
+"""Captured-energy loss to aim for when nothing is said."""
 PROBES = 8
 """Random columns added to a warm start, which find what a stale subspace has missed."""
 
@@ -58,7 +61,7 @@ def truncated_svd(
     W: Tensor,
     rank: int,
     *,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     algorithm: str = "auto",
     seed: int = 0,
     warm_start: Tensor | None = None,
@@ -83,7 +86,7 @@ def truncated_svd(
         each column of U is positive.
 
     Raises:
-        WeightError: W is not a finite float matrix or batch of them.
+        WeightError: W is not a finite float matrix or batch of them, or its singular values exceed fp32's range.
         ConfigError: a rank, tolerance, algorithm or warm start that does not fit.
     """
     check(W, rank, tolerance, algorithm, warm_start, niter)
@@ -112,14 +115,16 @@ def decompose(
     niter: int | None = None,
     *,
     sketch: torch.dtype | None = None,
+    largest: float | None = None,
 ) -> TruncatedSVD:
     """One matrix (m, n), or a batch (b, m, n) as one set of batched operations; the arguments are already checked.
 
-    `sketch` is the dtype of the first products, None for the device's default: bf16 on CUDA, none on a CPU.
+    `sketch` is the dtype of the first products, None for the device's default: bf16 on CUDA, none on a CPU. `largest`
+    is W's largest magnitude where it is known, which saves a look at every entry.
     """
     start = time.perf_counter()
     with torch.no_grad(), full_precision():
-        W, exponent = scaled(W)
+        W, exponent = scaled(W.detach(), largest)
         flipped = W.shape[-2] < W.shape[-1]
         W = W.mT if flipped else W
         if algorithm == "auto":
@@ -130,6 +135,8 @@ def decompose(
         U, Vh = (found.Vh.mT, found.U.mT) if flipped else (found.U, found.Vh)
         U, Vh = fix_signs(U, Vh)
         S = unscaled(found.S, exponent)
+        if not bool(torch.isfinite(S).all()):
+            raise WeightError("the matrix has singular values beyond the range of fp32; scale it down")
         losses = [min(1.0, loss) for loss in found.loss.reshape(-1).tolist()]
     seconds = (time.perf_counter() - start) / max(len(losses), 1)
     certificates = tuple(Certificate(algorithm, found.passes, seconds, loss, found.bound) for loss in losses)
@@ -195,7 +202,7 @@ def check(W: Tensor, rank: int, tolerance: float, algorithm: str, warm_start: Te
         )
     if algorithm in ("exact", "gram", "chebyshev"):
         raise ConfigError(f'algorithm "{algorithm}" cannot use a warm start; take "auto" or "krylov"')
-    if not bool(torch.isfinite(warm_start).all()):
+    if not math.isfinite(magnitude(warm_start)):
         raise ConfigError("warm_start holds NaN or Inf; leave it out for a fresh start")
 
 
@@ -210,7 +217,9 @@ def gaussian(W: Tensor, columns: int, seed: int) -> Tensor:
 def warm_block(W: Tensor, rank: int, warm_start: Tensor, seed: int, flipped: bool) -> tuple[Tensor, int]:
     """The first block (..., n, k) that a warm start gives, widened by random probes; and the products it took."""
     m, n = W.shape[-2:]
-    known = warm_start.detach().to(W.device, torch.float32)
+    known = warm_start.detach()
+    largest = magnitude(known)
+    known = unscaled(known, math.frexp(largest)[1] if largest > 0 else 0).to(W.device, torch.float32)
     is_right = known.shape[-2] == (m if flipped else n)
     passes = 0
     if is_right == flipped:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..calibrate.moments import Moment
 from ..config import PissaConfig
 from ..errors import ConfigError, DataError
-from ..ranks import component_gains, plan_ranks, total_gain
+from ..ranks import Weighed, plan_ranks, total_gain, weighed_components
 from ..split import derive_seed
 from .targets import Target
 
@@ -18,7 +19,7 @@ from .targets import Target
 def with_planned_ranks(
     targets: list[Target], config: PissaConfig, moments: Mapping[str, Tensor] | Iterable[Moment] | None
 ) -> list[Target]:
-    """The targets with the ranks that capture most under the configuration's budget.
+    """The targets with the ranks that capture most under the configuration's budget, and the SVDs that this took.
 
     Args:
         targets: each with the largest rank that it may get.
@@ -37,30 +38,48 @@ def with_planned_ranks(
     if missing:
         raise DataError(f"no second moment is given for {', '.join(missing)}; give one for every target, or none")
     known: dict[str, Tensor] = dict(moments or {})  # pyright: ignore[reportAssignmentType] -- a mapping by now
-    gains = {target.name: target_gains(target, config, known.get(target.name)) for target in targets}
+    each = [weighed_target(target, config, known.get(target.name)) for target in targets]
+    gains = {target.name: total_gains(weighed) for target, weighed in zip(targets, each, strict=True)}
     plan = plan_ranks(gains, {target.name: parameters_per_rank(target) for target in targets}, config.rank_budget)
-    return [replace(target, rank=plan.ranks[target.name]) for target in targets]
+    # What was decomposed for a metric that the split does not have is another matrix than the split's.
+    reusable = moments is None or config.quantization is not None
+    return [
+        replace(
+            target,
+            rank=plan.ranks[target.name],
+            svds=tuple(matrix.svd for matrix in weighed) if reusable else None,
+        )
+        for target, weighed in zip(targets, each, strict=True)
+    ]
 
 
-def target_gains(target: Target, config: PissaConfig, moment: Tensor | None) -> Tensor:
-    """What each of a target's components is worth, (rank,) fp64; of experts, which share a rank, together."""
+def weighed_target(target: Target, config: PissaConfig, moment: Tensor | None) -> list[Weighed]:
+    """The components of each of a target's matrices, as many as its largest rank."""
     matrices = target.place.matrices()
     each = matrices if matrices.ndim == 3 else matrices[None]
-    found = [
-        component_gains(
+    return [
+        weighed_components(
             W,
             target.rank,
             quantization=config.quantization,
             moment=moment,
             tolerance=config.tolerance,
+            algorithm=config.algorithm,
             seed=derive_seed(config.seed, target.weight_key),
+            largest=largest,
         )
-        for W in each
+        for W, largest in zip(each, target.largest or [None] * len(each), strict=True)
     ]
-    total = found[0]
-    for gains in found[1:]:
-        total = total + gains
-    return total
+
+
+def total_gains(weighed: list[Weighed]) -> Tensor:
+    """What each component of a target is worth, (rank,) fp64: of experts, which share a rank, together."""
+    return torch.stack([matrix.gains for matrix in weighed]).sum(0)
+
+
+def target_gains(target: Target, config: PissaConfig, moment: Tensor | None) -> Tensor:
+    """The same for a target that is only looked at, (rank,) fp64."""
+    return total_gains(weighed_target(target, config, moment))
 
 
 def target_total(target: Target, config: PissaConfig) -> float:

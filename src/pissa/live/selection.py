@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..config import PissaConfig
+from ..decompose.svd import TruncatedSVD
 from ..errors import TargetError
 from .conversion import is_rewritten
 from .layers import ATTENTION, LINEAR, PARAMETER, Kind, Place, is_linear, kind_of, kind_of_parameter
@@ -33,6 +34,10 @@ class Target:
     rank: int = 0
     alpha: float | None = None
     """None: scale 1."""
+    largest: tuple[float, ...] | None = None
+    """The largest magnitude in each of its matrices, once they have been looked through for NaN and Inf."""
+    svds: tuple[TruncatedSVD, ...] | None = None
+    """Of each of its matrices (with a quantisation, of what the format leaves over), where a budget has needed them."""
 
     @property
     def place(self) -> Place:

@@ -94,10 +94,18 @@ def weights_of(
         gradient: of the loss, in the shape of the matrices.
     """
     own = config.for_module(target.rank, target.alpha)
-    if matrices.ndim == 2:
-        return [Weight(matrices, own, target.weight_key, moment, gradient)]
-    each = gradient if gradient is not None else [None] * len(matrices)
+    stack = matrices.ndim == 3
+    unknown = [None] * (len(matrices) if stack else 1)
+    names = [f"{target.weight_key}.{i}" for i in range(len(matrices))] if stack else [target.weight_key]
+    gradients = unknown if gradient is None else gradient if stack else gradient[None]
     return [
-        Weight(matrix, own, f"{target.weight_key}.{i}", moment, of)
-        for i, (matrix, of) in enumerate(zip(matrices, each, strict=True))
+        Weight(matrix, own, name, moment, *known)
+        for matrix, name, *known in zip(
+            matrices if stack else matrices[None],
+            names,
+            gradients,
+            target.largest or unknown,
+            target.svds or unknown,
+            strict=True,
+        )
     ]

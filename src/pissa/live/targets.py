@@ -66,7 +66,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
         _check_loaded(targets)
     _check_shapes(targets, config)
     if loaded:
-        _check_finite(targets)
+        targets = _looked_through(targets)
     if loaded and config.use_dora:
         _check_rows(targets)
     if config.quantization is not None:
@@ -256,12 +256,20 @@ def _check_loaded(targets: list[Target]) -> None:
         )
 
 
-def _check_finite(targets: list[Target]) -> None:
-    # bitsandbytes holds finite values only, and takes time to show them
-    plain = [target for target in targets if bits_of(target.module) is None]
-    bad = [target.name for target in plain if not math.isfinite(magnitude(target.place.weight))]
+def _looked_through(targets: list[Target]) -> list[Target]:
+    """The targets with the largest magnitude of each matrix; NaN and Inf are refused."""
+    found, bad = [], []
+    for target in targets:
+        # bitsandbytes holds finite values only, and takes time to show them
+        if bits_of(target.module) is None:
+            matrices = target.place.matrices()
+            each = tuple(magnitude(W) for W in (matrices if matrices.ndim == 3 else matrices[None]))
+            target = replace(target, largest=each)
+            bad += [] if all(map(math.isfinite, each)) else [target.name]
+        found.append(target)
     if bad:
         raise WeightError(f"NaN or Inf in the weight of {listed(bad)}: repair or reload the checkpoint")
+    return found
 
 
 def _check_rows(targets: list[Target]) -> None:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..config import Quantization
 from ..decompose.certificate import Certificate
+from ..decompose.scale import magnitude, safe_exponent
 from .formats import Packed, quantize_matrix, rounded_matrix
-from .lowrank import LowRank, best_fit, extrapolated, power_step
+from .lowrank import LowRank, best_fit, extrapolated, in_metric, power_step, started
 from .metric import Metric
 
 
@@ -58,6 +59,8 @@ def alternate(
     tolerance: float = 1e-3,
     algorithm: str = "auto",
     seed: int = 0,
+    largest: float | None = None,
+    start: Tensor | None = None,
 ) -> Alternation:
     """Quantise W's residual and find the adapter for it.
 
@@ -69,20 +72,26 @@ def alternate(
         metric: which errors matter; None for all alike.
         tolerance, algorithm, seed: of the last SVD, see `truncated_svd`. Those before it are subspace iterations, each
             started from the one before, unless the algorithm is "exact".
+        largest: W's largest magnitude where it is known, which saves a look at every entry.
+
+        start: (in, k), k ≥ rank: spans the leading right singular vectors, in the metric, of what the plain format
+            leaves of W, where they are known; used where the method begins with a quantisation.
     """
-    best: Alternation | None = None
-    errors: list[float] = []
-    for count, packed, low_rank in iterates(W, rank, config, dtype, metric, algorithm, seed):
-        E = W - packed.dequantize()
-        error = norm(E if low_rank is None else low_rank.subtract_from(E), metric)
-        if best is None or error < errors[-1]:
+    exponent = safe_exponent(magnitude(W) if largest is None else largest)
+    found = iterates(W, rank, config, dtype, metric, algorithm, seed, exponent, start)
+    count, packed, low_rank = next(found)
+    best, errors = Alternation(packed, low_rank, (), count), [error_of(W, packed, low_rank, metric, exponent)]
+    for count, packed, low_rank in found:
+        error = error_of(W, packed, low_rank, metric, exponent)
+        if error < errors[-1]:
             best = Alternation(packed, low_rank, (), count)
-        errors.append(min([error, *errors[-1:]]))
-    assert best is not None
+        errors.append(min(error, errors[-1]))
     if config.refit and best.low_rank is not None:
         E = W - best.packed.dequantize()
-        L = best_fit(E, rank, metric, best.low_rank, tolerance=tolerance, algorithm=algorithm, seed=seed)
-        error = norm(L.subtract_from(E), metric)
+        L = best_fit(
+            E, rank, metric, best.low_rank, tolerance=tolerance, algorithm=algorithm, seed=seed, exponent=exponent
+        )
+        error = norm(L.subtract_from(E), metric, exponent)
         if error <= errors[-1]:
             best, errors[-1] = replace(best, low_rank=L), error
         best = replace(best, certificate=L.certificate)
@@ -97,13 +106,15 @@ def iterates(
     metric: Metric | None,
     algorithm: str,
     seed: int,
+    exponent: int,
+    start: Tensor | None,
 ) -> Iterator[tuple[int, Packed, LowRank | None]]:
     """(t, Q_t packed, L_t) of every iterate that may be the result: t = 1 … T, or T alone."""
 
     def fit(E: Tensor, previous: LowRank | None) -> LowRank:
         if algorithm == "exact":
-            return best_fit(E, rank, metric, previous, tolerance=0.0, algorithm=algorithm, seed=seed)
-        return power_step(E, rank, metric, previous, seed)
+            return best_fit(E, rank, metric, previous, tolerance=0.0, algorithm=algorithm, seed=seed, exponent=exponent)
+        return power_step(E, rank, metric, previous, seed, exponent)
 
     if config.method == "qlora":
         packed = quantize_matrix(W, config, dtype, metric)
@@ -120,18 +131,23 @@ def iterates(
                 if exact
                 else rounded_matrix(R, config, dtype, metric)
             )
-            target = L = fit(W - Q, L)
+            target = L = fit(W - Q, L if L is not None or start is None else started(start))
             continue
         packed = quantize_matrix(R, config, dtype, metric)
         if not config.refit and step == config.iterations - 1:
             yield step + 1, packed, L
             return
-        previous, L = L, fit(W - packed.dequantize(), L)
+        previous, L = L, fit(W - packed.dequantize(), L if L is not None or start is None else started(start))
         yield step + 1, packed, L
         target = L if previous is None or config.momentum == 0 else extrapolated(L, previous, config.momentum)
 
 
-def norm(E: Tensor, metric: Metric | None) -> float:
+def error_of(W: Tensor, packed: Packed, low_rank: LowRank | None, metric: Metric | None, exponent: int) -> float:
+    """`‖W − Q − L‖` in the metric."""
+    E = W - packed.dequantize()
+    return norm(E if low_rank is None else low_rank.subtract_from(E), metric, exponent)
+
+
+def norm(E: Tensor, metric: Metric | None, exponent: int) -> float:
     """The Frobenius norm in the metric."""
-    weighted = E if metric is None else metric.apply(E)
-    return float(torch.linalg.vector_norm(weighted, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(in_metric(E, metric, exponent), dtype=torch.float64)) * 2.0**-exponent

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Quantization
+from ..decompose.lapack import singular_values
 from ..errors import ConfigError
 from .formats import Packed, quantize_matrix
 from .gptq import PackedGPTQ
@@ -91,7 +92,7 @@ def matrix_norm(E: Tensor, norm: Norm) -> float:
     if norm == "frobenius":
         return float(torch.linalg.vector_norm(E, dtype=torch.float64))
     if norm == "nuclear":
-        return float(torch.linalg.svdvals(E.float()).double().sum())
+        return float(singular_values(E.float()).double().sum())
     raise ConfigError(f"norm is {norm!r}; allowed: {', '.join(get_args(Norm))}")
 
 

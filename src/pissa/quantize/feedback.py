@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..decompose.lapack import damped_cholesky
 from .metric import Metric
 from .nf4 import PackedNF4, nf4_table, pack
 from .scales import reciprocal
@@ -41,8 +42,8 @@ def round_with_feedback(
         begin_block: called with (j, columns (out, width)) before column j and the width − 1 after it are rounded: the
             values as the errors so far have left them.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment.double()))
-    U = torch.linalg.cholesky(inverse, upper=True).float()
+    inverse = torch.cholesky_inverse(damped_cholesky(moment.double()))
+    U = damped_cholesky(inverse).mT.float()
     # Columns are read and written whole: as rows of the transpose they lie together.
     rest, n = W.mT.contiguous(), W.shape[1]
     for left in range(0, n, width):

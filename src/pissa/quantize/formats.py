@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import Quantization
+from ..errors import ConfigError
 from .feedback import round_nf4_with_feedback
 from .gptq import PackedGPTQ, quantize_gptq
 from .int8 import PackedInt8, quantize_int8
@@ -41,7 +42,8 @@ def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric:
         dtype=dtype,
     )
     if config.rounding == "gptq":
-        assert metric is not None
+        if metric is None:
+            raise ConfigError('rounding "gptq" needs the second moment of the inputs; give calibration text')
         return round_nf4_with_feedback(R, packed, metric)
     return packed
 

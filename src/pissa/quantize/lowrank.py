@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..decompose.certificate import Certificate
+from ..decompose.lapack import symmetric_eigen, thin_svd
+from ..decompose.scale import unscaled
 from ..decompose.svd import fix_signs, truncated_svd
 from .metric import Metric
 
@@ -50,6 +52,7 @@ def best_fit(
     tolerance: float,
     algorithm: str,
     seed: int,
+    exponent: int = 0,
 ) -> LowRank:
     """The rank-r matrix closest to E in the metric, its SVD started from the previous fit's subspace.
 
@@ -58,24 +61,26 @@ def best_fit(
         metric: None for the Frobenius norm.
         previous: a fit of a matrix near E, or None.
         tolerance, algorithm, seed: see `truncated_svd`.
+        exponent: of the power of two that brings E to a size whose squares fit into fp32, see `safe_exponent`.
     """
-    weighted = E if metric is None else metric.apply(E)
+    weighted = in_metric(E, metric, exponent)
     warm = previous.warm_start if previous is not None and algorithm not in ("exact", "gram") else None
     U, S, Vh, certificate = truncated_svd(
         weighted, rank, tolerance=tolerance, algorithm=algorithm, seed=seed, warm_start=warm
     )
     right = Vh if metric is None else metric.undo(Vh)
-    assert isinstance(certificate, Certificate)
-    return LowRank(U * S, right, Vh.mT.contiguous(), certificate)
+    return LowRank(U * unscaled(S, exponent), right, Vh.mT.contiguous(), certificate)
 
 
-def power_step(E: Tensor, rank: int, metric: Metric | None, previous: LowRank | None, seed: int) -> LowRank:
+def power_step(
+    E: Tensor, rank: int, metric: Metric | None, previous: LowRank | None, seed: int, exponent: int = 0
+) -> LowRank:
     """A rank-r matrix close to E in the metric: one subspace iteration from the previous fit, a few from a sketch.
 
     The alternation is itself an iteration, and its matrices change little from one to the next; a certified SVD of each
     would be work thrown away.
     """
-    weighted = E if metric is None else metric.apply(E)
+    weighted = in_metric(E, metric, exponent)
     if previous is None or previous.warm_start is None:
         generator = torch.Generator().manual_seed(seed)
         width = min(rank + OVERSAMPLING, *E.shape)
@@ -88,11 +93,17 @@ def power_step(E: Tensor, rank: int, metric: Metric | None, previous: LowRank | 
         right = weighted.mT @ left
     # Scaled by a power of two, at no loss, so that squares of very small or large weights stay in range.
     unit = (right / power_of_two(right)).double()
-    _, turn = torch.linalg.eigh(unit.mT @ unit)
+    _, turn = symmetric_eigen(unit.mT @ unit)
     turn = turn.flip(-1).float()
     left, right = left @ turn, right @ turn
-    fitted = right[:, :rank].mT
+    fitted = unscaled(right[:, :rank], exponent).mT
     return LowRank(left[:, :rank], fitted if metric is None else metric.undo(fitted), unit_columns(right))
+
+
+def in_metric(E: Tensor, metric: Metric | None, exponent: int) -> Tensor:
+    """`E·C·2^exponent`, (out, in) fp32."""
+    E = unscaled(E, -exponent)
+    return E if metric is None else metric.apply(E)
 
 
 def unit_columns(X: Tensor) -> Tensor:
@@ -107,6 +118,11 @@ def power_of_two(X: Tensor) -> float:
     return 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
 
 
+def started(subspace: Tensor) -> LowRank:
+    """Where a first fit begins when the right singular vectors (in, k) are known: the matrix 0, and them."""
+    return LowRank(subspace.new_zeros(0, 0), subspace.new_zeros(0, 0), subspace)
+
+
 def extrapolated(newest: LowRank, previous: LowRank, momentum: float) -> LowRank:
     """`L_t + β (L_t − L_{t−1})`, of rank 2r."""
     left = torch.cat([(1 + momentum) * newest.left, -momentum * previous.left], 1)
@@ -117,6 +133,6 @@ def singular_triplets(L: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, r), S (r,), Vh (r, in) of `left·right`, from thin QRs and a small core; signs as `truncated_svd`'s."""
     left, R = torch.linalg.qr(L.left.double())
     right, T = torch.linalg.qr(L.right.double().mT)
-    u, S, vh = torch.linalg.svd(R @ T.mT)
+    u, S, vh = thin_svd(R @ T.mT)
     U, Vh = fix_signs((left @ u[:, :rank]).float(), (vh[:rank] @ right.mT).float())
     return U, S[:rank].float(), Vh

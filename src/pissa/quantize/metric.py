@@ -9,11 +9,13 @@ diagonal, so that directions which the calibration text never showed still count
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..decompose.lapack import symmetric_eigen
 from ..errors import WeightError
 
 DAMPING = 0.01
@@ -66,6 +68,8 @@ def metric(moment: Tensor, columns: int, *, name: str = "the weight", damping: f
     if not bool(torch.isfinite(M).all()):
         raise WeightError(f"the second moment for {name} holds NaN or Inf; check the calibration run's activations")
     scale = float(M.diagonal().mean())
+    if not math.isfinite(scale):
+        raise WeightError(f"the second moment for {name} is too large; scale it down, its scale does not matter")
     if scale <= 0:
         raise WeightError(f"the second moment for {name} has no positive diagonal; did calibration see any text?")
     M = M / scale
@@ -74,12 +78,15 @@ def metric(moment: Tensor, columns: int, *, name: str = "the weight", damping: f
     M = (M + M.mT) / 2
     factor, failed = damped_factor(M, damping)
     if failed:
-        energies, vectors = torch.linalg.eigh(M)
+        energies, vectors = symmetric_eigen(M)
         if float(energies[0]) < -ASYMMETRY * float(energies[-1]):
             raise WeightError(f"the second moment for {name} has negative eigenvalues; give E[xᵀx]")
         M = (vectors * energies.clamp_min(0)) @ vectors.mT
         factor, failed = damped_factor(M, max(damping, 1e-6))
-        assert not failed
+        if failed:
+            raise WeightError(
+                f"the second moment for {name} is too ill-conditioned; take more calibration text, or leave it out"
+            )
     M.diagonal().add_(damping)
     return Metric(M, factor)
 
