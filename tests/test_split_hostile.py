@@ -1,28 +1,28 @@
-"""Splits of matrices on which numerical code fails: a right answer, or an error in words; a weight is looked at once."""
+"""Splits of matrices on which numerical code fails: right, or an error in words. A weight is looked at once."""
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hostile import OtherRounding, hostile_matrices, noise
 from torch import Tensor
 
+from hostile import OtherRounding, hostile_matrices, noise
 from pissa.config import METHODS, PissaConfig, Quantization, quantization_preset
 from pissa.decompose import scale, svd
 from pissa.decompose.leading import leading_triplets
 from pissa.decompose.svd import truncated_svd
 from pissa.errors import WeightError
 from pissa.quantize.alternate import alternate
+from pissa.quantize.formats import quantize_matrix
 from pissa.quantize.metric import metric
 from pissa.split import Weight, split_one, split_weight
 from tiny import tiny_llama
 
-MATRICES = hostile_matrices(48, 64)
+MATRICES = hostile_matrices(32, 64)
 QUANTIZATIONS = {
     "qlora": quantization_preset("qlora", double_quant=False),
     "loftq": quantization_preset("loftq-1", double_quant=True),
@@ -47,39 +47,52 @@ def check_split(W: Tensor, config: PissaConfig, **given: Any) -> None:
     left = float((whole - W.double()).norm()) / size if size else 0.0
     # factors of CURA can be far larger than their product, and fp32 rounds in proportion to them
     factors = float(split.scale * split.A.double().norm() * split.B.double().norm()) / size if size else 0.0
-    noise_level = 1e-6 * max(1.0, factors)
+    # and denormal numbers keep few of their bits
+    least = torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
+    denormal = least * W.numel() ** 0.5 / size if size else 0.0
+    noise_level = 1e-6 * max(1.0, factors) + denormal
     if config.quantization is None:
         assert left <= noise_level + (2.0**-8 if W.dtype == torch.bfloat16 else 0.0)
-    # denormal numbers keep few of their bits
     if size > 1e-36:
         assert left == pytest.approx(split.certificate.rounding, rel=1e-3, abs=noise_level)
 
 
-@pytest.mark.parametrize("kind", ["own", "random", "up"])
+@pytest.mark.parametrize("kind", ["own", "up"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MATRICES)
-def test_every_method_splits_every_matrix(name: str, method: Any, kind: str) -> None:
+def test_every_method_splits_every_matrix(method: Any, kind: str) -> None:
     chosen: dict[str, Any] = {"random_fraction": 0.5} if method == "random-pissa" else {}
     with nullcontext() if kind == "own" else OtherRounding(kind):
-        for dtype in (torch.float32, torch.bfloat16):
-            check_split(MATRICES[name].to(dtype), PissaConfig(4, method=method, **chosen))
+        for W in MATRICES.values():
+            for dtype in (torch.float32, torch.bfloat16) if kind == "own" else (torch.float32,):
+                check_split(W.to(dtype), PissaConfig(4, method=method, **chosen))
 
 
-@pytest.mark.parametrize("kind", ["own", "random", "up"])
-@pytest.mark.parametrize("format_", QUANTIZATIONS)
-@pytest.mark.parametrize("name", MATRICES)
-def test_every_format_takes_every_matrix(name: str, format_: str, kind: str) -> None:
-    quantization = QUANTIZATIONS[format_]
+@pytest.mark.parametrize(
+    ("format_", "kind"), [*((each, "own") for each in QUANTIZATIONS), ("loftq", "up"), ("qpissa", "random")]
+)
+def test_every_format_takes_every_matrix(format_: str, kind: str) -> None:
     method: Any = "lora-kaiming" if format_ == "qlora" else "pissa"
-    X = noise(20, 64, seed=3)
-    moments = [X.mT @ X] if format_ == "gptq" else [None, X.mT @ X, torch.ones(64, 64), MATRICES[name].mT @ MATRICES[name]]
+    config = PissaConfig(4, method=method, quantization=QUANTIZATIONS[format_])
+    few = noise(20, 64, seed=3)
     with nullcontext() if kind == "own" else OtherRounding(kind):
-        for moment in moments:
-            usable = moment is None or (bool(torch.isfinite(moment).all()) and float(moment.diagonal().sum()) > 0)
-            for dtype in (torch.float32, torch.bfloat16):
-                given = moment if usable and format_ != "qlora" else None
-                W = MATRICES[name].to(dtype)
-                check_split(W, PissaConfig(4, method=method, quantization=quantization), moment=given)
+        for W in MATRICES.values():
+            if format_ != "gptq":
+                check_split(W, config)
+            if format_ != "qlora":
+                check_split(W.to(torch.bfloat16), config, moment=few.mT @ few)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_every_second_moment_is_taken_or_refused_in_words(name: str) -> None:
+    moment = MATRICES[name].mT @ MATRICES[name]
+    usable = bool(torch.isfinite(moment).all()) and float(moment.diagonal().sum()) > 0
+    for format_ in ("ours", "gptq"):
+        config = PissaConfig(4, quantization=QUANTIZATIONS[format_])
+        if usable:
+            check_split(noise(32, 64), config, moment=moment)
+        else:
+            with pytest.raises(WeightError, match="second moment for layer"):
+                split_weight(noise(32, 64), config, moment=moment, name="layer")
 
 
 def test_a_weight_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,32 +138,24 @@ def test_where_the_certificate_of_many_does_not_hold_for_few_they_are_refreshed(
     torch.testing.assert_close(first.S.double(), exact, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["loftq-5", "ours-5"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_an_alternation_that_starts_from_a_known_subspace_ends_no_worse(name: str, weighted: bool) -> None:
+def test_an_alternation_that_starts_from_a_known_subspace_ends_where_exact_svds_do(weighted: bool) -> None:
     W, X = noise(96, 128) * torch.logspace(0, -1, 128), noise(40, 128, seed=1)
-    config = quantization_preset(name, double_quant=False)
+    config = quantization_preset("loftq-1", double_quant=False)
     given = metric(X.mT @ X, 128) if weighted else None
-    cold = alternate(W, 8, config, dtype=torch.float32, metric=given)
-    E = W - config_error(W, config)
+    E = W - quantize_matrix(W, config, W.dtype).dequantize()
     start = truncated_svd(E if given is None else given.apply(E), 16).Vh.mT
-    warm = alternate(W, 8, config, dtype=torch.float32, metric=given, start=start)
-    assert warm.errors[-1] <= 1.003 * cold.errors[-1]
-    assert math.isfinite(warm.errors[-1])
-
-
-def config_error(W: Tensor, config: Quantization) -> Tensor:
-    from pissa.quantize.formats import quantize_matrix
-
-    return quantize_matrix(W, config, W.dtype).dequantize()
+    exact = alternate(W, 8, config, dtype=torch.float32, metric=given, algorithm="exact")
+    found = alternate(W, 8, config, dtype=torch.float32, metric=given, start=start)
+    assert found.errors[-1] == pytest.approx(exact.errors[-1], rel=1e-4)
 
 
 def test_under_a_budget_nothing_is_decomposed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pissa import ranks
     from pissa.decompose import methods, svd
     from pissa.live.budget import with_planned_ranks
     from pissa.live.splits import splits_of
     from pissa.live.targets import resolve_targets
-    from pissa import ranks
 
     count = 0
     own = svd.decompose

@@ -157,7 +157,7 @@ def test_where_lapack_gives_up_another_way_is_taken(monkeypatch: pytest.MonkeyPa
         def run(*args: object, **kwargs: object) -> object:
             if left[name]:
                 left[name] -= 1
-                raise torch.linalg.LinAlgError("failed to converge")
+                raise torch.linalg.LinAlgError("failed to converge")  # pyright: ignore[reportPrivateImportUsage]
             return own(*args, **kwargs)
 
         return run

@@ -45,18 +45,17 @@ def orthonormal_complement(
         )
     exponent = math.frexp(largest)[1] if largest > 0 else 0
     wide = unscaled(Y.double(), exponent)
-    C: Tensor | None = None
     if basis is None:
         Q, R = completed(wide, generator)
-    else:
-        k = basis.shape[-1]
-        reflectors, tau = torch.geqrf(basis.double())
-        turned = torch.ormqr(reflectors, tau, wide, left=True, transpose=True)
-        C = torch.linalg.solve_triangular(reflectors[..., :k, :].triu(), turned[..., :k, :], upper=True)
-        outside, R = completed(turned[..., k:, :], generator)
-        inside = outside.new_zeros((*outside.shape[:-2], k, outside.shape[-1]))
-        Q = torch.ormqr(reflectors, tau, torch.cat([inside, outside], -2), left=True, transpose=False)
-        C = unscaled(C, -exponent).to(Y.dtype)
+        return Q.to(Y.dtype), None, unscaled(R, -exponent).to(Y.dtype)
+    k = basis.shape[-1]
+    reflectors, tau = torch.geqrf(basis.double())
+    turned = torch.ormqr(reflectors, tau, wide, left=True, transpose=True)
+    C = torch.linalg.solve_triangular(reflectors[..., :k, :].triu(), turned[..., :k, :], upper=True)
+    outside, R = completed(turned[..., k:, :], generator)
+    inside = outside.new_zeros((*outside.shape[:-2], k, outside.shape[-1]))
+    Q = torch.ormqr(reflectors, tau, torch.cat([inside, outside], -2), left=True, transpose=False)
+    C = unscaled(C, -exponent).to(Y.dtype)
     return Q.to(Y.dtype), C, unscaled(R, -exponent).to(Y.dtype)
 
 

@@ -121,7 +121,7 @@ def first_that_ends(attempts: Sequence[Callable[[], tuple[Tensor, ...]]], A: Ten
     for attempt in attempts:
         try:
             found = attempt()
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             continue
         if all(bool(torch.isfinite(part).all()) for part in found):
             return found

@@ -94,18 +94,19 @@ def weights_of(
         gradient: of the loss, in the shape of the matrices.
     """
     own = config.for_module(target.rank, target.alpha)
-    stack = matrices.ndim == 3
-    unknown = [None] * (len(matrices) if stack else 1)
-    names = [f"{target.weight_key}.{i}" for i in range(len(matrices))] if stack else [target.weight_key]
-    gradients = unknown if gradient is None else gradient if stack else gradient[None]
+    if matrices.ndim == 2:
+        largest = None if target.largest is None else target.largest[0]
+        svd = None if target.svds is None else target.svds[0]
+        return [Weight(matrices, own, target.weight_key, moment, gradient, largest, svd)]
     return [
-        Weight(matrix, own, name, moment, *known)
-        for matrix, name, *known in zip(
-            matrices if stack else matrices[None],
-            names,
-            gradients,
-            target.largest or unknown,
-            target.svds or unknown,
-            strict=True,
+        Weight(
+            matrix,
+            own,
+            f"{target.weight_key}.{i}",
+            moment,
+            None if gradient is None else gradient[i],
+            None if target.largest is None else target.largest[i],
+            None if target.svds is None else target.svds[i],
         )
+        for i, matrix in enumerate(matrices)
     ]
