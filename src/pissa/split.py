@@ -277,8 +277,8 @@ def certify(W: Tensor, error: Tensor, found: Alternation, seconds: float) -> Cer
 
 
 def combine(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`W + scale·B·A`, computed in fp32 and rounded once to W's dtype; (out, in)."""
-    A, B = aligned(A.float()), aligned(B.float())
+    """`W + scale·B·A`, computed in fp32 on W's device and rounded once to W's dtype; (out, in)."""
+    A, B = (aligned(factor.to(W.device, torch.float32)) for factor in (A, B))
     out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
     with full_precision():
         for rows in row_blocks(W):
