@@ -2,6 +2,7 @@
 #   make setup PYTHON=python3.12      another interpreter
 #   make demo DEMO_ARGS=--quick       arguments for `pissa demo`
 #   make test TEST_ARGS='-k export'   arguments for pytest; THREADS=2 for more threads each
+#   make gpu GPU_PYTHON=python3       with another Python and what it has, without setup; GPU_OUT=DIR for the results
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,6 +11,9 @@ export PISSA_CACHE ?= $(abspath .cache)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_PYTHON ?=
+GPU_OUT ?= benchmarks/results
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
@@ -25,7 +29,7 @@ endif
 QUIET_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS)
 PYTEST := $(QUIET_THREADS) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-studies test-all lint format docs bench clean
+.PHONY: help setup demo test test-studies test-all lint format docs bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +40,7 @@ help:
 	@echo "make lint      ruff and pyright; make format mends what ruff can"
 	@echo "make docs      check links, commands and names in the pages, and build the site into site/"
 	@echo "make bench     every benchmark; make bench-NAME runs benchmarks/NAME.py"
+	@echo "make gpu       one pass of at most eight minutes over a GPU: checks, times, docs/gpu.md"
 	@echo "make clean     remove caches and build outputs, not .venv, runs or models"
 
 setup: $(STAMP)
@@ -84,6 +89,10 @@ bench: $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/make_%,$(wildc
 
 bench-%: benchmarks/%.py setup
 	$(QUIET_THREADS) $(BIN)/python $< $(BENCH_ARGS)
+
+gpu: $(if $(GPU_PYTHON),,setup)
+	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	  $(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu --out '$(GPU_OUT)' $(GPU_ARGS)
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis

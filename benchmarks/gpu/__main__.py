@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu" and not options.tiny:
         parser.error("there is no CUDA device here; --tiny runs the same code on a CPU")
     if options.tiny and options.out.resolve() == RESULTS.parent:
-        parser.error("a tiny pass says nothing about a GPU and is not kept with the results; name another folder: --out")
+        parser.error(
+            "a tiny pass says nothing about a GPU, so it is not kept with the results; name another folder: --out"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage that runs is ended as well
     sizes = TINY if options.tiny else FULL
     stages = [stage for stage in STAGES if options.only is None or stage.name in options.only]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def seconds_of(device: torch.device, work: Callable[[], Any]) -> tuple[float, An
     return time.perf_counter() - start, result
 
 
-def median_seconds(device: torch.device, work: Callable[[], Any], repeats: int, most: float = 20.0) -> tuple[float, Any]:
+def median_seconds(device: torch.device, work: Callable[[], Any], repeats: int, most: float) -> tuple[float, Any]:
     """The median of several times, the first one left out, and the last result; fewer repetitions where `most` seconds
     are over."""
     times, result, start = [], None, time.perf_counter()

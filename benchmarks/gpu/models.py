@@ -62,7 +62,7 @@ def random_llama(shape: ModelShape, device: torch.device, dtype: torch.dtype, se
 
 @torch.no_grad()
 def refill(model: nn.Module, seed: int = 0) -> None:
-    """Give every matrix of a model a new random value, in place: linears a decaying spectrum, embedding and head noise."""
+    """Give every matrix of a model a new random value, in place: linears a decaying spectrum, the others noise."""
     for number, (name, weight) in enumerate(model.named_parameters()):
         if weight.ndim != 2:
             continue

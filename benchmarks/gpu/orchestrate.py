@@ -1,8 +1,8 @@
 """Stages one after the other, each in a process of its own with a time limit, and one JSON that is whole at any time.
 
-A stage ends in one of these ways, which its `status` and `message` say: "done"; "skipped", it cannot run here; "failed",
-it raised; "out of memory", on the device; "killed", by a signal, as where the machine is out of memory; "timed out"; "not
-reached", the pass had no time left for it. Its figures up to that point are kept whatever happened.
+A stage ends in one of these ways, which its `status` and `message` say: "done"; "skipped", it cannot run here;
+"failed", it raised; "out of memory", on the device; "killed", by a signal, as where the machine is out of memory;
+"timed out"; "not reached", the pass had no time left for it. Its figures up to that point are kept whatever happened.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,8 @@ def run_stage(stage: Stage, limit: float, sizes: str, device: str) -> dict[str, 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """End a process and what it started, and wait for it: a GPU's memory is free only then."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -9,13 +9,14 @@ from .orchestrate import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 PAGE = ROOT / "docs" / "gpu.md"
-NONE_YET = "There are no results yet: no GPU was at hand since the pass exists. The CUDA paths have been neither run nor timed."
+NONE_YET = """There are no results yet: the pass has not been run on a GPU, and the CUDA paths have been neither run nor
+timed."""
 HEAD = """# On a GPU
 
-`make gpu` is one prepared pass of at most eight minutes over one GPU: whether the function is kept there, properties of the
-library, decompositions, whole initialisations and training steps, with rivals beside them. Each stage runs in a process
-of its own with its own time limit; what fails, is skipped or takes too long is said. This page is written by the same
-command, from `benchmarks/results/gpu.json`.
+`make gpu` is one prepared pass of at most eight minutes over one GPU: whether the function is kept there, properties of
+the library, decompositions, whole initialisations and training steps, with rivals beside them. Each stage runs in a
+process of its own with its own time limit; what fails, is skipped or takes too long is said. This page is written by
+the same command, from `benchmarks/results/gpu.json`.
 
 ```sh
 make gpu                                        # in .venv
@@ -56,7 +57,8 @@ def where(document: dict[str, Any]) -> str:
     )
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
     missing = f" Not installed: {', '.join(document['missing'])}." if document["missing"] else ""
-    return f"{device}. {named}. Sizes: {document['sizes']}. {document['began'][:10]}, {document['seconds']:.0f} s.{missing}"
+    when = f"{document['began'][:10]}, {document['seconds']:.0f} s"
+    return f"{device}. {named}. Sizes: {document['sizes']}. {when}.{missing}"
 
 
 def function_body(figures: dict[str, Any]) -> Iterator[str]:
@@ -71,7 +73,11 @@ def function_body(figures: dict[str, Any]) -> Iterator[str]:
         for station, found in stations.items():
             if isinstance(found, dict):
                 yield row(
-                    name, station, number(found["distance"]), number(found["bound"]), "" if found["ok"] else "**beyond**"
+                    name,
+                    station,
+                    number(found["distance"]),
+                    number(found["bound"]),
+                    "" if found["ok"] else "**beyond**",
                 )
 
 
@@ -79,8 +85,8 @@ def decompositions_body(figures: dict[str, Any]) -> Iterator[str]:
     """Seconds and losses of all linears by method."""
     aim = figures["aim"]
     yield (
-        f"All {figures['linears']} linears at rank {figures['rank']}, bf16 weights; aim: {aim['seconds']:g} s at a loss of "
-        f"{aim['loss']:g}. Rivals are timed on some matrices of each shape and scaled. The device's own bf16 rate is "
+        f"All {figures['linears']} linears at rank {figures['rank']}, bf16 weights; aim: {aim['seconds']:g} s at "
+        f"a loss of {aim['loss']:g}. Rivals are timed on some matrices of each shape and scaled. The device's own bf16 rate is "
         f"{figures['bf16_flops'] / 1e12:.4g} TFLOP/s."
     )
     yield ""
@@ -149,7 +155,9 @@ def entries(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def not_measured(found: dict[str, Any]) -> str | None:
     """Why there are no figures, where there are none."""
-    return next((f"{kind.replace('_', ' ')}: {found[kind]}" for kind in ("skipped", "out_of_memory") if kind in found), None)
+    return next(
+        (f"{kind.replace('_', ' ')}: {found[kind]}" for kind in ("skipped", "out_of_memory") if kind in found), None
+    )
 
 
 def rows(names: tuple[str, ...]) -> Iterator[str]:

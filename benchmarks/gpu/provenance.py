@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pissa.checkpoint.manifest import hardware, package_versions
+from pissa.provenance import hardware, package_versions, processor
 
 OPTIONAL = ("bitsandbytes", "triton", "trl", "datasets")
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -58,10 +55,3 @@ def driver() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer[0] if answer else None
-
-
-def processor() -> str:
-    """The CPU's name."""
-    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

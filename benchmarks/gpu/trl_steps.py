@@ -26,7 +26,8 @@ def trl_step_seconds(context: Context, model: Any, lora: Any) -> float:
     """
     try:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
         raise Skipped(f"needs trl and datasets ({error})") from error
     sizes = context.sizes

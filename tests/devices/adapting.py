@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from registry import Unavailable, holds
-from tiny import tiny_llama, token_batch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pissa import PissaConfig, Quantization, adapt, export_lora, export_merged, load, reference, restore
 from pissa.config import METHODS
+from tiny import tiny_llama, token_batch
 
 CLOSE = 1e-4
 """Relative distance that fp32 rounding may make in a model of two layers."""

@@ -1,7 +1,7 @@
 """Properties that hold on every device: functions of the device, by name.
 
-pytest checks them on the CPU and on a stand-in for a GPU (`stand_in.py`), and on a real one where PISSA_TEST_DEVICE names
-it; `benchmarks/gpu/properties.py` checks the same functions where pytest is not installed.
+pytest checks them on the CPU and on a stand-in for a GPU (`stand_in.py`), and on a real one where PISSA_TEST_DEVICE
+names it; `benchmarks/gpu/properties.py` checks the same functions where pytest is not installed.
 """
 
 from __future__ import annotations

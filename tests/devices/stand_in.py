@@ -1,14 +1,13 @@
 """A stand-in for a GPU on a machine that has none: `python stand_in.py` checks all properties on it.
 
-torch's slot for foreign devices gets a backend whose tensors are computed on the CPU. An operation that takes tensors from
-both sides, or a generator from the other side, is refused as CUDA would refuse it; a tensor without dimensions on the
-CPU is let through, as CUDA does. So code that forgets a `.to(device)` fails here as it would there, and what asks
+torch's slot for foreign devices gets a backend whose tensors are computed on the CPU. An operation that takes tensors
+from both sides, or a generator from the other side, is refused as CUDA would refuse it; a tensor without dimensions on
+the CPU is let through, as CUDA does. So code that forgets a `.to(device)` fails here as it would there, and what asks
 `is_cuda` takes its CUDA path; kernels, their rounding and their speed are the CPU's.
 
 The device stays in the process once it is there, and other libraries take it for the accelerator that they prefer: a
 process of its own is for it alone. torch has had the slot for Python since 2.10.
 """
-
 
 from __future__ import annotations
 

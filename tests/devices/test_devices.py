@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.backend_registration as backend
 from properties import PROPERTIES, Unavailable
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +31,7 @@ def test_property_holds(name: str, device: torch.device) -> None:
 
 
 def test_properties_hold_on_a_stand_in_for_a_gpu() -> None:
-    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+    if not hasattr(backend, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} takes no backend written in Python")
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
