@@ -65,9 +65,8 @@ def run(context: Context) -> None:
         first = weights[0][0].float()
         exact = torch.linalg.eigvalsh(gram(first)).flip(-1).clamp_min(0).sqrt()
         for name in methods:
-            found = context.attempt(f"{name}, {m}×{n}", one_shape, name, weights, first, exact, sizes, context.device)
-            context.figures.pop(f"{name}, {m}×{n}", None)
-            note(methods[name], f"{m}×{n}", found)
+            context.attempt("newest", one_shape, name, weights, first, exact, sizes, context.device)
+            note(methods[name], f"{m}×{n}", context.figures.pop("newest"))
             context.record(methods=methods)
         del weights, first
         release()
@@ -121,10 +120,10 @@ def listed(certificates: Certificate | tuple[Certificate, ...]) -> tuple[Certifi
     return (certificates,) if isinstance(certificates, Certificate) else certificates
 
 
-def note(method: dict[str, Any], shape: str, found: dict[str, Any] | None) -> None:
+def note(method: dict[str, Any], shape: str, found: dict[str, Any]) -> None:
     """Add one shape's figures to a method's; without them it has no total."""
     method["shapes"][shape] = found
-    if found is None or method["seconds"] is None:
+    if "seconds" not in found or method["seconds"] is None:
         method["seconds"] = None
         return
     method["seconds"] += found["seconds"]

@@ -72,13 +72,8 @@ def function_body(figures: dict[str, Any]) -> Iterator[str]:
             continue
         for station, found in stations.items():
             if isinstance(found, dict):
-                yield row(
-                    name,
-                    station,
-                    number(found["distance"]),
-                    number(found["bound"]),
-                    "" if found["ok"] else "**beyond**",
-                )
+                beyond = "" if found["ok"] else "**beyond**"
+                yield row(name, station, number(found["distance"]), number(found["bound"]), beyond)
 
 
 def decompositions_body(figures: dict[str, Any]) -> Iterator[str]:
@@ -86,8 +81,7 @@ def decompositions_body(figures: dict[str, Any]) -> Iterator[str]:
     aim = figures["aim"]
     yield (
         f"All {figures['linears']} linears at rank {figures['rank']}, bf16 weights; aim: {aim['seconds']:g} s at "
-        f"a loss of {aim['loss']:g}. Rivals are timed on some matrices of each shape and scaled. The device's own bf16 rate is "
-        f"{figures['bf16_flops'] / 1e12:.4g} TFLOP/s."
+        f"a loss of {aim['loss']:g}. Rivals are timed on some matrices of each shape and scaled. {own_rate(figures)}"
     )
     yield ""
     yield from rows(("method", "seconds", "largest certified loss", "largest true loss"))
@@ -113,7 +107,7 @@ def training_body(figures: dict[str, Any]) -> Iterator[str]:
     """Tokens a second, share of the device's rate and peak memory."""
     yield (
         f"{figures['parameters_in_products'] / 1e9:.3g} billion parameters in products, rank {figures['rank']}, "
-        f"{figures['tokens']} tokens a step; the device's own bf16 rate is {figures['bf16_flops'] / 1e12:.4g} TFLOP/s."
+        f"{figures['tokens']} tokens a step. {own_rate(figures)}"
     )
     yield ""
     yield from rows(("adapter", "tokens/s", "share of bf16 rate at 4N", "peak GiB"))
@@ -146,6 +140,11 @@ BODIES = {
     "quantised": training_body,
     "properties": properties_body,
 }
+
+
+def own_rate(figures: dict[str, Any]) -> str:
+    """A sentence."""
+    return f"The device's own bf16 rate is {figures['bf16_flops'] / 1e12:.4g} TFLOP/s."
 
 
 def entries(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu.orchestrate import read, run_pass  # noqa: E402
+from benchmarks.gpu.orchestrate import ended, read, run_pass  # noqa: E402
 from benchmarks.gpu.page import BODIES, PAGE, RESULTS, page, table  # noqa: E402
 from benchmarks.gpu.sizes import FULL, TINY  # noqa: E402
 from benchmarks.gpu.stages import BUDGET, STAGES, Stage  # noqa: E402
@@ -187,6 +187,39 @@ def test_a_pass_that_would_say_nothing_is_refused() -> None:
     for arguments, said in (((), "no CUDA device"), (("--tiny",), "name another folder")):
         done = run_module(*arguments)
         assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_stage_that_was_cut_short_has_its_place_in_the_table() -> None:
+    gpu = {"name": "a GPU", "memory_gib": 79.1, "driver": "580"}
+    known = {"rank": 16, "layers": 32, "tokens": 4096, "parameters_in_products": 7e9, "bf16_flops": 8e14}
+    cut = {
+        "function": {"float32, residual": {"out_of_memory": "OutOfMemoryError: 9 GiB"}},
+        "decompositions": {
+            **known,
+            "linears": 224,
+            "aim": {"seconds": 2.0, "loss": 1e-3},
+            "methods": {"ours": {"seconds": None, "shapes": {"4096×4096": {"out_of_memory": "9 GiB"}}}},
+        },
+        "training": {**known, "PiSSA, without checkpointing": {"out_of_memory": "OutOfMemoryError: 9 GiB | more"}},
+        "initialisation": known,
+        "properties": {"held": 1, "of": 28, "failed": {"first": "AssertionError"}, "skipped": {}, "seconds": {}},
+        "quantised": {},
+    }
+    stages = {stage.name: ended(stage, "timed out", "ended after its 45 s", 45, cut[stage.name]) for stage in STAGES}
+    document = {
+        "sizes": "full",
+        "began": "2026-01-01T00:00:00",
+        "seconds": 480.0,
+        "versions": {"torch": "2.11"},
+        "missing": ["trl"],
+        "hardware": {"processor": "a CPU", "gpu": gpu},
+        "stages": stages,
+    }
+    text = table(document)
+    assert "a GPU, 79.1 GiB, driver 580; a CPU. torch 2.11." in text and "Not installed: trl." in text
+    assert text.count("timed out: ended after its 45 s") == len(STAGES)
+    assert "out of memory: OutOfMemoryError: 9 GiB \\| more" in text
+    assert "failed: first: AssertionError" in text
 
 
 def test_the_page_is_what_the_last_results_say() -> None:
