@@ -1,12 +1,14 @@
 # `make demo` shows what PiSSA does, `make test` checks it; both set up .venv on their first run.
 #   make setup PYTHON=python3.12      another interpreter
 #   make demo DEMO_ARGS=--quick       arguments for `pissa demo`
-#   make test TEST_ARGS='-k export'   arguments for pytest; THREADS=2 for more threads each
+#   make test TEST_ARGS='-k export'   arguments for pytest
+#   make test WORKERS=0               in one process, for a debugger; THREADS=2 for more threads in each
 #   make gpu GPU_PYTHON=python3       with another Python and what it has, without setup; GPU_OUT=DIR for the results
 
 VENV ?= .venv
 PYTHON ?= python3
 THREADS ?= 1
+WORKERS ?= logical
 export PISSA_CACHE ?= $(abspath .cache)
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -16,6 +18,8 @@ GPU_OUT ?= benchmarks/results
 GPU_ARGS ?=
 
 BIN := $(VENV)/bin
+# Dependency groups (PEP 735) need pip 25.1, which a new environment of Python 3.10 or 3.11 does not bring.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 STAMP := $(VENV)/.setup-stamp
 
 # Data sets for the tests, where they lie beside the clone; tests that need them skip elsewhere.
@@ -28,6 +32,8 @@ endif
 # More threads than free cores make a small model many times slower.
 QUIET_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS)
 PYTEST := $(QUIET_THREADS) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+# A process on every core, each with one thread; every process loads torch and transformers, about 1 GiB.
+PARALLEL := $(PYTEST) --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: help setup demo test test-studies test-all lint format docs bench gpu clean
 .DEFAULT_GOAL := help
@@ -55,7 +61,8 @@ $(STAMP): pyproject.toml constraints.txt $(BIN)/python
 	    rm -rf $(VENV); \
 	    echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	fi
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	$(PIP) 'pip>=25.1'
+	$(PIP) --editable '.[dev]' --group studies --constraint constraints.txt
 	@touch $@
 
 $(BIN)/python: ;
@@ -64,13 +71,13 @@ demo: setup
 	$(BIN)/pissa demo $(DEMO_ARGS)
 
 test: setup
-	$(PYTEST) $(TEST_ARGS)
+	$(PARALLEL) $(TEST_ARGS)
 
 test-studies: setup
-	$(PYTEST) studies $(TEST_ARGS)
+	$(PARALLEL) studies $(TEST_ARGS)
 
 test-all: setup
-	$(PYTEST) tests studies -m '' $(TEST_ARGS)
+	$(PARALLEL) tests studies -m '' $(TEST_ARGS)
 
 lint: setup
 	@failed=; for check in 'ruff check .' 'ruff format --check .' pyright; do \
@@ -96,4 +103,4 @@ gpu: $(if $(GPU_PYTHON),,setup)
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
-	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src studies tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from pissa.errors import ConfigError
-from pissa.lab.student_t import quantile
+from pissa.lab.comparison.statistics import t_quantile
 
 CONFIDENCE = 0.95
 
@@ -67,7 +67,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, None, None, tuple(values))
-    half = quantile(1 - confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = t_quantile(1 - confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, tuple(values))
 
 

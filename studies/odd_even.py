@@ -79,7 +79,7 @@ def digits(data: str | None) -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise MissingExtraError("without MNIST this study needs scikit-learn: pip install 'pissa[studies]'") from error
+        raise MissingExtraError("without MNIST this study needs scikit-learn: pip install --group studies") from error
     pixels, labels = load_digits(return_X_y=True)
     return torch.as_tensor(pixels).float() / 8 - 1, torch.as_tensor(labels).long()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pissa.errors import MissingExtraError
-from pissa.lab.student_t import quantile
+from pissa.lab.comparison.statistics import t_quantile
 
 from .scaling_shapes import MEASURED_THREADS, PREDICTED, Shape, largest
 
@@ -44,14 +44,14 @@ def fitted(rows: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> dict[st
     try:
         from scipy.optimize import nnls
     except ImportError as error:
-        raise MissingExtraError("the fit needs scipy: pip install 'pissa[studies]'") from error
+        raise MissingExtraError("the fit needs scipy: pip install --group studies") from error
     A = torch.tensor([terms(Shape(*r["shape"]), r["bytes"], r["threads"], law) for r in rows], dtype=torch.float64)
     T = torch.tensor([row["seconds"] for row in rows], dtype=torch.float64)
     c, _ = nnls((A / T[:, None]).numpy(), torch.ones_like(T).numpy())
     ratios = (A @ torch.from_numpy(c)) / T
     freedom = max(1, len(rows) - int((c > 0).sum()))
     spread = math.sqrt(float(ratios.log().square().sum()) / freedom)
-    factor = math.exp(min(50.0, quantile(0.05, freedom) * spread * math.sqrt(1 + 1 / len(rows))))
+    factor = math.exp(min(50.0, t_quantile(0.05, freedom) * spread * math.sqrt(1 + 1 / len(rows))))
     return {"coefficients": c.tolist(), "residuals": (ratios - 1).tolist(), "factor": factor}
 
 

@@ -141,7 +141,7 @@ def student_t(values: Tensor) -> tuple[float, float]:
         from scipy.optimize import minimize_scalar
         from scipy.stats import t
     except ImportError as error:
-        raise MissingExtraError("fits need scipy: pip install 'pissa[studies]'") from error
+        raise MissingExtraError("fits need scipy: pip install --group studies") from error
     sample = values[:: max(1, len(values) // SAMPLE)].numpy()
     best = {}
 

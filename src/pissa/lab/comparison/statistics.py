@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import DataError
+from ...errors import DataError, MissingExtraError
 from ...evaluation.intervals import wilson
-from ..student_t import quantile, two_sided_tail
 
 POWER = 0.8
 """A smallest detectable difference is found in this share of comparisons."""
@@ -54,7 +53,8 @@ class Estimate:
             return 1.0
         if self.standard_error == 0:
             return 2.0 ** (1 - self.problems)
-        return max(two_sided_tail(self.value / self.standard_error, self.freedom), 2.0 ** (1 - self.problems))
+        tail = 2 * float(_scipy_stats().t.sf(abs(self.value) / self.standard_error, self.freedom))
+        return max(tail, 2.0 ** (1 - self.problems))
 
     def interval(self, error: float = 0.05) -> tuple[float, float]:
         """Bounds that miss the truth with this probability."""
@@ -63,13 +63,23 @@ class Estimate:
 
     def half_width(self, error: float) -> float:
         """The smallest value that would be called different from 0 at this error."""
-        return quantile(error, self.freedom) * self.standard_error if self.standard_error else 0.0
+        return t_quantile(error, self.freedom) * self.standard_error if self.standard_error else 0.0
 
     def smallest_detectable(self, error: float) -> float:
         """The true difference that would be called, at this error, in four of five comparisons like this one."""
         if not self.standard_error:
             return 0.0
-        return self.half_width(error) + quantile(2 * (1 - POWER), self.freedom) * self.standard_error
+        return self.half_width(error) + t_quantile(2 * (1 - POWER), self.freedom) * self.standard_error
+
+
+def t_quantile(error: float, freedom: float) -> float:
+    """The t that Student's distribution exceeds, on either side, with probability `error`; 1.96 for 0.05 and infinity.
+
+    Args:
+        error: above 0 and at most 1.
+        freedom: degrees of freedom, above 0, not necessarily whole; may be infinite.
+    """
+    return float(_scipy_stats().t.isf(error / 2, freedom))
 
 
 def difference(left: Any, right: Any) -> Estimate:
@@ -181,7 +191,7 @@ def share_interval(correct: Any, error: float = 0.05) -> tuple[float, float]:
     share = min(max(found.value, 0.0), 1.0)
     independent = found.problems if not found.standard_error else share * (1 - share) / found.standard_error**2
     freedom = found.freedom if found.standard_error else math.inf
-    return wilson(share * independent, independent, quantile(error, freedom))
+    return wilson(share * independent, independent, t_quantile(error, freedom))
 
 
 def mcnemar(left: Sequence[bool], right: Sequence[bool]) -> float:
@@ -196,8 +206,8 @@ def mcnemar(left: Sequence[bool], right: Sequence[bool]) -> float:
         raise DataError(f"{len(left)} and {len(right)} answers; McNemar's test needs both runs on the same problems")
     only_left = sum(a and not b for a, b in zip(left, right, strict=True))
     only_right = sum(b and not a for a, b in zip(left, right, strict=True))
-    differing, fewer = only_left + only_right, min(only_left, only_right)
-    return min(1.0, sum(math.comb(differing, k) for k in range(fewer + 1)) / 2 ** (differing - 1)) if differing else 1.0
+    differing = only_left + only_right
+    return float(_scipy_stats().binomtest(only_left, differing).pvalue) if differing else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -211,3 +221,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise MissingExtraError("statistics of a comparison need scipy: pip install 'pissa[report]'") from error
+    return stats
