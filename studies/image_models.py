@@ -6,8 +6,6 @@ learned something, not a large one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pissa.checkpoint.disk.write import output_file
+from pissa.provenance import sha256_of_document
 
 from .fit import fit
 from .images import Images, image_loss
@@ -100,7 +99,7 @@ def pretrained(
     """
     size = images.pixels.shape[-1]
     settings = {"kind": kind, "size": size, "steps": steps, "batch": batch_size, "rate": learning_rate, **about}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    digest = sha256_of_document(settings)[:12]
     path = directory / f"{kind}-{digest}.safetensors"
     model = make_network(kind, size, classes)
     if path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from pissa.data.encode import Collator, encode
 from pissa.data.rows import examples_from_rows
 from pissa.evaluation.loss import held_out_loss
 from pissa.lab.models import smollm2
+from pissa.provenance import sha256
 from pissa.training.recipe import Recipe
 from pissa.training.run import quieten, train
 from pissa.training.trainer import response_loss
@@ -108,7 +108,7 @@ def fine_tune(
     quieten()
     base = language_model(settings)
     identity = json.dumps([base, recipe.as_dict(), list(rows)], sort_keys=True, default=list)
-    directory = settings.out / RUNS / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    directory = settings.out / RUNS / sha256(identity.encode())[:16]
     run = train(base, list(rows), directory, recipe, quiet=True)
     if run.model is None:  # it had ended, and its cell was not written
         shutil.rmtree(directory)

@@ -9,8 +9,6 @@ from the rare end of what it was trained on.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError
 from pissa.lab.demo.arithmetic import TRAINED, UNSEEN, draw_problems
 from pissa.lab.models import cache_directory
+from pissa.provenance import sha256_of_document
 
 from .fit import fit
 
@@ -79,7 +78,7 @@ def small_lm(
         raise ConfigError(f"no small model of family {family!r}; there are {', '.join(FAMILIES)}")
     settings = {"family": family, "hidden": hidden, "layers": layers, "steps": steps, "vocabulary": VOCABULARY}
     settings |= {"seed": SEED, "common": COMMON, "rare": RARE}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = sha256_of_document(settings)[:8]
     directory = cache_directory() / f"small-{family}-{digest}"
     if not (directory / "config.json").is_file():
         _pretrain(family, hidden, layers, steps, directory, progress)

@@ -6,7 +6,6 @@ that a study that was stopped goes on where it was, and a wider grid measures on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -18,9 +17,11 @@ from typing import Any, Literal, TypeVar, get_args
 from rich.progress import Progress
 
 from pissa import __version__
+from pissa.checkpoint.disk.resumable import differences
 from pissa.checkpoint.disk.write import explained, output_files, write_json
-from pissa.errors import ConfigError, DataError, Interrupted, OutputError
-from pissa.provenance import hardware, package_versions
+from pissa.errors import CheckpointError, ConfigError, DataError, Interrupted, OutputError
+from pissa.outside.documents import read_document
+from pissa.provenance import hardware, package_versions, sha256_of_document
 
 from .layout import laid_out, rounded
 
@@ -113,7 +114,7 @@ class Settings:
     def _cell(self, study: str, key: Mapping[str, Any], measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         scale = {} if self.scale == "default" else {"scale": self.scale}
         identity = {"study": study, "model": self.model, "version": __version__, **scale, **key}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        digest = sha256_of_document(identity)[:16]
         path = self.out / CELLS / f"{study}-{digest}.json"
         found = _read_cell(path, identity)
         if found is not None:
@@ -220,20 +221,36 @@ def run_study(study: Study, settings: Settings) -> dict[str, Any]:
     return document
 
 
+@dataclass(frozen=True)
+class StudyDocument:
+    """What NAME.json holds, as far as pages and figures rely on it."""
+
+    study: str
+    claim: str
+    figures: str
+    verdict: str
+    settings: dict[str, Any]
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CellDocument:
+    """What a finished cell's file holds."""
+
+    cell: dict[str, Any]
+    """All that decides its result."""
+    seconds: float
+    values: dict[str, Any]
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """A study's JSON document.
 
     Raises:
         DataError: it cannot be read or is something else.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a study's result ({error}); run the study again") from error
-    expected = {"study", "claim", "figures", "verdict", "settings", "results"}
-    if not isinstance(document, dict) or not expected <= document.keys():
-        raise DataError(f"{path} is not a study's result; run the study again")
-    return document
+    remedy = f"{path} is not a study's result: run the study again"
+    return read_document(path, StudyDocument, error=DataError, remedy=remedy)
 
 
 def model_name(source: str) -> str:
@@ -253,8 +270,7 @@ def plain(value: Any) -> Any:
 def _read_cell(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """A finished cell; None where there is none, or one that is damaged or another's."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_document(path, CellDocument)
+    except CheckpointError:
         return None
-    same = isinstance(found, dict) and found.get("cell") == plain(identity)
-    return found if same and isinstance(found.get("values"), dict) else None
+    return found if not list(differences(found["cell"], plain(identity))) else None

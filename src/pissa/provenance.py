@@ -1,15 +1,19 @@
-"""Where numbers and files come from: versions of what computed them, the hardware, and a short hash of the weights."""
+"""Where numbers and files come from: versions of what computed them, the hardware, and digests of bytes and weights."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("pissa", "torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
+PIECE = 1 << 24
+"""Bytes of a file that are in memory at a time."""
 
 
 def package_versions() -> dict[str, str]:
@@ -34,6 +38,31 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def sha256(data: bytes | memoryview | Iterable[bytes | memoryview]) -> str:
+    """The sha256 of some bytes, or of pieces that are read one after the other, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for piece in (data,) if isinstance(data, (bytes, memoryview)) else data:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """The sha256 of a file, which is read piece by piece."""
+    return sha256(pieces(path))
+
+
+def sha256_of_document(document: Any) -> str:
+    """The sha256 of a value of JSON's own kinds; the order of an object's names does not matter."""
+    return sha256(json.dumps(document, sort_keys=True).encode())
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """A file's bytes, some at a time."""
+    with path.open("rb") as stream:
+        while piece := stream.read(PIECE):
+            yield piece
 
 
 def fingerprint(model: Any) -> str:

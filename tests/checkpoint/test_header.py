@@ -16,8 +16,9 @@ from headers import contents, joined, parts, read, valid_file
 from safetensors import safe_open
 from safetensors.torch import save
 
-from pissa.checkpoint.disk.header import KINDS, LARGEST_JSON, Entry, read_header
+from pissa.checkpoint.disk.header import KINDS, Entry, read_header
 from pissa.errors import CheckpointError
+from pissa.outside.documents import LARGEST
 
 # Where the library is more lenient, and why we are not.
 STRICTER = {
@@ -137,7 +138,7 @@ def test_a_header_that_cannot_be_right_is_refused_in_one_line(tmp_path: Path, co
 
 
 def test_a_header_is_parsed_only_up_to_a_size(tmp_path: Path) -> None:
-    content = joined(b"{" + b" " * LARGEST_JSON + b"}", b"")
+    content = joined(b"{" + b" " * LARGEST + b"}", b"")
     with pytest.raises(CheckpointError, match="its header is 33,554,434 bytes; at most"):
         header_of(content, tmp_path)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pissa.checkpoint.disk import write
-from pissa.checkpoint.disk.write import check_free, output_directory, output_files, write_json
+from pissa.checkpoint.disk.write import check_free, output_directory, output_file, output_files, write_json
 from pissa.errors import OutputError, PissaError
 
 
@@ -189,3 +189,29 @@ def test_old_and_new_files_are_never_readable_together(
             (partial / name).write_text("new")
     assert "config" not in tree(tmp_path)
     assert not [name for name in tree(tmp_path) if name.startswith(write.TEMPORARY_PREFIX)]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_of_two_directories_at_once_the_first_wins_whole(tmp_path: Path, empty: bool) -> None:
+    out = tmp_path / "out"
+    if empty:
+        out.mkdir()
+    with pytest.raises(OutputError, match=r"another process wrote .* meanwhile"), output_directory(out) as slow:
+        (slow / "a").write_text("slow")
+        with output_directory(out) as quick:
+            (quick / "b").write_text("quick")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"b": "quick"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_files_at_once_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=r"another process wrote .* meanwhile"), output_file(out) as slow:
+        slow.write_text("slow")
+        with output_file(out) as quick:
+            quick.write_text("quick")
+    assert out.read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -7,13 +7,13 @@ and sha256. The manifest's own digest is that of its text with the digest left o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..provenance import sha256, sha256_of_file
 from .disk.header import read_header
 from .disk.layout import FileLayout
 from .disk.write import TEMPORARY_PREFIX, flush
@@ -26,7 +26,7 @@ CHUNK = 1 << 24
 
 def sealed(document: Mapping[str, Any]) -> str:
     """A manifest's text, with its own digest as the last field."""
-    digest = hashlib.sha256(_text({**document, DIGEST: BLANK}).encode()).hexdigest()
+    digest = sha256(_text({**document, DIGEST: BLANK}).encode())
     return _text({**document, DIGEST: digest})
 
 
@@ -47,19 +47,14 @@ def tensor_file(file: FileLayout, digests: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         "size": file.size,
-        "header": hashlib.sha256(file.header).hexdigest(),
+        "header": sha256(file.header),
         "tensors": {name: digests[name] for name in file.offsets},
     }
 
 
 def plain_file(path: Path) -> dict[str, Any]:
     """What the manifest says of any other file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"size": size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def described(directory: Path) -> dict[str, Any]:
@@ -75,11 +70,11 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         header = stream.read(min((entry.offset for entry in entries.values()), default=size))
         digests = {}
         for name, entry in entries.items():
-            digest = hashlib.sha256()
-            for start in range(0, entry.nbytes, CHUNK):
-                digest.update(os.pread(stream.fileno(), min(CHUNK, entry.nbytes - start), entry.offset + start))
-            digests[name] = digest.hexdigest()
-    return {"size": size, "header": hashlib.sha256(header).hexdigest(), "tensors": digests}
+            digests[name] = sha256(
+                os.pread(stream.fileno(), min(CHUNK, entry.nbytes - start), entry.offset + start)
+                for start in range(0, entry.nbytes, CHUNK)
+            )
+    return {"size": size, "header": sha256(header), "tensors": digests}
 
 
 def write_sealed(path: Path, document: Mapping[str, Any]) -> None:

@@ -10,15 +10,37 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.disk.write import TEMPORARY_PREFIX, explained, locked, write_json
+from ..checkpoint.disk.resumable import Resumable, as_recorded
+from ..checkpoint.disk.write import TEMPORARY_PREFIX, explained, write_json
 from ..errors import OutputError
+from ..outside.documents import read_document
 from .samples import SampleLog
 
 RECORD, SAMPLES, RESULTS = "eval.json", "samples.jsonl", "results.json"
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """What eval.json holds."""
+
+    settings: dict[str, Any]
+    """The model, the task, the data and the options."""
+    fingerprints: dict[str, str]
+    """What tells the model and the files from others of the same name."""
+
+
+@dataclass(frozen=True)
+class EvaluationResults:
+    """What whoever finds a finished evaluation relies on in results.json."""
+
+    task: str
+    value: float
+    settings: dict[str, Any]
 
 
 @contextmanager
@@ -28,24 +50,16 @@ def evaluation_directory(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     Raises:
         OutputError: it holds something else or another evaluation, another process is at it, or it cannot be written.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a directory for the evaluation")
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        if not locked(descriptor):
-            raise OutputError(f"another process is evaluating into {out}; wait for it, or name another directory")
-        record = _record(out)
+    resumable = _resumable(out)
+
+    def check() -> None:
+        record = resumable.read()
         if record is not None:
-            _check_same(out, "settings", settings, record["settings"])
-        elif any(not child.name.startswith(TEMPORARY_PREFIX) for child in out.iterdir()):
-            raise OutputError(f"{out} already holds something that is not an evaluation; name a new directory")
+            resumable.check_same(record["settings"], as_recorded(settings))
+
+    check()  # a directory that is somebody else's is not even locked
+    with resumable.held(check):
         yield out
-    finally:
-        os.close(descriptor)
-        with suppress(OSError):
-            out.rmdir()  # only where nothing came of it: a directory that holds something stays
 
 
 def begin(out: Path, settings: dict[str, Any], fingerprints: dict[str, str]) -> SampleLog:
@@ -54,11 +68,15 @@ def begin(out: Path, settings: dict[str, Any], fingerprints: dict[str, str]) -> 
     Raises:
         OutputError: model or data are not what they were.
     """
-    record = _record(out)
+    record = _resumable(out).read()
     if record is None:
         write_json(out / RECORD, {"settings": settings, "fingerprints": fingerprints})
-    else:
-        _check_same(out, "fingerprints", fingerprints, record["fingerprints"])
+    elif record["fingerprints"] != fingerprints:
+        before = record["fingerprints"]
+        changed = [key for key in {**before, **fingerprints} if before.get(key) != fingerprints.get(key)]
+        raise OutputError(
+            f"{' and '.join(changed)} changed since the evaluation in {out} was begun; name another directory"
+        )
     return SampleLog(out / SAMPLES)
 
 
@@ -83,31 +101,10 @@ def finished(out: Path) -> dict[str, Any] | None:
     path = out / RESULTS
     if not path.is_file():
         return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise OutputError(f"{path} is damaged; remove it, and the same command writes it again") from error
+    return read_document(
+        path, EvaluationResults, error=OutputError, remedy="remove it, and the same command writes it again"
+    )
 
 
-def _record(out: Path) -> dict[str, Any] | None:
-    path = out / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"settings": dict(record["settings"]), "fingerprints": dict(record["fingerprints"])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(f"{path} is not an evaluation's record; name a new directory, or remove it") from error
-
-
-def _check_same(out: Path, what: str, now: dict[str, Any], before: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if not changed:
-        return
-    if what == "fingerprints":
-        raise OutputError(
-            f"{' and '.join(changed)} changed since the evaluation in {out} was begun; name another directory"
-        )
-    listed = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
-    raise OutputError(f"{out} is another evaluation ({listed}); give the same settings, or name another directory")
+def _resumable(out: Path) -> Resumable:
+    return Resumable(out, out / RECORD, "evaluation", "evaluating", EvaluationRecord)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 from rich.progress import Progress
 
 from ..errors import CheckpointError, DataError, Interrupted
-from ..provenance import fingerprint, hardware, package_versions
+from ..provenance import fingerprint, hardware, package_versions, sha256_of_file
 from ..training.directory import absolute
 from ..training.progress import make_progress
 from ..training.run import quieten
@@ -138,6 +137,6 @@ def _marks(subject: Subject, data: str | os.PathLike[str], options: Options) -> 
 
 def _digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return sha256_of_file(path)[:16]
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error

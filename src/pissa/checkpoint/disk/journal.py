@@ -7,14 +7,15 @@ is refused, and the others of a run notice one that died.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ...errors import OutputError
+from ...provenance import sha256
 from .write import locked
 
 NAME = "journal-{}.jsonl"
@@ -59,11 +60,23 @@ def read_journals(directory: Path) -> list[dict[str, Any]]:
     return records
 
 
-def forget(directory: Path, tensors: set[str]) -> None:
-    """Drop, from every journal, the records of tasks that wrote one of these tensors; nobody may be appending."""
+def is_journal(name: str) -> bool:
+    """Whether a file's name is that of a process's journal."""
+    return re.fullmatch(NAME.format(r"\d+").replace(".", r"\."), name) is not None
+
+
+def forget(directory: Path, tensors: set[str] | None = None) -> None:
+    """Drop, from every journal, the records of tasks that wrote one of these tensors; nobody may be appending.
+
+    Args:
+        directory: in which the journals lie.
+        tensors: whose records are dropped; None for all.
+    """
     for path in sorted(directory.glob(NAME.format("*"))):
         lines = _whole_lines(path)
-        kept = [line for line in lines if not tensors & {*_record(line).get("tensors", {})}]
+        kept: list[bytes] = (
+            [] if tensors is None else [line for line in lines if not tensors & {*_record(line).get("tensors", {})}]
+        )
         if len(kept) != len(lines):
             # in place, because its lock may be held by this very process
             with path.open("r+b") as stream:
@@ -95,7 +108,7 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _digest(text: bytes) -> bytes:
-    return hashlib.sha256(text).hexdigest()[:DIGEST_LENGTH].encode()
+    return sha256(text)[:DIGEST_LENGTH].encode()
 
 
 def _whole_lines(path: Path) -> list[bytes]:

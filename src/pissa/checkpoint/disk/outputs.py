@@ -6,7 +6,6 @@ notes are small: both wait until a few hundred megabytes or some seconds have co
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...provenance import sha256
 from .journal import Journal
 from .layout import FileLayout, raw_bytes
 
@@ -48,7 +48,7 @@ class Outputs:
         """Put a tensor in its place; its sha256."""
         view = raw_bytes(tensor)
         self.put(name, 0, view)
-        return hashlib.sha256(view).hexdigest()
+        return sha256(view)
 
     def put(self, name: str, start: int, data: bytes | memoryview) -> None:
         """Put a piece of a tensor in its place.

@@ -27,7 +27,8 @@ def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary directory that becomes `out` when the block ends well, and vanishes when it does not.
 
     Raises:
-        OutputError: `out` already holds something, or cannot be written (disk full, no permission, no directory).
+        OutputError: `out` already holds something, at the beginning or by the end, or cannot be written (disk full, no
+            permission, no directory).
     """
     out = Path(out)
     check_free(out)
@@ -39,10 +40,8 @@ def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
         with explained(out):
             yield partial
             flush_tree(partial)
-            if out.exists():
-                out.rmdir()
             os.chmod(partial, 0o777 & ~_umask())
-            partial.replace(out)
+            _put_directory(partial, out)
             flush(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +77,7 @@ def output_file(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path whose file becomes `out` when the block ends well, and vanishes when it does not.
 
     Raises:
-        OutputError: `out` exists, or cannot be written.
+        OutputError: `out` exists, at the beginning or by the end, or cannot be written.
     """
     out = Path(out)
     if out.exists():
@@ -91,7 +90,7 @@ def output_file(out: str | os.PathLike[str]) -> Iterator[Path]:
             yield partial / out.name
             flush(partial / out.name)
             os.chmod(partial / out.name, 0o666 & ~_umask())
-            os.replace(partial / out.name, out)
+            _put_file(partial / out.name, out)
             flush(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -187,6 +186,42 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _put_directory(partial: Path, out: Path) -> None:
+    """Give a directory its name, unless there is something by now.
+
+    Raises:
+        OutputError: another process was quicker.
+    """
+    try:
+        if out.exists():
+            out.rmdir()  # an empty one
+        partial.rename(out)  # succeeds where there is nothing, or an empty directory
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and out.exists():
+            raise OutputError(_taken(out)) from error
+        raise
+
+
+def _put_file(partial: Path, out: Path) -> None:
+    """Give a file its name, unless there is something by now.
+
+    Raises:
+        OutputError: another process was quicker.
+    """
+    try:
+        os.link(partial, out)  # unlike a rename it replaces nothing
+    except FileExistsError as error:
+        raise OutputError(_taken(out)) from error
+    except (OSError, AttributeError, NotImplementedError):  # a file system without links
+        if out.exists():
+            raise OutputError(_taken(out)) from None
+        os.replace(partial, out)
+
+
+def _taken(out: Path) -> str:
+    return f"another process wrote {out} meanwhile, and what it wrote stays; name a new one, or remove it first"
 
 
 def _umask() -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ...errors import CheckpointError
-from ..disk.header import LARGEST_JSON, parse_json
+from ...outside.documents import LARGEST, Unreadable, parse_object
+from ..disk.header import DAMAGED
 
 CONFIG = "config.json"
 Form = Literal["safetensors", "pickle", "gguf"]
@@ -90,13 +91,16 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file that may be a stranger's.
 
     Raises:
-        CheckpointError: as `open_plain` and `parse_json`, or it is larger than any such file needs to be.
+        CheckpointError: as `open_plain` and `parse_object`, or it is larger than any such file needs to be.
     """
     descriptor, size = open_plain(file)
     with os.fdopen(descriptor, "rb") as stream:
-        if size > LARGEST_JSON:
-            raise CheckpointError(f"{file} is {size:,} bytes of JSON; at most {LARGEST_JSON:,} are read")
-        return parse_json(stream.read(LARGEST_JSON + 1), file)
+        if size > LARGEST:
+            raise CheckpointError(f"{file} is {size:,} bytes of JSON; at most {LARGEST:,} are read")
+        try:
+            return parse_object(stream.read(LARGEST + 1))
+        except Unreadable as reason:
+            raise CheckpointError(f"{file} {reason}; {DAMAGED}") from reason
 
 
 def other_files(directory: Path) -> list[Path]:

@@ -6,8 +6,6 @@ nothing to read. Where a file was touched since, what was made of it is held aga
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -16,7 +14,8 @@ from typing import Any
 
 from ...config import PissaConfig
 from ...errors import CheckpointError
-from ...provenance import package_versions
+from ...provenance import package_versions, sha256, sha256_of_document, sha256_of_file
+from ..disk.resumable import as_recorded
 from ..source.tensors import Source
 from .plan import Task
 
@@ -30,7 +29,7 @@ def identity(source: str | os.PathLike[str], base: Source, config: PissaConfig, 
         "base_files": describe_base(base),
         "versions": package_versions(),
     }
-    return json.loads(json.dumps(document))
+    return as_recorded(document)
 
 
 def describe_base(source: Source) -> dict[str, Any]:
@@ -39,9 +38,9 @@ def describe_base(source: Source) -> dict[str, Any]:
     entries = {n: [e.kind, list(e.shape), e.file.name, e.offset] for n, e in source.entries.items()}
     return {
         "sizes": {file.name: os.stat(file).st_size for file in files},
-        "config": _digest(source.config),
-        "tensors": _digest(entries),
-        "others": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in source.others},
+        "config": sha256_of_document(source.config),
+        "tensors": sha256_of_document(entries),
+        "others": {file.name: sha256_of_file(file) for file in source.others},
     }
 
 
@@ -68,10 +67,7 @@ def check_base_unchanged(
         if task.name not in done:
             continue
         for name in (name for name in task.sources if source.entries[name].file.name in touched):
-            digest = hashlib.sha256()
-            for chunk in source.chunks(name):
-                digest.update(chunk)
-            if digest.hexdigest() != done[task.name]["base"][name]:
+            if sha256(source.chunks(name)) != done[task.name]["base"][name]:
                 changed.append(name)
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -79,22 +75,3 @@ def check_base_unchanged(
             f"{source.path} was changed since the run began: {', '.join(changed[:5])}{more}; put the old files back, "
             "or name another directory"
         )
-
-
-def differences(before: Any, now: Any, where: str = "") -> Iterable[str]:
-    """What differs between two runs' identities, for people; what only the first one notes does not count."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            if key != "times":
-                yield from differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
-    elif before != now:
-        yield f"{where}: {_short(before)} then, {_short(now)} now"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:20]}…{text[-37:]}"
-
-
-def _digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ...config import PissaConfig
-from ...errors import ConfigError, Interrupted
+from ...errors import ConfigError, Interrupted, OutputError
 from ..disk.distribute import JOINED, Team, assemble
 from ..disk.journal import Journal
 from ..disk.outputs import Commits, Outputs
@@ -160,6 +160,7 @@ class _Run:
     def _complete(self, held: ExitStack) -> None:
         workspace, team = self.workspace, self.team
         if team.rank == 0:
+            held.enter_context(workspace.resumable.held(self._check_again))
             journal = Journal(workspace.make(), 0)
             held.callback(journal.close)
             team.announce(JOINED)
@@ -188,6 +189,11 @@ class _Run:
             # whoever published does not stay until everyone has heard of it
             if not (workspace.out / MANIFEST).is_file():
                 raise
+
+    def _check_again(self) -> None:
+        """Refuse to go on where another process finished the same run since this one looked."""
+        if self.workspace.finished() is not None:
+            raise OutputError(f"another process finished {self.workspace.out} just now; the same command shows it")
 
     def _await(self, what: str, *, everyone: bool = False) -> None:
         while not self.team.reached(what, everyone=everyone):

@@ -5,7 +5,6 @@ Files are read piece by piece and weights one at a time, so that a checkpoint of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from ...errors import CheckpointError
 from ...live.layers import KINDS, Kind
 from ...live.runtime import taps
+from ...provenance import sha256
 from ...split import residual_error
 from ..disk.header import Entry, read_header
 from ..disk.layout import raw_bytes
@@ -135,7 +135,7 @@ class _Sealed(Source):
         self._resources.callback(os.close, descriptor)
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         header = os.pread(descriptor, 8 + length, 0) if 8 + length <= size else b""
-        if hashlib.sha256(header).hexdigest() != described["header"]:
+        if sha256(header) != described["header"]:
             return [f"{name}: its header was changed, so that its tensors cannot be told apart"]
         self._descriptors[path] = descriptor
         entries = read_header(descriptor, path, size)
@@ -163,10 +163,7 @@ class _Sealed(Source):
 
 def _digest(source: Source, name: str) -> str:
     """sha256 of a tensor's bytes."""
-    digest = hashlib.sha256()
-    for chunk in source.chunks(name):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return sha256(source.chunks(name))
 
 
 def _compare(manifest: Mapping[str, Any], sealed: _Sealed, base: Source) -> tuple[dict[str, float], list[str]]:
@@ -202,13 +199,11 @@ def _foreign_tensors(described: Mapping[str, Any], base: Source) -> Iterator[str
 
 def _copied(base: Source, name: str, entry: Entry) -> str:
     """sha256 of a base's tensor in the dtype of its copy."""
-    stored, digest = base.entries[name], hashlib.sha256()
-    for chunk in base.chunks(name):
-        if stored.kind == entry.kind or stored.dtype is None or entry.dtype is None:
-            digest.update(chunk)
-        else:
-            digest.update(raw_bytes(torch.frombuffer(chunk, dtype=stored.dtype).to(entry.dtype)))
-    return digest.hexdigest()
+    stored, wanted = base.entries[name], entry.dtype
+    if stored.kind == entry.kind or stored.dtype is None or wanted is None:
+        return sha256(base.chunks(name))
+    values = (torch.frombuffer(chunk, dtype=stored.dtype) for chunk in base.chunks(name))
+    return sha256(raw_bytes(piece.to(wanted)) for piece in values)
 
 
 def _split_error(described: Mapping[str, Any], sealed: _Sealed, base: Source, model: PreTrainedModel) -> float:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ...decompose.certificate import worst
 from ...errors import WeightError
 from ...live.splits import weights_of
+from ...provenance import sha256
 from ...split import Split, split_weight
 from ..disk.layout import raw_bytes
 from ..disk.outputs import Outputs
@@ -76,7 +77,7 @@ def read_weight(
     digests, tensors = {}, {}
     for name in names:
         stored = source.read(name)
-        digests[name] = hashlib.sha256(raw_bytes(stored)).hexdigest()
+        digests[name] = sha256(raw_bytes(stored))
         tensors[name] = stored if dtype is None else stored.to(dtype)
     return (tensors[names[0]] if len(names) == 1 else fused(model, tensors)), digests
 

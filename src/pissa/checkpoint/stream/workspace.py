@@ -4,30 +4,35 @@ Everything lies in OUT/.pissa-init/ until it is whole: the preallocated shards, 
 what run it is. Nothing in OUT itself can be loaded before that. Then `pissa.json` is written beside the shards, which
 seals them, and all files move up, the manifest last. A crash between two moves leaves a sealed rest that the same
 command moves.
+
+Nothing that lies there is believed before it is shown to be of this run: without `run.json` there may be what this run
+would have begun with and nothing else, a seal counts only if its digest and its run are right, and what is moved is
+what the plan names.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...config import PissaConfig
 from ...errors import OutputError
 from ...live.state import INITIAL
+from ...outside.documents import read_document
 from ..card import CARD, residual_card
-from ..disk.journal import forget, read_journals
+from ..disk.journal import forget, is_journal, read_journals
 from ..disk.layout import INDEX, FileLayout
-from ..disk.write import explained, flush, flush_tree, write_json
-from ..manifest import MANIFEST, read_manifest
+from ..disk.resumable import Resumable, differences
+from ..disk.write import TEMPORARY_PREFIX, explained, flush, flush_tree, write_json
+from ..manifest import MANIFEST, Manifest
 from ..residual import RESIDUAL, certificate_of
-from ..seal import plain_file, tensor_file, write_sealed
+from ..seal import is_intact, plain_file, tensor_file, write_sealed
 from ..source.tensors import Source
-from .identity import check_base_unchanged, differences, modification_times
+from .identity import check_base_unchanged, modification_times
 from .plan import Plan, Task
 
 WORK = ".pissa-init"
@@ -36,6 +41,18 @@ MARGIN = 64 << 20
 """Bytes that the small files and the journals may take."""
 LAST = (INDEX, "config.json", MANIFEST)
 """What makes a directory loadable comes last, in this order."""
+
+
+@dataclass(frozen=True)
+class InitRecord:
+    """What run.json holds: the run's identity, and when the base's files were changed last."""
+
+    base: str
+    config: dict[str, Any]
+    dtype: str | None
+    base_files: dict[str, Any]
+    versions: dict[str, str]
+    times: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,9 +70,14 @@ class Workspace:
         return self.out / WORK
 
     @property
+    def resumable(self) -> Resumable:
+        """The directory as one that only this run may continue."""
+        return Resumable(self.out, self.path / RUN, "run", "writing", InitRecord, self.path)
+
+    @property
     def is_sealed(self) -> bool:
         """Whether everything is made and only has to be moved."""
-        return (self.path / MANIFEST).is_file()
+        return self._seal_of_this_run(self.path) is not None
 
     def finished(self) -> dict[str, Any] | None:
         """The manifest, where this very run is finished already; None where there is work to do.
@@ -66,17 +88,22 @@ class Workspace:
         with explained(self.out):
             if self.out.exists() and not self.out.is_dir():
                 raise OutputError(f"{self.out} is a file; name a directory")
+            if self.path.is_symlink():
+                raise OutputError(f"{self.path} is a link; remove it, or name a new directory")
             there = sorted(child.name for child in self.out.iterdir()) if self.out.exists() else []
-            manifest = read_manifest(self.out) if MANIFEST in there else None
-            if manifest is not None and "run" in manifest:  # it is moved last
+            manifest = self._manifest_in(self.out) if MANIFEST in there else None
+            if manifest is not None and manifest.get("run"):  # it is moved last
                 self._check_same(manifest["run"])
                 self._check_sizes(manifest)
                 shutil.rmtree(self.path, ignore_errors=True)
                 return manifest
-            if (self.path / RUN).is_file():
-                self._check_same(_read_run(self.path / RUN))
-            foreign = [name for name in there if name != WORK]
-            if foreign and not self.is_sealed:
+            record = self._record()
+            if record is not None:
+                self._check_same(record)
+            sealed = self._seal_of_this_run(self.path) if record is not None else None
+            ours = {WORK} | {Path(name).parts[0] for name in (sealed or {}).get("files", ())}
+            foreign = [name for name in there if name not in ours and not name.startswith(TEMPORARY_PREFIX)]
+            if foreign:
                 raise OutputError(
                     f"{self.out} already holds something ({', '.join(foreign[:5])}); name a new or empty directory, or "
                     "remove it first"
@@ -90,7 +117,7 @@ class Workspace:
 
     def discard_unbegun(self) -> None:
         """Take the work directory away where nothing was begun in it."""
-        if self.path.is_dir() and not (self.path / RUN).is_file() and not self.is_sealed:
+        if self.path.is_dir() and not any((self.path / name).is_file() for name in (RUN, MANIFEST)):
             shutil.rmtree(self.path, ignore_errors=True)
             with suppress(OSError):
                 self.out.rmdir()
@@ -103,15 +130,19 @@ class Workspace:
             CheckpointError: the base was changed since the run began.
         """
         self._check_room(plan)
-        if (self.path / RUN).is_file():
-            check_base_unchanged(source, plan.tasks, self.finished_tasks(plan), _read_run(self.path / RUN)["times"])
+        self._check_own(plan)
+        record = self._record()
+        if record is None:
+            forget(self.path)
+        else:
+            check_base_unchanged(source, plan.tasks, self.finished_tasks(plan), record.get("times", {}))
         broken = [file for file in plan.files if not _is_intact(self.path / file.name, file)]
         if broken:
             forget(self.path, {tensor for file in broken for tensor in file.offsets})
         for file in broken:
             (self.path / file.name).unlink(missing_ok=True)
             file.allocate(self.path)
-        if not (self.path / RUN).is_file():
+        if record is None:
             flush_tree(self.path)
             write_json(self.path / RUN, {**self.identity, "times": modification_times(source)})
             flush(self.path)
@@ -149,7 +180,9 @@ class Workspace:
 
     def publish(self) -> None:
         """Move everything up, what makes it loadable last, and take the work directory away."""
-        names = [*(read_manifest(self.path) or {})["files"], MANIFEST]
+        sealed = self._seal_of_this_run(self.path)
+        assert sealed is not None
+        names = [*sealed["files"], MANIFEST]
         left = [name for name in names if (self.path / name).is_file()]
         for name in sorted(left, key=lambda name: LAST.index(name) if name in LAST else -1):
             if name in LAST:
@@ -206,14 +239,52 @@ class Workspace:
             "versions": self.identity["versions"],
         }
 
-    def _check_same(self, before: dict[str, Any]) -> None:
-        changed = list(differences(before, self.identity))
-        if changed:
-            more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
+    def _record(self) -> dict[str, Any] | None:
+        """What run.json says; None where there is none."""
+        path = self.path / RUN
+        remedy = f"the run cannot be continued; remove {path.parent}"
+        return read_document(path, InitRecord, error=OutputError, remedy=remedy) if path.is_file() else None
+
+    def _manifest_in(self, directory: Path) -> dict[str, Any]:
+        remedy = f"remove {directory}, or name a new directory"
+        return read_document(directory / MANIFEST, Manifest, error=OutputError, remedy=remedy)
+
+    def _seal_of_this_run(self, directory: Path) -> dict[str, Any] | None:
+        """The manifest in a directory, if it is whole and of this very run."""
+        path = directory / MANIFEST
+        if not path.is_file() or path.is_symlink():
+            return None
+        manifest = self._manifest_in(directory)
+        same = not list(differences(manifest.get("run", {}), self.identity))
+        return manifest if same and is_intact(path.read_text(encoding="utf-8")) else None
+
+    def _check_own(self, plan: Plan) -> None:
+        """Refuse a work directory that holds what this run would not have put there.
+
+        Raises:
+            OutputError: naming it.
+        """
+        names = {file.name for file in plan.files} | {RUN}
+        names |= {str(parent) for name in names for parent in Path(name).parents}
+        if (self.path / RUN).is_file():
+            return
+        foreign = [
+            name
+            for child in sorted(self.path.rglob("*"))
+            if (name := child.relative_to(self.path).as_posix())
+            and (child.is_symlink() or name not in names)
+            and not is_journal(name)
+            and not child.name.startswith(TEMPORARY_PREFIX)
+        ]
+        if foreign:
             raise OutputError(
-                f"{self.out} is another run ({'; '.join(changed[:8])}{more}); give the same command, base and versions "
-                "to continue it, or another directory"
+                f"{self.path} holds {', '.join(foreign[:5])} and no {RUN}, so no run of pissa init made it; remove it, "
+                "or name a new directory"
             )
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        then = {key: value for key, value in before.items() if key != "times"}
+        self.resumable.check_same(then, self.identity, "the same command, base and versions")
 
     def _check_sizes(self, manifest: dict[str, Any]) -> None:
         """Refuse to call finished what was damaged since, as far as that is seen without reading it."""
@@ -266,11 +337,3 @@ def _is_intact(path: Path, file: FileLayout) -> bool:
 def _allocated(path: Path) -> int:
     """Bytes of the disk that a file, which may have holes, takes already."""
     return getattr(os.stat(path), "st_blocks", 0) * 512 if path.is_file() else 0
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        document = dict(json.loads(path.read_text(encoding="utf-8")))
-        return {"times": {}, **document}
-    except (OSError, ValueError, TypeError) as error:
-        raise OutputError(f"{path} is damaged, so the run cannot be continued; remove {path.parent}") from error

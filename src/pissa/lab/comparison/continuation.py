@@ -6,12 +6,12 @@ for. Everything else must be as it was: runs under other settings, or on other r
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from ...checkpoint.disk.resumable import as_recorded
 from ...errors import OutputError
 from .plan import Plan, null_method_of
-from .record import ComparisonDirectory, read_json
+from .record import ComparisonDirectory
 
 FREE = ("keep_runs", "null")
 """Settings that change no run; the null arm can be left out now and made later, or the other way round."""
@@ -31,31 +31,24 @@ def record_to_keep(directory: ComparisonDirectory, record: dict[str, Any]) -> di
     Raises:
         OutputError: the directory holds something other than this comparison.
     """
-    out = directory.path
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a directory with --out")
-    if not directory.record.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} already holds something else; name another directory with --out")
+    before = directory.resumable.read()
+    if before is None:
         return record
-    before = read_json(directory.record)
     # what was started before a setting existed had its default
-    usual = json.loads(json.dumps({"plan": Plan().as_dict()}))
+    usual = as_recorded({"plan": Plan().as_dict()})
     now, then = _flat(record["settings"]), {**_flat(usual), **_flat(before.get("settings", {}))}
-    changed = [
-        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in {**then, **now} if _differs(key, now, then)
-    ]
-    if changed:
-        raise OutputError(
-            f"{out} is another comparison ({'; '.join(changed)}); give the same settings, or more seeds or methods, to "
-            "continue it, or another directory"
-        )
+    changed = [key for key in {**then, **now} if _differs(key, now, then)]
+    directory.resumable.check_same(
+        {key: then.get(key) for key in changed},
+        {key: now.get(key) for key in changed},
+        "the same settings, or more seeds or methods,",
+    )
     # a fingerprint that was not taken then is not missed now
     rows = before.get("task") or {}
     if not rows or any(rows[key] != record["task"].get(key) for key in rows):
         raise OutputError(
-            f"the rows of {record['settings']['data']}, or of the other files, are not those that {out} was started "
-            "with; continue with those, or name another directory"
+            f"the rows of {record['settings']['data']}, or of the other files, are not those that {directory.path} was "
+            "started with; continue with those, or name another directory"
         )
     if now == then:
         return before

@@ -11,14 +11,15 @@ OUT/report.html, report.md, *.png         the same for people
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
+from ...checkpoint.disk.resumable import Resumable
 from ...errors import OutputError
+from ...outside.documents import read_document
 from .plan import Plan
 from .search import best_rates, is_on_edge
 from .trial import TRIAL, Trial
@@ -32,11 +33,64 @@ RUN_KEYS = (
 
 
 @dataclass(frozen=True)
+class ComparedPlan:
+    """The part of a comparison's plan that its results are put together by."""
+
+    methods: list[str]
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """The settings of a comparison, as compare.json holds them."""
+
+    plan: ComparedPlan
+
+
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """What compare.json holds."""
+
+    settings: ComparisonSettings
+    task: dict[str, Any] | None = None
+    """What the rows are."""
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """The commands that were given before the one that extended the comparison."""
+
+
+@dataclass(frozen=True)
+class BaseScores:
+    """What base.json holds."""
+
+    validation_loss: float
+    test_losses: list[float]
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What a trial.json holds."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    rung: int | None
+    status: Literal["done", "diverged"]
+    validation_loss: float | None
+    losses: list[float | None]
+    test_losses: list[float] | None = None
+
+
+@dataclass(frozen=True)
 class ComparisonDirectory:
     """The places inside one comparison's directory."""
 
     path: Path
     """OUT."""
+
+    @property
+    def resumable(self) -> Resumable:
+        """The directory as one that only this comparison may continue."""
+        return Resumable(self.path, self.record, "comparison", "comparing", ComparisonRecord)
 
     @property
     def record(self) -> Path:
@@ -84,8 +138,8 @@ def assemble(directory: ComparisonDirectory) -> dict[str, Any]:
     Raises:
         OutputError: the directory is no comparison's, or a file in it is damaged.
     """
-    record = read_json(directory.record)
-    base = _with_mean(read_json(directory.base)) if directory.base.is_file() else None
+    record = read_json(directory.record, ComparisonRecord)
+    base = _with_mean(read_json(directory.base, BaseScores)) if directory.base.is_file() else None
     before = base["perplexity"] if base is not None else None
     methods = {method: _method(directory, method, before) for method in record["settings"]["plan"]["methods"]}
     null_runs = directory.null_runs()
@@ -118,19 +172,14 @@ def losses_of(records: list[dict[str, Any]], rung: int) -> dict[float, float]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, schema: type) -> dict[str, Any]:
     """A JSON object of ours.
 
     Raises:
-        OutputError: there is none.
+        OutputError: there is none, or it is not what the schema says.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} is missing or damaged, so {path.parent} cannot be read as a comparison") from error
-    if not isinstance(document, dict):
-        raise OutputError(f"{path} holds {type(document).__name__} instead of an object; restore it, or remove it")
-    return document
+    remedy = f"{path.parent} cannot be read as a comparison; restore it, or remove it"
+    return read_document(path, schema, error=OutputError, remedy=remedy)
 
 
 def _method(directory: ComparisonDirectory, method: str, before: float | None) -> dict[str, Any]:
@@ -159,7 +208,7 @@ def _with_mean(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _records(place: Path, pattern: str) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted(place.glob(f"{pattern}/{TRIAL}"))]
+    return [read_json(path, TrialRecord) for path in sorted(place.glob(f"{pattern}/{TRIAL}"))]
 
 
 def _by_seed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,12 +6,9 @@ stopped, and no state is kept beside the directories.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +18,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ...checkpoint.disk.write import explained, locked, write_json
+from ...checkpoint.disk.resumable import as_recorded
+from ...checkpoint.disk.write import explained, write_json
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
-from ...errors import ConfigError, Interrupted, MissingExtraError, OutputError
+from ...errors import ConfigError, Interrupted, MissingExtraError
 from ...provenance import hardware, package_versions
 from ...training.directory import absolute
 from ...training.engine import process_count, storage_dtype
@@ -85,16 +83,17 @@ def compare(
     scorer = make_scorer(task, load_tokenizer(model), plan)
     record = {
         "command": command,
-        "settings": json.loads(json.dumps(settings)),
+        "settings": as_recorded(settings),
         "versions": package_versions(),
         "hardware": hardware(),
         "task": {**task.as_dict(), **digests(plan)},
     }
-    record = record_to_keep(directory, record)
-    if scorer.warnings:
-        record = {**record, "warnings": list(scorer.warnings)}
+    record_to_keep(directory, record)  # a directory that is somebody else's is not even locked
     progress = make_progress()
-    with explained(directory.path), _only_writer(directory.path):
+    with explained(directory.path), directory.resumable.held():
+        record = record_to_keep(directory, record)
+        if scorer.warnings:
+            record = {**record, "warnings": list(scorer.warnings)}
         write_json(directory.record, record)
         session = _Session(model, plan, directory, scorer, None if quiet else progress)
         try:
@@ -261,16 +260,3 @@ def _remaining(session: _Session) -> str:
         return "all done"
     minutes = session.left * session.seconds / session.steps / 60
     return f"about {minutes / 60:.1f} h left" if minutes >= 90 else f"about {math.ceil(minutes)} min left"
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Make the directory, for this process alone."""
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        if not locked(descriptor):
-            raise OutputError(f"another process is comparing into {out}; wait for it, or name another directory")
-        yield
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ stands in the training data, word for word, is taken out of the training data, a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from ...data.read import read_examples
 from ...data.rows import Example, row_of
 from ...errors import DataError
 from ...evaluation.tasks.answers import extract_answer
+from ...provenance import sha256, sha256_of_file
 from .plan import Plan
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ class Task:
             "validation_rows": len(self.validation),
             "test_rows": len(self.test),
             "removed_from_train": self.removed,
-            "sha256": [hashlib.sha256(_text(part).encode()).hexdigest()[:16] for part in parts],
+            "sha256": [sha256(_text(part).encode())[:16] for part in parts],
         }
 
 
@@ -102,11 +102,7 @@ def make_task(data: str, plan: Plan, *, validation: str | None = None, test: str
 def digests(plan: Plan) -> dict[str, str]:
     """Fingerprints of the other files that a plan names."""
     files = {"evaluation_data": plan.evaluation_data, "forgetting": plan.forgetting}
-    return {
-        f"{name}_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        for name, path in files.items()
-        if path is not None
-    }
+    return {f"{name}_sha256": sha256_of_file(Path(path))[:16] for name, path in files.items() if path is not None}
 
 
 def _drawn(rows: Sequence[Example], count: int, draw: random.Random) -> list[Example]:

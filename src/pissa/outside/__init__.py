@@ -1,0 +1,1 @@
+"""What strangers wrote, checked at one door: JSON and its fields so far."""
