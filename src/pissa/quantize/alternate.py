@@ -26,10 +26,11 @@ from torch import Tensor
 
 from ..config import Quantization
 from ..decompose.certificate import Certificate
-from ..decompose.scale import magnitude, safe_exponent
+from ..decompose.scale import energy, magnitude, safe_exponent
 from .formats import Packed, quantize_matrix, rounded_matrix
 from .lowrank import LowRank, best_fit, extrapolated, in_metric, power_step, started
 from .metric import Metric
+from .nf4 import rounding_error
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,18 @@ def alternate(
     """
     exponent = safe_exponent(magnitude(W) if largest is None else largest)
     found = iterates(W, rank, config, dtype, metric, algorithm, seed, exponent, start)
-    count, packed, low_rank = next(found)
-    best, errors = Alternation(packed, low_rank, (), count), [error_of(W, packed, low_rank, metric, exponent)]
-    for count, packed, low_rank in found:
-        error = error_of(W, packed, low_rank, metric, exponent)
+    count, packed, low_rank, error = next(found)
+    best, errors = Alternation(packed, low_rank, (), count), [error]
+    for count, packed, low_rank, error in found:
         if error < errors[-1]:
             best = Alternation(packed, low_rank, (), count)
         errors.append(min(error, errors[-1]))
     if config.refit and best.low_rank is not None:
-        E = W - best.packed.dequantize()
+        E = less(W, best.packed)
         L = best_fit(
             E, rank, metric, best.low_rank, tolerance=tolerance, algorithm=algorithm, seed=seed, exponent=exponent
         )
-        error = norm(L.subtract_from(E), metric, exponent)
+        error = norm(L.subtract_from(E, out=E), metric, exponent)
         if error <= errors[-1]:
             best, errors[-1] = replace(best, low_rank=L), error
         best = replace(best, certificate=L.certificate)
@@ -108,8 +108,8 @@ def iterates(
     seed: int,
     exponent: int,
     start: Tensor | None,
-) -> Iterator[tuple[int, Packed, LowRank | None]]:
-    """(t, Q_t packed, L_t) of every iterate that may be the result: t = 1 … T, or T alone."""
+) -> Iterator[tuple[int, Packed, LowRank | None, float]]:
+    """(t, Q_t packed, L_t, ‖W − Q_t − L_t‖) of every iterate that may be the result: t = 1 … T, or T alone."""
 
     def fit(E: Tensor, previous: LowRank | None) -> LowRank:
         if algorithm == "exact":
@@ -118,36 +118,60 @@ def iterates(
 
     if config.method == "qlora":
         packed = quantize_matrix(W, config, dtype, metric)
-        yield 1, packed, None
+        yield 1, packed, None, norm(less(W, packed), metric, exponent)
         return
     L = fit(W, None) if config.method == "qpissa" else None
-    target = L
+    target, room = L, None
     for step in range(config.iterations):
-        R = W if target is None else target.subtract_from(W)
         if not config.keeps_best and step < config.iterations - 1:
-            exact = algorithm == "exact"
-            Q = (
-                quantize_matrix(R, config, dtype, metric).dequantize()
-                if exact
-                else rounded_matrix(R, config, dtype, metric)
-            )
-            target = L = fit(W - Q, L if L is not None or start is None else started(start))
+            room = left_over(W, target, config, dtype, metric, exact=algorithm == "exact", room=room)
+            target = L = fit(room, L if L is not None or start is None else started(start))
             continue
+        R = W if target is None else target.subtract_from(W, out=room)
         packed = quantize_matrix(R, config, dtype, metric)
         if not config.refit and step == config.iterations - 1:
-            yield step + 1, packed, L
+            yield step + 1, packed, L, norm(less(R, packed), metric, exponent)
             return
-        previous, L = L, fit(W - packed.dequantize(), L if L is not None or start is None else started(start))
-        yield step + 1, packed, L
+        E = less(W, packed)
+        previous, L = L, fit(E, L if L is not None or start is None else started(start))
+        yield step + 1, packed, L, norm(L.subtract_from(E, out=E), metric, exponent)
         target = L if previous is None or config.momentum == 0 else extrapolated(L, previous, config.momentum)
 
 
-def error_of(W: Tensor, packed: Packed, low_rank: LowRank | None, metric: Metric | None, exponent: int) -> float:
-    """`‖W − Q − L‖` in the metric."""
-    E = W - packed.dequantize()
-    return norm(E if low_rank is None else low_rank.subtract_from(E), metric, exponent)
+def left_over(
+    W: Tensor,
+    target: LowRank | None,
+    config: Quantization,
+    dtype: torch.dtype,
+    metric: Metric | None,
+    *,
+    exact: bool,
+    room: Tensor | None,
+) -> Tensor:
+    """`W − Q` (out, in) fp32 where Q rounds `W − L`, for a step whose codes nobody will ask for.
+
+    Args:
+        target: L, or None for 0.
+        exact: round to the nearest value always, not only almost always.
+        room: a result of this function that is no longer needed, to be written over.
+    """
+    plain = config.format == "nf4" and not config.double_quant and config.scale_search == "absmax"
+    whole = W.is_contiguous() and W.shape[1] % config.block_size == 0
+    if plain and config.rounding == "nearest" and whole and target is not None and not exact:
+        room = torch.empty_like(W) if room is None else room
+        return rounding_error(W, target.left, target.right, config.block_size, room)
+    R = W if target is None else target.subtract_from(W)
+    if exact:
+        return W - quantize_matrix(R, config, dtype, metric).dequantize()
+    return W - rounded_matrix(R, config, dtype, metric)
+
+
+def less(W: Tensor, packed: Packed) -> Tensor:
+    """`W − Q`, (out, in) fp32, in the memory of the dequantised matrix where that is fp32: fresh memory is slow."""
+    Q = packed.dequantize()
+    return torch.sub(W, Q, out=Q) if Q.dtype == torch.float32 else W - Q
 
 
 def norm(E: Tensor, metric: Metric | None, exponent: int) -> float:
     """The Frobenius norm in the metric."""
-    return float(torch.linalg.vector_norm(in_metric(E, metric, exponent), dtype=torch.float64)) * 2.0**-exponent
+    return float(energy(in_metric(E, metric, exponent)).sqrt()) * 2.0**-exponent

@@ -17,11 +17,11 @@ from ..decompose.scale import unscaled
 from ..decompose.svd import fix_signs, truncated_svd
 from .metric import Metric
 
-OVERSAMPLING = 8
-"""Columns beyond the rank in a subspace iteration."""
+OVERSAMPLING = 16
+"""Columns beyond the rank in a subspace iteration; a few more cost less than another step."""
 WARM_STEPS = 1
 """Subspace iterations from the previous fit."""
-COLD_STEPS = 6
+COLD_STEPS = 4
 """Subspace iterations from a random start."""
 
 
@@ -38,9 +38,9 @@ class LowRank:
     certificate: Certificate | None = None
     """Of the SVD that it comes from, where that was a certified one."""
 
-    def subtract_from(self, W: Tensor) -> Tensor:
-        """`W − left·right`, (out, in) fp32."""
-        return torch.addmm(W, self.left, self.right, alpha=-1)
+    def subtract_from(self, W: Tensor, out: Tensor | None = None) -> Tensor:
+        """`W − left·right`, (out, in) fp32, written to `out` where that is given; W itself may be."""
+        return torch.addmm(W, self.left, self.right, alpha=-1, out=out)
 
 
 def best_fit(
@@ -90,7 +90,8 @@ def power_step(
         right, steps = previous.warm_start, WARM_STEPS
     for _ in range(steps):
         left = torch.linalg.qr(weighted @ unit_columns(right))[0]
-        right = weighted.mT @ left
+        # the thin factor first: its rows are then read as they lie, and so are the matrix's
+        right = (left.mT.contiguous() @ weighted).mT
     # Scaled by a power of two, at no loss, so that squares of very small or large weights stay in range.
     unit = (right / power_of_two(right)).double()
     _, turn = symmetric_eigen(unit.mT @ unit)

@@ -141,6 +141,30 @@ def rounded_nf4(
     return out.view(W.shape)
 
 
+def rounding_error(W: Tensor, left: Tensor, right: Tensor, block_size: int, out: Tensor) -> Tensor:
+    """`W − nf4(W − left·right)`, with absmax scales, for a step of an iteration: every chunk stays in the cache.
+
+    Args:
+        W: (out, in) fp32, contiguous, `in` a multiple of the block size.
+        left: (out, r) fp32; right: (r, in) fp32.
+        block_size: values that share a scale.
+        out: (out, in) fp32 that the result is written to.
+
+    Returns:
+        `out`; of the nearest values the same is true as in `rounded_nf4`.
+    """
+    m, n = W.shape
+    table, step = nf4_table(W.device), max(1, CHUNK // n)
+    scratch, rest = Scratch(W[:step]), torch.empty_like(W[:step])
+    for top in range(0, m, step):
+        rows = slice(top, top + step)
+        R = torch.addmm(W[rows], left[rows], right, alpha=-1, out=rest[: min(step, m - top)]).view(-1, block_size)
+        scales = torch.abs(R, out=scratch.values[: R.numel()].view_as(R)).amax(1)
+        found = table.nearest_within(R, reciprocal(scales), scratch).mul_(scales[:, None])
+        torch.sub(W[rows], found.view(-1, n), out=out[rows])
+    return out
+
+
 def choose_scales(
     flat: Tensor, block_size: int, double_quant: bool, scale_search: ScaleSearch, weights: Tensor | None
 ) -> tuple[Tensor | NestedScales, Tensor]:

@@ -44,7 +44,8 @@ class Table:
         self.boundary[cells] = self.boundaries
         # The nearest value to the middle of each cell: wrong only where the two choices are almost equally good.
         middle = (every.float() + 0.5) * (2 / CELLS) - 1
-        self.near = values[torch.bucketize(middle, self.boundaries)]
+        near = values[torch.bucketize(middle, self.boundaries)]
+        self.near = torch.cat([near, near[-1:]])
 
     def cell(self, v: Tensor, scratch: Scratch | None = None) -> Tensor:
         """int32 cell of each value (n,); values outside [−1, 1] go to the outermost cells."""
@@ -67,6 +68,22 @@ class Table:
         """
         scratch = scratch or Scratch(v)
         return torch.index_select(self.near, 0, self.cell(v, scratch), out=scratch.floats[: len(v)])
+
+    def nearest_within(self, blocks: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+        """`nearest` of `blocks·factors` for products that lie in [−1, 1] up to rounding, and so in the lookup's cells.
+
+        Args:
+            blocks: (k, size).
+            factors: (k,).
+
+        Returns:
+            (k, size), in the scratch, to be used before the next call.
+        """
+        position = torch.mul(
+            blocks, (factors * (CELLS / 2))[:, None], out=scratch.values[: blocks.numel()].view_as(blocks)
+        )
+        cells = scratch.cells[: blocks.numel()].copy_(position.add_(CELLS / 2).view(-1))
+        return torch.index_select(self.near, 0, cells, out=scratch.floats[: blocks.numel()]).view_as(blocks)
 
 
 class Scratch:
