@@ -130,8 +130,9 @@ def test_views_and_parameters_are_split_like_their_values(method: Method) -> Non
     plain = split_weight(stored.detach().T.contiguous(), PissaConfig(3, method=method))
     view = split_weight(stored.T, PissaConfig(3, method=method))
     assert not view.A.requires_grad and not view.residual.requires_grad
-    torch.testing.assert_close(view.residual, plain.residual, rtol=0, atol=1e-6)
-    torch.testing.assert_close(view.B @ view.A, plain.B @ plain.A, rtol=0, atol=1e-6)
+    noise = 16 * UNIT[torch.float32] * float(stored.abs().max())
+    torch.testing.assert_close(view.residual, plain.residual, rtol=0, atol=noise)
+    torch.testing.assert_close(view.B @ view.A, plain.B @ plain.A, rtol=0, atol=noise)
 
 
 def test_a_zero_weight_splits_into_zeros() -> None:

@@ -58,16 +58,11 @@ class Columns:
         return self.buffer[..., end - block.shape[-1] : end]
 
 
-def product(A: Tensor, X: Tensor) -> Tensor:
-    """`A·X` in A's precision, returned in X's."""
-    return A @ X if A.dtype == X.dtype else (A @ X.to(A.dtype)).to(X.dtype)
-
-
 class GolubKahan:
     """The state of a bidiagonalisation of W (..., m, n), m ≥ n: bases U, V and the core T = UᵀWV.
 
     Args:
-        W: (..., m, n), finite, m ≥ n; fp32, or 16 bits for a sketch whose products are rounded to 16 bits.
+        W: (..., m, n) fp32, finite, m ≥ n.
         start: (..., n, b) fp32 first block, any columns; random ones replace dependent ones. Overwritten.
         generator: for replacements, on W's device.
         capacity: expected number of columns.
@@ -90,9 +85,9 @@ class GolubKahan:
 
     def advance(self, extra: int = 0) -> None:
         """One block more in each basis: two products with W. `extra` random columns widen the next block."""
-        Y = product(self.W, self.newest)
+        Y = self.W @ self.newest
         Q, _, _ = orthonormalize(Y, self.U.filled if self.U.count else None, self.generator)
-        Z = product(self.W.mT, self.U.append(Q))
+        Z = self.W.mT @ self.U.append(Q)
         self.passes += 2
         self.young = max(0, self.young - 1)
         self._extend_right(Z, extra)
@@ -193,6 +188,9 @@ def block_krylov(
         if width < rank and bool((repeated_energy(spectrum.energies, rank, width) > 0).any()):
             goal, extra = state.U.count + 1, width
             continue
+        if len(state.rows) == 1 and is_flat(spectrum.energies, rank):
+            goal = state.U.count + 1
+            continue
         if worst <= tolerance:
             break
         goal, previous = next_goal(state.U.count, worst, previous, tolerance, rank, growth)
@@ -200,8 +198,19 @@ def block_krylov(
     return Factorization(U, S, Vh, spectrum.loss, state.passes, "upper bound" if state.complete else "estimate")
 
 
+FLAT = 0.02
+"""Relative fall of the energies beyond the wanted ones that a block which was handed in has to show."""
 ROUNDING_SHARE = 1e-7
 """Share of ‖W‖² below which what the bases miss is rounding."""
+
+
+def is_flat(energies: Tensor, rank: int) -> bool:
+    """Whether the Ritz values of a single block hardly fall beyond the wanted ones.
+
+    Then others like them may lie outside, which one step does not tell from those inside.
+    """
+    beyond, wanted = energies[..., -1], energies[..., rank - 1]
+    return energies.shape[-1] > rank and bool((beyond > (1 - FLAT) * wanted).any())
 
 
 def next_goal(

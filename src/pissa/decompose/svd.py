@@ -13,7 +13,8 @@ certificate. The methods have files of their own:
     auto       one of the three by a cost model, exact when nothing less will do       cost.py
 
 On a CPU the matrices of a batch are decomposed one after the other, so that a matrix has the same bits alone and in
-any batch. On CUDA a batch is one set of batched kernels and its first products run in bf16 (`sketch.py`).
+any batch. On CUDA a batch is one set of batched kernels. Where the processor has units for bf16 products, the first
+products of "krylov" run on them (`units.py`, `sketch.py`).
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from .certificate import Certificate
 from .chebyshev import chebyshev_svd, filter_width
 from .cost import block_width, choose
 from .gram import exact_svd, gram_svd
-from .krylov import block_krylov, product
+from .krylov import block_krylov
 from .precision import full_precision
 from .ritz import Factorization
 from .scale import energy, magnitude, scaled, unscaled
 from .sketch import sketched_start
 from .subspace import OVERSAMPLING, subspace_svd
+from .units import first_products
 
 TOLERANCE = 1e-3
 """Captured-energy loss to aim for when nothing is said."""
@@ -119,7 +121,7 @@ def decompose(
 ) -> TruncatedSVD:
     """One matrix (m, n), or a batch (b, m, n) as one set of batched operations; the arguments are already checked.
 
-    `sketch` is the dtype of the first products, None for the device's default: bf16 on CUDA, none on a CPU. `largest`
+    `sketch` is the dtype of the first products of "krylov", None for what suits the processor (`units.py`). `largest`
     is W's largest magnitude where it is known, which saves a look at every entry.
     """
     start = time.perf_counter()
@@ -129,8 +131,7 @@ def decompose(
         W = W.mT if flipped else W
         if algorithm == "auto":
             algorithm = choose(W.shape[-2], W.shape[-1], rank, tolerance, warm=warm_start is not None)
-        if sketch is None and W.is_cuda and tolerance >= 1e-4:
-            sketch = torch.bfloat16
+        sketch = first_products(W.device, tolerance) if sketch is None else sketch
         found = run(W, rank, tolerance, algorithm, seed, warm_start, niter, flipped, sketch)
         U, Vh = (found.Vh.mT, found.U.mT) if flipped else (found.U, found.Vh)
         U, Vh = fix_signs(U, Vh)
@@ -152,7 +153,7 @@ def run(
     warm_start: Tensor | None,
     niter: int | None,
     flipped: bool,
-    sketch: torch.dtype | None,
+    sketch: torch.dtype,
 ) -> Factorization:
     """Hand W (..., m, n), m ≥ n, to the algorithm."""
     if algorithm == "exact":
@@ -168,8 +169,8 @@ def run(
         begin, extra_passes = warm_block(W, rank, warm_start, seed, flipped)
     elif algorithm == "subspace":
         begin = gaussian(W, rank if niter is not None else rank + OVERSAMPLING, seed)
-    elif sketch is not None:
-        begin, extra_passes = sketched_start(W.to(sketch), rank, gaussian(W, block_width(rank), seed), generator)
+    elif sketch != torch.float32:
+        begin, extra_passes = sketched_start(W, rank, gaussian(W, block_width(rank), seed), generator, sketch)
     else:
         begin = gaussian(W, block_width(rank), seed)
     if algorithm == "subspace":
@@ -224,7 +225,7 @@ def warm_block(W: Tensor, rank: int, warm_start: Tensor, seed: int, flipped: boo
     passes = 0
     if is_right == flipped:
         # The subspace is on the long side: one product brings it to the short one.
-        known, passes = product(W.mT, known), 1
+        known, passes = W.mT @ known, 1
     probes = gaussian(W, min(n - known.shape[-1], max(PROBES, rank + PROBES - known.shape[-1])), seed)
     probes = probes * (torch.linalg.vector_norm(known, dim=(-2, -1), keepdim=True) / n**0.5)
     return torch.cat([known, probes], -1), passes

@@ -20,6 +20,8 @@ CHUNK = 1 << 17
 """Values worked on at a time: few enough for the cache, many enough to hide the calls."""
 SMALLEST = 1e-38
 """Divisors are kept away from zero by this, as in bitsandbytes."""
+LARGEST = 1e34
+"""Factors are kept below this, so that products with the number of cells do not overflow."""
 STARTS = (1.06, 1.0, 0.93, 0.86, 0.79, 0.72)
 """Multiples of ±absmax to start from."""
 REFINEMENTS = (1.0, 0.97, 1.03)
@@ -79,9 +81,8 @@ class Table:
         Returns:
             (k, size), in the scratch, to be used before the next call.
         """
-        position = torch.mul(
-            blocks, (factors * (CELLS / 2))[:, None], out=scratch.values[: blocks.numel()].view_as(blocks)
-        )
+        position = scratch.values[: blocks.numel()].view_as(blocks)
+        torch.mul(blocks, (factors.clamp(-LARGEST, LARGEST) * (CELLS / 2))[:, None], out=position)
         cells = scratch.cells[: blocks.numel()].copy_(position.add_(CELLS / 2).view(-1))
         return torch.index_select(self.near, 0, cells, out=scratch.floats[: blocks.numel()]).view_as(blocks)
 
