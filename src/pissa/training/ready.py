@@ -8,16 +8,18 @@ from typing import Any
 
 from ..checkpoint.factors import CONFIG
 from ..checkpoint.residual import SavedResidual, residual_at
+from ..config.kinds import module_names
 from ..errors import ConfigError
 from ..live.state import INITIAL
-from .recipe import Recipe, module_names
+from .recipe import QUANTIZATION_OWN, Recipe
 
 SPLIT = (
     "rank", "alpha", "component", "random_fraction", "cur_core", "cur_rcond", "target_modules", "exclude_modules",
-    "rank_pattern", "alpha_pattern", "use_rslora",
+    "rank_pattern", "alpha_pattern", "use_rslora", "tolerance", "algorithm",
 )  # fmt: skip
 """Settings of a split, which go by the same name in a recipe."""
 FIXED = ("dropout", "placement", "modules_to_save", "calibration", "rounding", "quantize_method", "iterations")
+FIXED += QUANTIZATION_OWN
 """Settings that only a new adapter could have."""
 PLAIN = {"pissa": ("pissa", "qpissa", "loftq")}
 """Methods that are one where a weight has been split."""

@@ -1,0 +1,137 @@
+"""The groups that a `Recipe` is made of; each is a panel of `pissa train --help`.
+
+A field's name is its name in Python and in YAML, and with dashes its flag; its type says what is allowed, and the text
+below it is its help. A new setting is a new field here, and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from ..config import AdapterSettings, Method
+from ..config.kinds import (
+    AtLeastOne,
+    Count,
+    CountFromTwo,
+    File,
+    Name,
+    NotNegative,
+    Positive,
+    Seed,
+    ShareBelowOne,
+)  # fmt: skip
+from ..config.quantization import BlockSize, Rounding, ScaleSearch
+from ..data.prompts import Template
+
+TrainingMethod = Literal[
+    Method, "lora", "dora", "adalora", "pissa+dora", "pissa+adalora", "qlora", "loftq", "qpissa", "full"
+]
+TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
+
+
+@dataclass(frozen=True)
+class AdapterGroup(AdapterSettings):
+    """What is trained, and how it starts."""
+
+    rank: Count = 16
+    method: TrainingMethod = "pissa"  # pyright: ignore[reportIncompatibleVariableOverride] -- names for combinations
+    """How the model is trained: pissa, random-pissa, cura, robust-pissa, lora (the same as lora-kaiming),
+    lora-gaussian, dora, adalora (whose ranks stay as they are), pissa+dora, pissa+adalora, or full, which trains every
+    weight. qlora, loftq and qpissa are lora and pissa with that quantize_method, in nf4 unless quantize says
+    otherwise."""
+    scored_examples: Count = 64
+    """How many examples, evenly spread over the data, the components are scored by. Used only when component is
+    scored."""
+    export_rank: Count | None = None
+    """Rank of the run's LoRA. Left out, the export is lossless: twice the rank for PiSSA."""
+
+
+@dataclass(frozen=True)
+class QuantizationGroup:
+    """Frozen weights in few bits."""
+
+    panel: ClassVar[str] = "Quantisation"
+
+    quantize: Literal["nf4", "int8"] | None = None
+    """Format of the frozen residual. Left out, it is kept in dtype."""
+    quantize_method: Name | None = None
+    """How residual and adapter are fitted to each other: qlora; loftq, as published; qpissa, with this library's scale
+    search, refit and momentum; or a preset such as qpissa-5, the published one with 5 iterations. Left out, it is
+    qpissa for pissa and qlora for lora."""
+    iterations: Count | None = None
+    """How often residual and adapter are fitted to each other. Left out, 10 times with qpissa and 5 with loftq."""
+    calibration: File | None = None
+    """Text that the quantised residual is fitted to: a .txt or .jsonl file, each also as .gz."""
+    calibration_windows: Count = 80
+    """How many windows of the calibration text are used."""
+    calibration_length: Count = 256
+    """How many tokens a window has."""
+    rounding: Rounding = "nearest"
+    """"gptq" carries each rounding error on to the columns that are not yet rounded; it needs calibration text."""
+    refit: bool | None = None
+    """End on an SVD of what the quantised residual leaves over. Left out, the method's own."""
+    scale_search: ScaleSearch | None = None
+    """How the scale of a block is found: "absmax", as bitsandbytes does, or the "unsigned" or "signed" one of least
+    error. Left out, the method's own."""
+    momentum: ShareBelowOne | None = None
+    """How far each iteration is extrapolated beyond the last one. Left out, the method's own."""
+    double_quant: bool | None = None
+    """Store NF4's block scales in 8 bits themselves. Left out, they are."""
+    block_size: BlockSize | None = None
+    """How many values of NF4 share a scale. Left out, 64."""
+
+
+@dataclass(frozen=True)
+class TrainingGroup:
+    """How the weights are moved."""
+
+    panel: ClassVar[str] = "Training"
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """In what the frozen weights are stored; "auto" is bf16 where the hardware computes in it, else fp32. Adapters are
+    always fp32. With method full the weights are fp32, and bf16 means autocast."""
+    learning_rate: Positive | Literal["auto"] = 2e-5
+    """Peak learning rate; "auto" estimates it on a few batches before the first step."""
+    loraplus_ratio: AtLeastOne | None = None
+    """LoRA+: B is trained at this many times the learning rate. Left out, A and B have the same rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after warm-up."""
+    warmup_ratio: ShareBelowOne = 0.03
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: NotNegative = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are clipped to this norm; 0 clips nothing."""
+    epochs: Positive = 1.0
+    """Passes over the data."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, whatever epochs says."""
+    batch_size: Count = 128
+    """Examples per optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: Count = 4
+    """Examples per forward pass and process; batch_size is made of these by gradient accumulation."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_every: Count = 50
+    """Steps between checkpoints."""
+    log_to: Literal["jsonl", "tensorboard"] = "jsonl"
+    """Where losses go beside the lines in state/log.jsonl, which are always written."""
+    seed: Seed = 0
+    """Seed of the initial factors and of the order of the data."""
+
+
+@dataclass(frozen=True)
+class DataGroup:
+    """What is learned."""
+
+    panel: ClassVar[str] = "Data"
+
+    data_split: Name = "train"
+    """Split of data on the hub."""
+    data_subset: Name | None = None
+    """Subset of data on the hub that has several ("main" of "openai/gsm8k")."""
+    max_length: CountFromTwo = 512
+    """Tokens per example; what is longer is cut and counted."""
+    template: Template = "alpaca"
+    """Prompt template: alpaca, chat (the tokenizer's own) or none."""
