@@ -17,12 +17,12 @@ from pissa.adapted.adapt import adapt
 from pissa.checkpoint.source.hub import first_line
 from pissa.config import PissaConfig
 from pissa.errors import CheckpointError
-from pissa.evaluation.tasks.glue_files import GLUE, GlueRow, GlueTask, read_glue
 from pissa.lab.load import load_any_tokenizer
 from pissa.lab.models import cache_directory
 from pissa.training.sampler import LengthGroupedBatches
 
 from .bottleneck import add_bottlenecks
+from .glue_files import GLUE, GlueRow, GlueTask, read_glue
 from .search import SEARCH_SEED
 from .study import Settings
 

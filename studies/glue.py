@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from pissa.errors import TrainingError
-from pissa.evaluation.tasks.glue_files import GLUE, score
 from pissa.lab.figures import new_figure, seed_dots
 
 from .encoder_task import VALIDATION, batches, glue_rows, is_head, outputs, predict, prepared
 from .fit import Diverged, Fit, fit
+from .glue_files import GLUE, score
 from .interval import mean_interval, paired_difference
 from .judge import by_seed, verdict_of
 from .search import Search, search_rates

@@ -14,7 +14,6 @@ from passes import Quick
 from torch.nn.functional import cross_entropy, mse_loss
 
 from pissa.errors import TrainingError
-from pissa.evaluation.tasks.glue_files import GLUE, GlueRow
 from studies import glue
 from studies.encoder_task import (
     VALIDATION,
@@ -30,6 +29,7 @@ from studies.encoder_task import (
     tiny_encoder,
 )
 from studies.fit import Diverged, Fit
+from studies.glue_files import GLUE, GlueRow
 from studies.study import Settings
 
 RUN: dict[str, Any] = {"method": "pissa", "seed": 0, "steps": 2, "batch": 4, "blocks": None, "rate": 1e-3}

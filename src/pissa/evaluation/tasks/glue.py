@@ -22,9 +22,9 @@ from ...data.rows import RowError, unusable_rows
 from ...errors import ConfigError, DataError
 from ..harness import likelihoods
 from ..intervals import bootstrap, wilson
+from ..metrics import METRICS, check_metrics
 from ..samples import SampleLog
 from ..task import Evaluation, Options, Progress, Task
-from .glue_files import METRICS
 
 CHUNK = 256
 """Rows whose answers' likelihoods are computed, and kept, at a time."""
@@ -171,6 +171,7 @@ class Understanding(Task):
         progress: Progress | None,
     ) -> Evaluation:
         """Predict and score."""
+        check_metrics()
         by_head = is_classifier(model)
         if not by_head and not self.kind.answers:
             raise ConfigError(f"{self.name} asks for a value; give a sequence-classification model with one output")

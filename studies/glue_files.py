@@ -1,12 +1,7 @@
-"""GLUE: its tasks as they come in files, and the metrics by which each is scored (arXiv 1804.07461).
+"""GLUE as its files have it: tasks, rows, and by which metrics each task is scored (arXiv 1804.07461).
 
 A task's directory holds train.tsv.gz and dev.tsv.gz (or the same without .gz) as GLUE publishes them. Its test labels
 are not public, so scores are those of the development set.
-
-    accuracy           share of right classes                SST-2, MRPC, QNLI, RTE, MNLI, QQP
-    F1                 of the positive class                 MRPC, QQP
-    Matthews           correlation of two classes            CoLA
-    Pearson, Spearman  correlation of values, of their ranks STS-B
 """
 
 from __future__ import annotations
@@ -14,11 +9,12 @@ from __future__ import annotations
 import csv
 import gzip
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import DataError
+from pissa.errors import DataError
+from pissa.evaluation.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -101,60 +97,6 @@ def score(task: GlueTask, predictions: Sequence[float], labels: Sequence[float])
         labels: as many.
     """
     return {name: METRICS[name](predictions, labels) for name in task.metrics}
-
-
-def accuracy(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Share of the predictions that are right."""
-    return sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
-
-
-def f1(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Harmonic mean of precision and recall of class 1; 0 where it is neither predicted nor there."""
-    both = sum(p == 1 and y == 1 for p, y in zip(predictions, labels, strict=True))
-    total = sum(p == 1 for p in predictions) + sum(y == 1 for y in labels)
-    return 2 * both / total if total else 0.0
-
-
-def matthews(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Matthews correlation of two classes: Pearson's of zeros and ones."""
-    return pearson(predictions, labels)
-
-
-def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Linear correlation; 0 where one side is constant."""
-    n = len(labels)
-    mean_p, mean_y = math.fsum(predictions) / n, math.fsum(labels) / n
-    p, y = [value - mean_p for value in predictions], [value - mean_y for value in labels]
-    spread = math.sqrt(math.fsum(a * a for a in p) * math.fsum(b * b for b in y))
-    return math.fsum(a * b for a, b in zip(p, y, strict=True)) / spread if spread else 0.0
-
-
-def spearman(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
-    return pearson(_ranks(predictions), _ranks(labels))
-
-
-METRICS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=lambda place: values[place])
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
-            end += 1
-        for place in order[start : end + 1]:
-            ranks[place] = (start + end) / 2
-        start = end + 1
-    return ranks
 
 
 def _label(task: GlueTask, text: str, where: str) -> float:
