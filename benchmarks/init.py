@@ -34,7 +34,7 @@ SVD = """
 import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from pissa.checkpoint.source.tensors import open_source
+from pissa.checkpoint.source.reader import open_source
 from pissa.decompose.svd import truncated_svd
 
 directory, rank = sys.argv[1], int(sys.argv[2])

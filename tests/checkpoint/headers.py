@@ -21,7 +21,7 @@ import torch
 from safetensors import deserialize
 from safetensors.torch import save
 
-from pissa.checkpoint.source.tensors import open_source
+from pissa.checkpoint.source.reader import open_source
 from pissa.errors import CheckpointError
 
 HOSTILE: list[Any] = [

@@ -181,7 +181,7 @@ def teams(work: Path, size: int = 2) -> list[Processes]:
     return [Processes(store, rank, size, work) for rank in range(size)]
 
 
-def test_every_task_is_claimed_once(tmp_path: Path) -> None:
+def test_every_job_is_claimed_once(tmp_path: Path) -> None:
     first, second = teams(tmp_path)
     assert [first.claim(), second.claim(), second.claim(), first.claim()] == [0, 1, 2, 3]
     single = Alone()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pissa.checkpoint.disk.header import KIND_OF
-from pissa.checkpoint.disk.layout import METADATA, Kind, file_layout, kind_of, raw_bytes, sharded
+from pissa.checkpoint.disk.layout import METADATA, TensorKind, file_layout, kind_of, raw_bytes, sharded
 
 NAMES = ("a", "b.weight", 'quote"d', "back\\slash", "ünï", "\u2028", "\x01", "zz/z")
 
@@ -34,7 +34,7 @@ def test_a_file_laid_out_first_is_the_one_that_safetensors_writes(tmp_path: Path
 
 
 def test_an_allocated_file_has_its_size_and_costs_no_room(tmp_path: Path) -> None:
-    layout = file_layout("deep/file.safetensors", {"w": Kind("F32", (1 << 14, 1 << 14))})
+    layout = file_layout("deep/file.safetensors", {"w": TensorKind("F32", (1 << 14, 1 << 14))})
     layout.allocate(tmp_path)
     status = (tmp_path / layout.name).stat()
     assert status.st_size == layout.size == len(layout.header) + (1 << 30)
@@ -42,10 +42,10 @@ def test_an_allocated_file_has_its_size_and_costs_no_room(tmp_path: Path) -> Non
 
 
 def test_shards_hold_every_tensor_once() -> None:
-    tensors = {f"layers.{number}.w": Kind("F32", (1 << 14, 1 << 13)) for number in range(25)}  # 512 MiB each
+    tensors = {f"layers.{number}.w": TensorKind("F32", (1 << 14, 1 << 13)) for number in range(25)}  # 512 MiB each
     files, index = sharded(tensors)
     assert [file.name for file in files] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
     assert index is not None
     assert index["weight_map"] == {name: file.name for file in files for name in file.offsets}
     assert index["metadata"] == {"total_size": 25 << 29}
-    assert sharded({"w": Kind("F32", (2, 2))})[1] is None
+    assert sharded({"w": TensorKind("F32", (2, 2))})[1] is None

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pissa import PissaConfig, Quantization, adapt, export_lora, export_merged, load, save_residual
 from pissa.checkpoint.source.load import load_base
-from pissa.checkpoint.source.tensors import open_source
+from pissa.checkpoint.source.reader import open_source
 from pissa.errors import CheckpointError, OutputError
 from pissa.live.quantized import bits_of
 from tiny import logits_of, same_tensors, tiny_gpt2, tiny_llama, tiny_tokenizer, train_steps

@@ -13,7 +13,7 @@ from streaming import BASES, CONFIG, CONFIGS, llama_on_disk, on_disk
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from pissa import PissaConfig, init_checkpoint
-from pissa.checkpoint.source.tensors import open_source
+from pissa.checkpoint.source.reader import open_source
 from pissa.checkpoint.stream.plan import make_plan
 from pissa.errors import CheckpointError, TargetError
 from tiny import same_tensors, tiny_llama
@@ -44,9 +44,9 @@ def test_the_files_are_as_large_as_planned(name: str, tmp_path: Path) -> None:
         assert (tmp_path / "out" / file.name).stat().st_size == file.size
         with (tmp_path / "out" / file.name).open("rb") as stream:
             assert stream.read(len(file.header)) == file.header
-    costs = [task.cost for task in plan.tasks]
+    costs = [job.cost for job in plan.jobs]
     assert costs == sorted(costs, reverse=True)
-    outputs = [output for task in plan.tasks for output in task.outputs]
+    outputs = [output for job in plan.jobs for output in job.outputs]
     assert sorted(outputs) == sorted(tensor for file in plan.files for tensor in file.offsets)
 
 
@@ -65,7 +65,7 @@ def test_targets_are_those_of_a_live_model(tmp_path: Path) -> None:
     )
     with open_source(base) as source:
         plan = make_plan(source, config, tmp_path / "out", None)
-    splits = {task.name: task.config for task in plan.tasks if task.config is not None}
+    splits = {job.name: job.config for job in plan.jobs if job.config is not None}
     assert {name: (c.rank, c.alpha) for name, c in splits.items()} == {
         f"model.layers.{n}.{module}": found
         for n in range(2)

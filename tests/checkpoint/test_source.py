@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pissa.checkpoint.source.load import check_model_directory, load_base
-from pissa.checkpoint.source.tensors import Source, open_source
+from pissa.checkpoint.source.reader import Source, open_source
 from pissa.errors import CheckpointError, PissaError
 from tiny import same_tensors, tiny_llama, tiny_tokenizer
 

@@ -142,13 +142,13 @@ def test_weights_in_work_are_bounded_by_their_memory(tmp_path: Path, monkeypatch
     running, seen = [], []
     original = work.do
 
-    def counted(task: Any, *arguments: Any) -> Any:
-        running.append(task.memory)
+    def counted(job: Any, *arguments: Any) -> Any:
+        running.append(job.memory)
         seen.append((len(running), sum(running)))
         try:
-            return original(task, *arguments)
+            return original(job, *arguments)
         finally:
-            running.remove(task.memory)
+            running.remove(job.memory)
 
     monkeypatch.setattr(stream, "do", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
@@ -240,7 +240,7 @@ def test_a_run_killed_again_and_again_does_nothing_twice(tmp_path: Path, monkeyp
     assert noted
     done: list[str] = []
     original = work.do
-    monkeypatch.setattr(stream, "do", lambda task, *a: (done.append(task.name), original(task, *a))[1])
+    monkeypatch.setattr(stream, "do", lambda job, *a: (done.append(job.name), original(job, *a))[1])
     result = init_checkpoint(base, out, CONFIG)
     assert result.continued == len(noted) and len(done) == 21 - len(noted) and not noted & {*done}
     assert contents(out) == expected

@@ -13,7 +13,7 @@ import pytest
 
 from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError
-from pissa.evaluation.tasks.answers import extract_answer
+from pissa.evaluation.tasks.gsm8k_answers import extract_answer
 from pissa.lab.demo.arithmetic import TRAINED, UNSEEN, draw_problems, make_problems
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")

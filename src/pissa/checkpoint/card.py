@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 
 from ..decompose.certificate import Certificate
-from .source.hub import looks_like_path
 
 CARD = "README.md"
 HERE = "PATH-OR-ID-OF-THIS"
@@ -34,9 +36,17 @@ model = PeftModel.from_pretrained(base, {adapter})
 
 def front_matter(base: str | None, library: str, tags: Iterable[str]) -> list[str]:
     """The lines between which the hub looks for metadata. It refuses a base that is a directory of somebody's."""
-    known = base is not None and not looks_like_path(base) and not Path(base).exists()
-    front = ["---", *([f"base_model: {base}"] if known else []), f"library_name: {library}"]
-    return [*front, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""]
+    known = base is not None and _is_hub_id(base) and not Path(base).exists()
+    data = ModelCardData(base_model=base if known else None, library_name=library, tags=list(dict.fromkeys(tags)))
+    return ["---", *data.to_yaml().splitlines(), "---", ""]
+
+
+def _is_hub_id(base: str) -> bool:
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True
 
 
 def loading(base: str | None, options: str = "") -> str:
@@ -178,5 +188,7 @@ def write_card(directory: Path, text: str) -> None:
 
 
 def with_tags(text: str, tags: Iterable[str]) -> str:
-    """A card of ours with more tags."""
-    return text.replace("tags:\n", "tags:\n" + "".join(f"- {tag}\n" for tag in tags), 1)
+    """A card of ours with more tags before its own."""
+    card = ModelCard(text)
+    card.data.tags = list(dict.fromkeys([*tags, *(card.data.tags or [])]))
+    return str(card)

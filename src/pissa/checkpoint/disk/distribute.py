@@ -1,7 +1,7 @@
 """Several processes, on one machine or many that share a file system, make one checkpoint.
 
 Everyone has the same plan and writes into the same preallocated files, each tensor at its own place. So there is little
-to agree on: who takes which task, which is a counter (the costly tasks come first, and whoever is free takes the next),
+to agree on: who takes which job, which is a counter (the costly jobs come first, and whoever is free takes the next),
 and who has come how far. Both are kept in the key-value store by which `torchrun`'s processes find each other; no
 tensor is ever sent, so that it does not matter whether they would talk over gloo or NCCL.
 
@@ -31,7 +31,7 @@ class Team(Protocol):
     size: int
 
     def claim(self) -> int:
-        """The number of the next task that nobody has taken."""
+        """The number of the next job that nobody has taken."""
         ...
 
     def announce(self, what: str) -> None:
@@ -98,7 +98,7 @@ class Processes:
         self._store, self._work = store, work
 
     def claim(self) -> int:
-        """The number of the next task that nobody has taken."""
+        """The number of the next job that nobody has taken."""
         with self._connected():
             return self._store.add("pissa/claimed", 1) - 1
 

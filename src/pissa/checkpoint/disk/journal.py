@@ -66,7 +66,7 @@ def is_journal(name: str) -> bool:
 
 
 def forget(directory: Path, tensors: set[str] | None = None) -> None:
-    """Drop, from every journal, the records of tasks that wrote one of these tensors; nobody may be appending.
+    """Drop, from every journal, the records of jobs that wrote one of these tensors; nobody may be appending.
 
     Args:
         directory: in which the journals lie.

@@ -26,7 +26,7 @@ ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class Kind:
+class TensorKind:
     """What a tensor is, before its values are known."""
 
     kind: str
@@ -39,9 +39,9 @@ class Kind:
         return math.prod(self.shape) * KINDS[self.kind][0] // 8
 
 
-def kind_of(tensor: Tensor) -> Kind:
+def kind_of(tensor: Tensor) -> TensorKind:
     """A tensor's element type and shape."""
-    return Kind(KIND_OF[tensor.dtype], tuple(tensor.shape))
+    return TensorKind(KIND_OF[tensor.dtype], tuple(tensor.shape))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FileLayout:
             os.close(descriptor)
 
 
-def file_layout(name: str, tensors: Mapping[str, Kind]) -> FileLayout:
+def file_layout(name: str, tensors: Mapping[str, TensorKind]) -> FileLayout:
     """The layout that the safetensors library gives these tensors: widest elements first, then by name."""
     order = list(KINDS)
     document: dict[str, object] = {"__metadata__": METADATA}
@@ -86,7 +86,7 @@ def file_layout(name: str, tensors: Mapping[str, Kind]) -> FileLayout:
     return FileLayout(name, header, {key: len(header) + o for key, o in offsets.items()}, len(header) + end)
 
 
-def sharded(tensors: Mapping[str, Kind]) -> tuple[list[FileLayout], dict[str, object] | None]:
+def sharded(tensors: Mapping[str, TensorKind]) -> tuple[list[FileLayout], dict[str, object] | None]:
     """The files of a model's tensors, 5 GB at most each, and the index where there are several.
 
     Args:

@@ -79,7 +79,7 @@ class Commits:
         self._size, self._since = 0, time.monotonic()
 
     def add(self, record: dict[str, Any], size: int) -> None:
-        """Take a finished task's record.
+        """Take a finished job's record.
 
         Args:
             size: bytes that it wrote.

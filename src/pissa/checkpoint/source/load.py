@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ...errors import CheckpointError, MissingExtraError
 from ...live.quantized import keep_unpacked, remember_dtype
 from .hub import first_line, looks_like_path
-from .tensors import check_source
+from .reader import check_source
 
 
 def load_base(

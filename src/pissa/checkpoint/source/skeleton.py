@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ...errors import CheckpointError
-from .tensors import Source
+from .reader import Source
 
 SIZES = re.compile(r"layer|block|depth|expert|stage")
 """Fields of a configuration that say how many modules there are."""

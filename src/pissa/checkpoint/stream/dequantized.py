@@ -20,7 +20,7 @@ from ...quantize.nested import NESTED_BLOCK, NestedScales
 from ...quantize.nf4 import PackedNF4
 from ..disk.header import KIND_OF, Entry
 from ..residual import QUANT_STATE
-from ..source.tensors import CHUNK, Source
+from ..source.reader import CHUNK, Source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

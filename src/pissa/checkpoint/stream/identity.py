@@ -16,8 +16,8 @@ from ...config import PissaConfig
 from ...errors import CheckpointError
 from ...provenance import package_versions, sha256, sha256_of_document, sha256_of_file
 from ..disk.resumable import as_recorded
-from ..source.tensors import Source
-from .plan import Task
+from ..source.reader import Source
+from .plan import Job
 
 
 def identity(source: str | os.PathLike[str], base: Source, config: PissaConfig, dtype: str | None) -> dict[str, Any]:
@@ -50,12 +50,12 @@ def modification_times(source: Source) -> dict[str, int]:
 
 
 def check_base_unchanged(
-    source: Source, tasks: Iterable[Task], done: Mapping[str, dict[str, Any]], before: Mapping[str, int]
+    source: Source, jobs: Iterable[Job], done: Mapping[str, dict[str, Any]], before: Mapping[str, int]
 ) -> None:
     """Read again what was split or copied, where its file was touched since.
 
     Args:
-        done: task -> its record.
+        done: job -> its record.
         before: the base's files -> when each had been changed last as the run began.
 
     Raises:
@@ -63,11 +63,11 @@ def check_base_unchanged(
     """
     touched = {name for name, time in modification_times(source).items() if before.get(name) != time}
     changed = []
-    for task in tasks:
-        if task.name not in done:
+    for job in jobs:
+        if job.name not in done:
             continue
-        for name in (name for name in task.sources if source.entries[name].file.name in touched):
-            if sha256(source.chunks(name)) != done[task.name]["base"][name]:
+        for name in (name for name in job.sources if source.entries[name].file.name in touched):
+            if sha256(source.chunks(name)) != done[job.name]["base"][name]:
                 changed.append(name)
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""

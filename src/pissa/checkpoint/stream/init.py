@@ -31,9 +31,9 @@ from ..disk.journal import Journal
 from ..disk.outputs import Commits, Outputs
 from ..disk.write import explained
 from ..manifest import MANIFEST, read_manifest
-from ..source.tensors import Source, open_source
+from ..source.reader import Source, open_source
 from .identity import identity
-from .plan import DTYPES, Plan, Task, make_plan
+from .plan import DTYPES, Job, StreamPlan, make_plan
 from .work import Record, do
 from .workspace import Workspace
 
@@ -41,7 +41,7 @@ POLL = 0.2
 """Seconds between two looks at signals and other processes."""
 SAME_REQUEST_SECONDS = 1.0
 MATRICES = 4
-"""How many times the memory of the largest task all together may take."""
+"""How many times the memory of the largest job all together may take."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def init_checkpoint(
             return InitResult(out, finished, 0.0, len(finished["base_tensors"]), 1, threads)
         plan = make_plan(base, config, out, dtype)
         team = assemble(workspace.path)
-        run = _Run(base, workspace, plan, team, memory or MATRICES * max(t.memory for t in plan.tasks), progress)
+        run = _Run(base, workspace, plan, team, memory or MATRICES * max(t.memory for t in plan.jobs), progress)
         run.complete()
     seconds = time.perf_counter() - start
     return InitResult(out, read_manifest(out) or {}, seconds, run.continued, team.size, threads)
@@ -132,7 +132,7 @@ class _Run:
     """One process's part of the work."""
 
     def __init__(
-        self, source: Source, workspace: Workspace, plan: Plan, team: Team, memory: int, progress: Progress | None
+        self, source: Source, workspace: Workspace, plan: StreamPlan, team: Team, memory: int, progress: Progress | None
     ) -> None:
         self.source, self.workspace, self.plan, self.team = source, workspace, plan, team
         self.memory, self.progress = memory, progress
@@ -173,7 +173,7 @@ class _Run:
             held.callback(journal.close)
             team.announce(JOINED)
         if workspace.is_sealed:
-            self.continued = len(self.plan.tasks)
+            self.continued = len(self.plan.jobs)
         else:
             self._work(journal)
         team.announce("worked")
@@ -202,14 +202,14 @@ class _Run:
                 raise Interrupted("interrupted")
 
     def _work(self, journal: Journal) -> None:
-        """Take tasks until there are none, and note what is done."""
-        self.done = self.workspace.finished_tasks(self.plan)
+        """Take jobs until there are none, and note what is done."""
+        self.done = self.workspace.finished_jobs(self.plan)
         self.continued = len(self.done)
-        self.whole = sum(map(self._size, self.plan.tasks))
-        self.size = sum(self._size(task) for task in self.plan.tasks if task.name in self.done)
+        self.whole = sum(map(self._size, self.plan.jobs))
+        self.size = sum(self._size(job) for job in self.plan.jobs if job.name in self.done)
         before = torch.get_num_threads()
         pool = ThreadPoolExecutor(self.threads + 1, initializer=torch.set_num_threads, initargs=(1,))
-        running: dict[Future[Record], Task] = {}
+        running: dict[Future[Record], Job] = {}
         with Outputs(self.workspace.path, self.plan.files) as outputs:
             commits = Commits(outputs, journal)
             try:
@@ -218,14 +218,14 @@ class _Run:
                 try:
                     pool.shutdown(cancel_futures=True)
                     torch.set_num_threads(before)
-                    for future, task in running.items():  # what was in hand when it stopped
+                    for future, job in running.items():  # what was in hand when it stopped
                         if not future.cancelled() and future.exception() is None:
-                            commits.add(future.result(), _written(task))
+                            commits.add(future.result(), _written(job))
                 finally:
                     commits.close()
 
     def _feed(
-        self, pool: ThreadPoolExecutor, outputs: Outputs, running: dict[Future[Record], Task], commits: Commits
+        self, pool: ThreadPoolExecutor, outputs: Outputs, running: dict[Future[Record], Job], commits: Commits
     ) -> None:
         computing = threading.Semaphore(self.threads)
         queue = self._queue()
@@ -237,43 +237,43 @@ class _Run:
             finished, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
             for future in finished:
                 record = future.result()
-                task = running.pop(future)
-                self.done[task.name] = record
-                self.size += self._size(task)
-                commits.add(record, _written(task))
-                self._show(task, record)
+                job = running.pop(future)
+                self.done[job.name] = record
+                self.size += self._size(job)
+                commits.add(record, _written(job))
+                self._show(job, record)
             self.team.check()
             if self.stopping.is_set():
                 raise Interrupted("interrupted")
 
-    def _queue(self) -> Iterator[Task]:
-        while (number := self.team.claim()) < len(self.plan.tasks):
-            if self.plan.tasks[number].name not in self.done:
-                yield self.plan.tasks[number]
+    def _queue(self) -> Iterator[Job]:
+        while (number := self.team.claim()) < len(self.plan.jobs):
+            if self.plan.jobs[number].name not in self.done:
+                yield self.plan.jobs[number]
 
-    def _fits(self, task: Task, running: dict[Future[Record], Task]) -> bool:
+    def _fits(self, job: Job, running: dict[Future[Record], Job]) -> bool:
         taken = sum(other.memory for other in running.values())
-        return not running or (len(running) <= self.threads and taken + task.memory <= self.memory)
+        return not running or (len(running) <= self.threads and taken + job.memory <= self.memory)
 
-    def _show(self, task: Task, record: Record) -> None:
+    def _show(self, job: Job, record: Record) -> None:
         if self.progress is None:
             return
-        certificate, count = record.get("certificate"), len(self.plan.tasks)
-        self.progress(Step(task.name, certificate, len(self.done), count, self.size, self.whole))
+        certificate, count = record.get("certificate"), len(self.plan.jobs)
+        self.progress(Step(job.name, certificate, len(self.done), count, self.size, self.whole))
 
-    def _size(self, task: Task) -> int:
-        return sum(self.source.entries[name].nbytes for name in task.sources)
+    def _size(self, job: Job) -> int:
+        return sum(self.source.entries[name].nbytes for name in job.sources)
 
     def _what_is_saved(self) -> str:
-        saved = len(self.workspace.finished_tasks(self.plan))
+        saved = len(self.workspace.finished_jobs(self.plan))
         return (
-            f"{saved} of {len(self.plan.tasks)} tensors are saved in {self.workspace.out}: the same command continues "
+            f"{saved} of {len(self.plan.jobs)} tensors are saved in {self.workspace.out}: the same command continues "
             "from there"
         )
 
 
-def _written(task: Task) -> int:
-    return sum(kind.nbytes for kind in task.outputs.values())
+def _written(job: Job) -> int:
+    return sum(kind.nbytes for kind in job.outputs.values())
 
 
 @contextmanager

@@ -25,17 +25,17 @@ from ...live.layers import Place, combine_each, place_named
 from ...live.state import AdapterFactors, is_marked_offset
 from ..card import merged_card, write_card
 from ..disk.header import KIND_OF
-from ..disk.layout import INDEX, Kind, sharded
+from ..disk.layout import INDEX, TensorKind, sharded
 from ..disk.outputs import Outputs
 from ..disk.write import output_directory, write_json
 from ..factors import PREFIX
 from ..read import SavedAdapter, base_place, fitted, read_adapter
 from ..residual import SavedResidual
 from ..source.files import open_plain
+from ..source.reader import Source, open_source
 from ..source.skeleton import Names, build, checkpoint_names
-from ..source.tensors import Source, open_source
 from .dequantized import Dequantized
-from .plan import Task, copy_tasks, in_order, is_tied, loading_dtype, task_dtype, tensor_of
+from .plan import Job, copy_jobs, in_order, is_tied, job_dtype, loading_dtype, tensor_of
 from .work import converted
 
 
@@ -91,11 +91,11 @@ class _Merge:
         self.offset = is_marked_offset(saved.config) or in_few_bits
 
     def write(self, out: str | os.PathLike[str]) -> None:
-        """Plan the files, and fill them."""
+        """StreamPlan the files, and fill them."""
         changed = {*self.keys, *self.trained_in_full}
-        copies = copy_tasks(self.model, self.names, changed, self.source, self.dtype)
+        copies = copy_jobs(self.model, self.names, changed, self.source, self.dtype)
         kinds = {key: self._kind(key) for key in changed}
-        kinds |= {key: kind for task in copies for key, kind in task.outputs.items()}
+        kinds |= {key: kind for job in copies for key, kind in job.outputs.items()}
         files, index = sharded(in_order(kinds, self.model))
         with output_directory(out) as partial, torch.no_grad():
             for file in files:
@@ -104,8 +104,8 @@ class _Merge:
                 for key in sorted(changed, key=self._position):
                     tensor = self._merged(key) if key in self.keys else self._in_full(key)
                     outputs.write(key, tensor)
-                for task in copies:
-                    _copy(task, self.source, outputs)
+                for job in copies:
+                    _copy(job, self.source, outputs)
             if index is not None:
                 write_json(partial / INDEX, index)
             self._write_small(partial, untied=any(is_tied(self.model, key) for key in changed))
@@ -119,7 +119,7 @@ class _Merge:
         """A weight with its adapter, as its layer stores it."""
         name = self.keys[key]
         kind, factors = self._place(name).kind, self.factors[name]
-        stored = self.source.read(self._tensor(key)).to(task_dtype(self.model, name, self.dtype))
+        stored = self.source.read(self._tensor(key)).to(job_dtype(self.model, name, self.dtype))
         merged = merged_weight(kind.matrices(stored), factors, offset=self.offset, ready=self.residual is not None)
         return kind.stored(merged, stored.shape)
 
@@ -130,13 +130,13 @@ class _Merge:
 
     def _in_full(self, key: str) -> Tensor:
         kind = self._kind(key)
-        tensor = self.trained_in_full[key].to(task_dtype(self.model, key.removesuffix(".weight"), self.dtype))
+        tensor = self.trained_in_full[key].to(job_dtype(self.model, key.removesuffix(".weight"), self.dtype))
         assert tuple(tensor.shape) == kind.shape
         return tensor
 
-    def _kind(self, key: str) -> Kind:
-        dtype = task_dtype(self.model, key.removesuffix(".weight"), self.dtype)
-        return Kind(KIND_OF[dtype], self.source.entries[self._tensor(key)].shape)
+    def _kind(self, key: str) -> TensorKind:
+        dtype = job_dtype(self.model, key.removesuffix(".weight"), self.dtype)
+        return TensorKind(KIND_OF[dtype], self.source.entries[self._tensor(key)].shape)
 
     def _tensor(self, key: str) -> str:
         """The checkpoint's tensor for a parameter."""
@@ -206,14 +206,14 @@ def _readable(source: Source, model: nn.Module) -> Source:
     return Dequantized(source, model, loading_dtype(source))
 
 
-def _copy(task: Task, source: Source, outputs: Outputs) -> None:
+def _copy(job: Job, source: Source, outputs: Outputs) -> None:
     """Piece by piece, so that no embedding is ever whole in memory."""
-    ((name, _),), (kept,) = task.outputs.items(), task.sources
+    ((name, _),), (kept,) = job.outputs.items(), job.sources
     stored, done = source.entries[kept].dtype, 0
     for chunk in source.chunks(kept):
         data = chunk
-        if task.dtype is not None:
+        if job.dtype is not None:
             assert stored is not None
-            data = converted(chunk, stored, task, name)
+            data = converted(chunk, stored, job, name)
         outputs.put(name, done, data)
         done += len(data)

@@ -31,12 +31,12 @@ from ...quantize.nested import NESTED_BLOCK, NestedScales
 from ...quantize.nf4 import PackedNF4
 from ...split import STORAGE_DTYPES
 from ..disk.header import KIND_OF, Entry
-from ..disk.layout import INDEX, FileLayout, Kind, file_layout, kind_of, sharded
+from ..disk.layout import INDEX, FileLayout, TensorKind, file_layout, kind_of, sharded
 from ..factors import CONFIG, PREFIX, WEIGHTS
 from ..manifest import read_manifest
 from ..residual import RESIDUAL, stored, warn_of_uneven
+from ..source.reader import CHUNK, Source
 from ..source.skeleton import Names, build, checkpoint_names
-from ..source.tensors import CHUNK, Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READABLE = (*STORAGE_DTYPES, torch.float64)
@@ -44,18 +44,18 @@ WORKING, WORKING_QUANTIZED = 5, 30
 """Bytes for each of a weight's elements, beside the weight and its residual, that a split takes: as measured."""
 COPY_MEMORY = 2 * CHUNK
 SPLIT_COST = 100
-"""Times that a byte of a split costs what a copied one does; only which task begins first depends on it."""
+"""Times that a byte of a split costs what a copied one does; only which job begins first depends on it."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """One tensor of the base, and what is made of it."""
 
     name: str
     """The module that is split, or the tensor that is copied, by its name in the base."""
     sources: tuple[str, ...]
     """The tensor's name in the base; of a parameter that is made from several, theirs."""
-    outputs: dict[str, Kind]
+    outputs: dict[str, TensorKind]
     """What is written: tensor name -> kind."""
     dtype: torch.dtype | None
     """What the tensor is converted to first; None for a copy byte for byte."""
@@ -68,14 +68,14 @@ class Task:
     cost: int = 0
     """Relative."""
     memory: int = 0
-    """Bytes that the task needs at once, roughly."""
+    """Bytes that the job needs at once, roughly."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class StreamPlan:
     """Everything that will be written."""
 
-    tasks: list[Task]
+    jobs: list[Job]
     """The costly ones first."""
     files: list[FileLayout]
     """With the places of all tensors: the shards, and the initial adapter last."""
@@ -92,8 +92,8 @@ class Plan:
         return sum(file.size for file in self.files)
 
 
-def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], dtype: str | None) -> Plan:
-    """Plan what `init_checkpoint` does.
+def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], dtype: str | None) -> StreamPlan:
+    """StreamPlan what `init_checkpoint` does.
 
     Args:
         source: the base.
@@ -113,21 +113,21 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     chosen = DTYPES[dtype] if dtype is not None else loading_dtype(source)
     sources = _sources(model, names, targets, source)
     layouts = layouts_of(targets)
-    splits = [_split_task(t, sources[t.name], layouts[t.name], source, config, chosen, model) for t in targets]
+    splits = [_split_job(t, sources[t.name], layouts[t.name], source, config, chosen, model) for t in targets]
     split_keys = {target.weight_key for target in targets}
-    copies = copy_tasks(model, names, split_keys, source, chosen if dtype is not None else None)
+    copies = copy_jobs(model, names, split_keys, source, chosen if dtype is not None else None)
     if dtype is None:
         _warn_of_rounding(source, splits, chosen)
-    adapter = {k: kind for task in splits for k, kind in task.outputs.items() if k.startswith(PREFIX)}
-    weights = {k: kind for task in copies + splits for k, kind in task.outputs.items() if k not in adapter}
+    adapter = {k: kind for job in splits for k, kind in job.outputs.items() if k.startswith(PREFIX)}
+    weights = {k: kind for job in copies + splits for k, kind in job.outputs.items() if k not in adapter}
     shards, index = sharded(in_order(weights, model))
     documents = {} if index is None else {INDEX: json.dumps(index, indent=2)}
     documents |= _configurations(model, targets, config, chosen, _broken_ties(model, split_keys), out)
     files = shards
     if adapter:
         files = [*shards, file_layout(f"{INITIAL}/{WEIGHTS}", adapter)]
-    tasks = sorted(splits + copies, key=lambda task: (-task.cost, task.name))
-    return Plan(tasks, files, documents, model, chosen)
+    jobs = sorted(splits + copies, key=lambda job: (-job.cost, job.name))
+    return StreamPlan(jobs, files, documents, model, chosen)
 
 
 def check_config(config: PissaConfig) -> None:
@@ -210,7 +210,7 @@ def packed_parts(module: nn.Module, name: str, packed: Packed) -> dict[str, Tens
     return {key: stored(key, tensor.detach()) for key, tensor in state.items()}
 
 
-def _split_task(
+def _split_job(
     target: Target,
     sources: tuple[str, ...],
     layout: Layout,
@@ -218,15 +218,15 @@ def _split_task(
     config: PissaConfig,
     dtype: torch.dtype,
     model: PreTrainedModel,
-) -> Task:
+) -> Job:
     entries = [source.entries[name] for name in sources]
     for name, entry in zip(sources, entries, strict=True):
         if entry.dtype not in READABLE:
             raise CheckpointError(f"{source.path}: {name} is {entry.kind}; only F32, F16, BF16 and F64 can be split")
-    dtype = task_dtype(model, target.name, dtype)
+    dtype = job_dtype(model, target.name, dtype)
     *stack, out, columns = target.place.matrix_shape
     if config.quantization is None:
-        outputs = {target.weight_key: Kind(KIND_OF[dtype], target.place.shape)}
+        outputs = {target.weight_key: TensorKind(KIND_OF[dtype], target.place.shape)}
     else:
         empty = _empty_packed((out, columns), config.quantization, dtype)
         outputs = {k: kind_of(tensor) for k, tensor in packed_parts(target.module, target.name, empty).items()}
@@ -239,16 +239,16 @@ def _split_task(
     memory = size * (WORKING if config.quantization is None else WORKING_QUANTIZED) + whole
     cost = SPLIT_COST * count * size * dtype.itemsize
     own = config.for_module(target.rank, target.alpha)
-    return Task(target.name, sources, outputs, dtype, target, layout, own, cost, memory)
+    return Job(target.name, sources, outputs, dtype, target, layout, own, cost, memory)
 
 
-def copy_tasks(
+def copy_jobs(
     model: PreTrainedModel,
     names: Names,
     split_keys: set[str],
     source: Source,
     dtype: torch.dtype | None,
-) -> list[Task]:
+) -> list[Job]:
     """Everything that is not split, under the model's own names where the model has it."""
     wanted: dict[str, str] = {}
     untied = any(is_tied(model, key) for key in split_keys)  # one setting ties all there is, and it has to go
@@ -263,13 +263,13 @@ def copy_tasks(
             wanted[key if kept in names.plain else kept] = names.plain[key]
     parts = [name for name, key in names.converted.items() if key not in split_keys]
     wanted |= {name: name for name in (*parts, *names.unknown)}
-    tasks = []
+    jobs = []
     for key, name in wanted.items():
         entry = source.entries[name]
         to = _conversion(model, key, entry, dtype)
-        kind = Kind(KIND_OF[to], entry.shape) if to is not None else Kind(entry.kind, entry.shape)
-        tasks.append(Task(f"copy of {key}", (name,), {key: kind}, to, cost=entry.nbytes, memory=COPY_MEMORY))
-    return tasks
+        kind = TensorKind(KIND_OF[to], entry.shape) if to is not None else TensorKind(entry.kind, entry.shape)
+        jobs.append(Job(f"copy of {key}", (name,), {key: kind}, to, cost=entry.nbytes, memory=COPY_MEMORY))
+    return jobs
 
 
 def _tied(model: PreTrainedModel, key: str) -> set[str]:
@@ -288,7 +288,7 @@ def tensor_of(model: PreTrainedModel, names: Names, key: str) -> str | None:
 def _conversion(model: PreTrainedModel, key: str, entry: Entry, dtype: torch.dtype | None) -> torch.dtype | None:
     if dtype is None or entry.dtype not in READABLE:
         return None
-    wanted = task_dtype(model, key.removesuffix(".weight"), dtype)
+    wanted = job_dtype(model, key.removesuffix(".weight"), dtype)
     return None if entry.dtype == wanted else wanted
 
 
@@ -297,7 +297,7 @@ def is_tied(model: PreTrainedModel, key: str) -> bool:
     return bool(_tied(model, key))
 
 
-def task_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+def job_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """What transformers loads a module in when it is asked for `dtype`: some are always kept in full precision."""
     kept = {*(model._keep_in_fp32_modules_strict or ())} if dtype != torch.float32 else set()
     kept |= {*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()
@@ -334,9 +334,9 @@ def _broken_ties(model: PreTrainedModel, split_keys: set[str]) -> bool:
     return bool(shared)
 
 
-def _warn_of_rounding(source: Source, splits: list[Task], dtype: torch.dtype) -> None:
+def _warn_of_rounding(source: Source, splits: list[Job], dtype: torch.dtype) -> None:
     """Say that weights are stored more finely than config.json lets them be loaded."""
-    finer = [n for task in splits for n in task.sources if _bits(source.entries[n].dtype) > _bits(task.dtype)]
+    finer = [n for job in splits for n in job.sources if _bits(source.entries[n].dtype) > _bits(job.dtype)]
     if finer:
         warnings.warn(
             f"config.json has the model loaded in {dtype}, and {len(finer)} weights are stored in more than that: they "
@@ -349,7 +349,7 @@ def _bits(dtype: torch.dtype | None) -> int:
     return dtype.itemsize if dtype is not None else 0
 
 
-def in_order(weights: dict[str, Kind], model: PreTrainedModel) -> dict[str, Kind]:
+def in_order(weights: dict[str, TensorKind], model: PreTrainedModel) -> dict[str, TensorKind]:
     """The tensors in the order of the model's modules, as a saved model has them."""
     order = {key: number for number, key in enumerate(model.state_dict())}
 

@@ -28,8 +28,8 @@ from ..factors import PREFIX
 from ..manifest import MANIFEST
 from ..residual import QUANT_STATE
 from ..seal import DIGEST, is_intact, is_unsealed_name, plain_file
+from ..source.reader import Source, open_source
 from ..source.skeleton import build
-from ..source.tensors import Source, open_source
 from .dequantized import read_packed, read_state
 from .work import read_weight
 

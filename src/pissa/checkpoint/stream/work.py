@@ -1,6 +1,6 @@
-"""One task of a plan: a tensor of the base is read and split, or copied, and what it becomes is written.
+"""One job of a plan: a tensor of the base is read and split, or copied, and what it becomes is written.
 
-The record of a task says everything that the manifest will: digests of what was read and written, and the certificate.
+The record of a job says everything that the manifest will: digests of what was read and written, and the certificate.
 Neither time nor thread nor machine is in it, so that equal work leaves equal bytes.
 """
 
@@ -24,50 +24,50 @@ from ...split import Split, split_weight
 from ..disk.layout import raw_bytes
 from ..disk.outputs import Outputs
 from ..factors import PREFIX
-from ..source.tensors import Source
+from ..source.reader import Source
 from .fused import fused
-from .plan import Task, packed_parts
+from .plan import Job, packed_parts
 
 Record = dict[str, Any]
 
 
 def do(
-    task: Task, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
+    job: Job, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
 ) -> Record:
-    """Carry a task out.
+    """Carry a job out.
 
     Args:
-        task: what to do.
+        job: what to do.
         model: the base without its weights.
         source: the base.
         outputs: where the result goes.
         computing: held while the processor is needed, so that others can read and write meanwhile.
 
     Returns:
-        The task's name, the sha256 of each tensor of the base and of each one written, and the certificate of a split.
+        The job's name, the sha256 of each tensor of the base and of each one written, and the certificate of a split.
 
     Raises:
         WeightError, CheckpointError: the weight cannot be split or read.
         OSError: it cannot be written.
     """
-    return _copy(task, source, outputs) if task.target is None else _split(task, model, source, outputs, computing)
+    return _copy(job, source, outputs) if job.target is None else _split(job, model, source, outputs, computing)
 
 
 def _split(
-    task: Task, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
+    job: Job, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
 ) -> Record:
-    assert task.config is not None and task.target is not None
-    weight, digests = read_weight(task.sources, task.dtype, model, source)
+    assert job.config is not None and job.target is not None
+    weight, digests = read_weight(job.sources, job.dtype, model, source)
     with computing:
-        weights = weights_of(task.target, task.target.kind.matrices(weight), task.config)
+        weights = weights_of(job.target, job.target.kind.matrices(weight), job.config)
         del weight
         splits = [split_weight(each.W, each.config, name=each.name) for each in weights]
         del weights
-        tensors = _tensors(task, splits)
+        tensors = _tensors(job, splits)
     written = {name: outputs.write(name, tensor) for name, tensor in tensors.items()}
     certified = worst([split.certificate for split in splits])
     certificate = {key: value for key, value in asdict(certified).items() if key != "seconds"}
-    return {"task": task.name, "base": digests, "tensors": written, "certificate": certificate}
+    return {"task": job.name, "base": digests, "tensors": written, "certificate": certificate}
 
 
 def read_weight(
@@ -82,50 +82,50 @@ def read_weight(
     return (tensors[names[0]] if len(names) == 1 else fused(model, tensors)), digests
 
 
-def _tensors(task: Task, splits: Sequence[Split]) -> dict[str, Tensor]:
+def _tensors(job: Job, splits: Sequence[Split]) -> dict[str, Tensor]:
     """What a split leaves on the disk, in the places that the plan has for it."""
-    assert task.target is not None and task.layout is not None and task.config is not None
+    assert job.target is not None and job.layout is not None and job.config is not None
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([*tensors]) if task.target is not None and task.target.is_stack else tensors[0]
+        return torch.stack([*tensors]) if job.target is not None and job.target.is_stack else tensors[0]
 
     tensors: dict[str, Tensor] = {}
     if splits[0].packed is not None:
-        tensors |= packed_parts(task.target.module, task.name, splits[0].packed)
+        tensors |= packed_parts(job.target.module, job.name, splits[0].packed)
     else:
         residual = joined([split.residual for split in splits])
-        tensors[task.target.weight_key] = task.target.kind.stored(residual, task.target.place.shape)
-    if not task.config.starts_at_zero:
+        tensors[job.target.weight_key] = job.target.kind.stored(residual, job.target.place.shape)
+    if not job.config.starts_at_zero:
         factors = joined([split.A for split in splits]), joined([split.B for split in splits])
-        tensors |= {f"{PREFIX}{key}": t.contiguous() for key, t in task.layout.tensors(*factors).items()}
-    assert tensors.keys() == task.outputs.keys()
-    assert all(tuple(tensor.shape) == task.outputs[name].shape for name, tensor in tensors.items())
+        tensors |= {f"{PREFIX}{key}": t.contiguous() for key, t in job.layout.tensors(*factors).items()}
+    assert tensors.keys() == job.outputs.keys()
+    assert all(tuple(tensor.shape) == job.outputs[name].shape for name, tensor in tensors.items())
     return tensors
 
 
-def _copy(task: Task, source: Source, outputs: Outputs) -> Record:
+def _copy(job: Job, source: Source, outputs: Outputs) -> Record:
     """Piece by piece, so that no embedding is ever whole in memory."""
-    ((name, _),), (kept,) = task.outputs.items(), task.sources
+    ((name, _),), (kept,) = job.outputs.items(), job.sources
     stored = source.entries[kept].dtype
     read, written = hashlib.sha256(), hashlib.sha256()
     done = 0
     for chunk in source.chunks(kept):
         read.update(chunk)
         data = chunk
-        if task.dtype is not None:
+        if job.dtype is not None:
             assert stored is not None
-            data = converted(chunk, stored, task, name)
+            data = converted(chunk, stored, job, name)
         written.update(data)
         outputs.put(name, done, data)
         done += len(data)
-    return {"task": task.name, "base": {kept: read.hexdigest()}, "tensors": {name: written.hexdigest()}}
+    return {"task": job.name, "base": {kept: read.hexdigest()}, "tensors": {name: written.hexdigest()}}
 
 
-def converted(chunk: bytes | memoryview, stored: torch.dtype, task: Task, name: str) -> memoryview:
-    """A piece of a tensor in the task's dtype."""
-    assert task.dtype is not None
+def converted(chunk: bytes | memoryview, stored: torch.dtype, job: Job, name: str) -> memoryview:
+    """A piece of a tensor in the job's dtype."""
+    assert job.dtype is not None
     values = torch.frombuffer(chunk, dtype=stored)
-    result = values.to(task.dtype)
+    result = values.to(job.dtype)
     if bool((result.isinf() & values.isfinite()).any()):
-        raise WeightError(f"{name} does not fit into {task.dtype}; use a wider --dtype")
+        raise WeightError(f"{name} does not fit into {job.dtype}; use a wider --dtype")
     return raw_bytes(result)

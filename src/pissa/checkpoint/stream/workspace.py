@@ -31,9 +31,9 @@ from ..disk.write import TEMPORARY_PREFIX, explained, flush, flush_tree, write_j
 from ..manifest import MANIFEST, Manifest
 from ..residual import RESIDUAL, certificate_of
 from ..seal import is_intact, plain_file, tensor_file, write_sealed
-from ..source.tensors import Source
+from ..source.reader import Source
 from .identity import check_base_unchanged, modification_times
-from .plan import Plan, Task
+from .plan import Job, StreamPlan
 
 WORK = ".pissa-init"
 RUN = "run.json"
@@ -122,7 +122,7 @@ class Workspace:
             with suppress(OSError):
                 self.out.rmdir()
 
-    def prepare(self, plan: Plan, source: Source) -> None:
+    def prepare(self, plan: StreamPlan, source: Source) -> None:
         """Make the files, or check those of an earlier run and the base that it read.
 
         Raises:
@@ -135,7 +135,7 @@ class Workspace:
         if record is None:
             forget(self.path)
         else:
-            check_base_unchanged(source, plan.tasks, self.finished_tasks(plan), record.get("times", {}))
+            check_base_unchanged(source, plan.jobs, self.finished_jobs(plan), record.get("times", {}))
         broken = [file for file in plan.files if not _is_intact(self.path / file.name, file)]
         if broken:
             forget(self.path, {tensor for file in broken for tensor in file.offsets})
@@ -149,22 +149,22 @@ class Workspace:
             flush(self.out)
             flush(self.out.parent)
 
-    def finished_tasks(self, plan: Plan) -> dict[str, dict[str, Any]]:
-        """What is finished: task -> its record."""
-        tasks = {task.name: task for task in plan.tasks}
+    def finished_jobs(self, plan: StreamPlan) -> dict[str, dict[str, Any]]:
+        """What is finished: job -> its record."""
+        jobs = {job.name: job for job in plan.jobs}
         done = {}
         for record in read_journals(self.path):
-            task, tensors = tasks.get(str(record.get("task"))), record.get("tensors")
-            if task is not None and isinstance(tensors, dict) and tensors.keys() == task.outputs.keys():
-                done[task.name] = record
+            job, tensors = jobs.get(str(record.get("task"))), record.get("tensors")
+            if job is not None and isinstance(tensors, dict) and tensors.keys() == job.outputs.keys():
+                done[job.name] = record
         return done
 
-    def seal(self, plan: Plan, source: Source) -> None:
+    def seal(self, plan: StreamPlan, source: Source) -> None:
         """Write the small files, and the manifest, which says that all is there."""
         if self.is_sealed:
             return
-        done = self.finished_tasks(plan)
-        missing = [task.name for task in plan.tasks if task.name not in done]
+        done = self.finished_jobs(plan)
+        missing = [job.name for job in plan.jobs if job.name not in done]
         assert not missing, f"not done: {missing}"
         digests = {name: digest for record in done.values() for name, digest in record["tensors"].items()}
         files = {file.name: tensor_file(file, digests) for file in plan.files}
@@ -194,9 +194,9 @@ class Workspace:
         shutil.rmtree(self.path)
         flush(self.out)
 
-    def _card(self, plan: Plan, done: dict[str, dict[str, Any]]) -> str:
+    def _card(self, plan: StreamPlan, done: dict[str, dict[str, Any]]) -> str:
         config = _config(plan)
-        found = {task.name: done[task.name]["certificate"] for task in plan.tasks if task.config is not None}
+        found = {job.name: done[job.name]["certificate"] for job in plan.jobs if job.config is not None}
         certificates = {name: certificate_of(certificate) for name, certificate in sorted(found.items())}
         initial = None if config.starts_at_zero else INITIAL
         return residual_card(
@@ -204,24 +204,24 @@ class Workspace:
         )
 
     def _manifest(
-        self, plan: Plan, source: Source, done: dict[str, dict[str, Any]], files: dict[str, Any]
+        self, plan: StreamPlan, source: Source, done: dict[str, dict[str, Any]], files: dict[str, Any]
     ) -> dict[str, Any]:
         modules, tensors, copies = {}, {}, {}
-        for task in sorted(plan.tasks, key=lambda task: task.name):
-            record = done[task.name]
-            for name in task.sources:
+        for job in sorted(plan.jobs, key=lambda job: job.name):
+            record = done[job.name]
+            for name in job.sources:
                 entry = source.entries[name]
                 tensors[name] = {"dtype": entry.kind, "shape": list(entry.shape), "sha256": record["base"][name]}
-            if task.target is None or task.layout is None or task.config is None:
-                copies |= dict.fromkeys(task.outputs, task.sources[0])
+            if job.target is None or job.layout is None or job.config is None:
+                copies |= dict.fromkeys(job.outputs, job.sources[0])
             else:
-                rank, alpha = task.target.rank, task.target.alpha
-                modules[task.name] = {
-                    "tensors": [*task.sources],
-                    "dtype": str(task.dtype).removeprefix("torch."),
+                rank, alpha = job.target.rank, job.target.alpha
+                modules[job.name] = {
+                    "tensors": [*job.sources],
+                    "dtype": str(job.dtype).removeprefix("torch."),
                     "rank": rank,
-                    "scale": task.config.scale(rank, alpha),
-                    **_place(task),
+                    "scale": job.config.scale(rank, alpha),
+                    **_place(job),
                     **record["certificate"],
                 }
         return {
@@ -258,7 +258,7 @@ class Workspace:
         same = not list(differences(manifest.get("run", {}), self.identity))
         return manifest if same and is_intact(path.read_text(encoding="utf-8")) else None
 
-    def _check_own(self, plan: Plan) -> None:
+    def _check_own(self, plan: StreamPlan) -> None:
         """Refuse a work directory that holds what this run would not have put there.
 
         Raises:
@@ -298,7 +298,7 @@ class Workspace:
                 "it, and run the same command again"
             )
 
-    def _check_room(self, plan: Plan) -> None:
+    def _check_room(self, plan: StreamPlan) -> None:
         """Refuse a disk that cannot hold the result, before the work and not after it."""
         allocated = sum(_allocated(self.path / file.name) for file in plan.files)
         needed = plan.size - allocated + MARGIN
@@ -310,19 +310,19 @@ class Workspace:
             )
 
 
-def _config(plan: Plan) -> PissaConfig:
+def _config(plan: StreamPlan) -> PissaConfig:
     """The configuration, as the first module that is adapted has it."""
-    return next(task.config for task in plan.tasks if task.config is not None)
+    return next(job.config for job in plan.jobs if job.config is not None)
 
 
-def _place(task: Task) -> dict[str, Any]:
+def _place(job: Job) -> dict[str, Any]:
     """Where a split's weight and factors lie, for `verify`."""
-    assert task.target is not None and task.layout is not None and task.config is not None
-    described: dict[str, Any] = {"kind": task.target.kind.title, "weight": task.target.weight_key}
-    if not task.config.starts_at_zero:
-        described["factors"] = list(task.layout.keys())
-        if task.layout.dilation:
-            described["dilation"] = list(task.layout.dilation)
+    assert job.target is not None and job.layout is not None and job.config is not None
+    described: dict[str, Any] = {"kind": job.target.kind.title, "weight": job.target.weight_key}
+    if not job.config.starts_at_zero:
+        described["factors"] = list(job.layout.keys())
+        if job.layout.dilation:
+            described["dilation"] = list(job.layout.dilation)
     return described
 
 

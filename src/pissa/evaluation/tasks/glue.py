@@ -37,7 +37,7 @@ MEANING: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class GlueTask:
     """One task of GLUE."""
 
     texts: tuple[str, ...]
@@ -53,55 +53,55 @@ class Kind:
 
 
 PAIR = ("sentence1", "sentence2")
-KINDS = {
-    "cola": Kind(
+GLUE_TASKS = {
+    "cola": GlueTask(
         ("sentence",),
         ("matthews",),
         "{}\nQuestion: Does this sentence make sense?\nAnswer:",
         ("no", "yes"),
         ("3", "1"),
     ),
-    "sst2": Kind(
+    "sst2": GlueTask(
         ("sentence",),
         ("accuracy",),
         "{}\nQuestion: Is this sentence positive or negative?\nAnswer:",
         ("negative", "positive"),
     ),
-    "mrpc": Kind(
+    "mrpc": GlueTask(
         PAIR,
         ("accuracy", "f1"),
         "Sentence 1: {}\nSentence 2: {}\nQuestion: Do both sentences mean the same thing?\nAnswer:",
         ("no", "yes"),
         ("#1 String", "#2 String", "Quality"),
     ),
-    "qqp": Kind(
+    "qqp": GlueTask(
         ("question1", "question2"),
         ("accuracy", "f1"),
         "Question 1: {}\nQuestion 2: {}\nQuestion: Do both questions ask the same thing?\nAnswer:",
         ("no", "yes"),
         ("question1", "question2", "is_duplicate"),
     ),
-    "stsb": Kind(PAIR, ("pearson", "spearman"), columns=(*PAIR, "score")),
-    "mnli": Kind(
+    "stsb": GlueTask(PAIR, ("pearson", "spearman"), columns=(*PAIR, "score")),
+    "mnli": GlueTask(
         ("premise", "hypothesis"),
         ("accuracy",),
         "{}\nQuestion: {} True, False or Neither?\nAnswer:",
         ("True", "Neither", "False"),
         (*PAIR, "gold_label"),
     ),
-    "qnli": Kind(
+    "qnli": GlueTask(
         ("question", "sentence"),
         ("accuracy",),
         "{}\n{}\nQuestion: Does this response answer the question?\nAnswer:",
         ("yes", "no"),
     ),
-    "rte": Kind(PAIR, ("accuracy",), "{}\nQuestion: {} True or False?\nAnswer:", ("True", "False")),
-    "wnli": Kind(PAIR, ("accuracy",), "{}\nQuestion: {} True or False?\nAnswer:", ("False", "True")),
+    "rte": GlueTask(PAIR, ("accuracy",), "{}\nQuestion: {} True or False?\nAnswer:", ("True", "False")),
+    "wnli": GlueTask(PAIR, ("accuracy",), "{}\nQuestion: {} True or False?\nAnswer:", ("False", "True")),
 }
 
 
 @dataclass(frozen=True)
-class Row:
+class GlueRow:
     """One example."""
 
     texts: tuple[str, ...]
@@ -122,11 +122,11 @@ class Understanding(Task):
     settings: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     def __init__(self, kind: str) -> None:
-        if kind not in KINDS:
+        if kind not in GLUE_TASKS:
             raise ConfigError(
-                f"no task is called 'glue/{kind}'; allowed: {', '.join(f'glue/{name}' for name in KINDS)}"
+                f"no task is called 'glue/{kind}'; allowed: {', '.join(f'glue/{name}' for name in GLUE_TASKS)}"
             )
-        self.kind, self.short = KINDS[kind], kind
+        self.kind, self.short = GLUE_TASKS[kind], kind
         self.name, self.metric = f"glue/{kind}", self.kind.metrics[0]  # type: ignore[misc]
         self.data_format = f"{kind}'s {', '.join((*self.kind.texts, 'label'))}"  # type: ignore[misc]
 
@@ -135,7 +135,7 @@ class Understanding(Task):
         """How many; 1 for a value."""
         return max(len(self.kind.answers), 1)
 
-    def load(self, data: str | Path, limit: int | None = None) -> list[Row]:
+    def load(self, data: str | Path, limit: int | None = None) -> list[GlueRow]:
         """Rows with their labels.
 
         Raises:
@@ -145,7 +145,7 @@ class Understanding(Task):
         if not path.is_file():
             raise DataError(f"there is no file {data}; give GLUE's .tsv (also as .gz) or the hub's rows as .jsonl")
         tsv = path.name.lower().endswith((".tsv", ".tsv.gz"))
-        rows: list[Row] = []
+        rows: list[GlueRow] = []
         offenders: list[str] = []
         for where, row in _tsv_rows(path, self.short) if tsv else file_rows(path):
             if len(rows) == limit:
@@ -165,7 +165,7 @@ class Understanding(Task):
         self,
         model: Any,
         tokenizer: Any,
-        problems: Sequence[Row],
+        problems: Sequence[GlueRow],
         options: Options,
         log: SampleLog,
         progress: Progress | None,
@@ -187,14 +187,14 @@ class Understanding(Task):
                 progress(len(log), len(problems))
         return self._evaluation(log.in_order())
 
-    def _row(self, row: Any, where: str, *, own: bool) -> Row:
+    def _row(self, row: Any, where: str, *, own: bool) -> GlueRow:
         if isinstance(row, RowError):
             raise row
         *texts, label = self.kind.columns if own and self.kind.columns else (*self.kind.texts, "label")
         missing = [name for name in (*texts, label) if not isinstance(row, dict) or row.get(name) is None]
         if missing:
             raise RowError(f"has no {', '.join(missing)}")
-        return Row(tuple(str(row[name]) for name in texts), self._label(row[label]), where)
+        return GlueRow(tuple(str(row[name]) for name in texts), self._label(row[label]), where)
 
     def _label(self, given: Any) -> float:
         names = MEANING.get(self.short, ())
@@ -211,7 +211,7 @@ class Understanding(Task):
         return value
 
     @torch.no_grad()
-    def _by_head(self, model: Any, tokenizer: Any, rows: Sequence[Row]) -> Iterator[tuple[float, list[float]]]:
+    def _by_head(self, model: Any, tokenizer: Any, rows: Sequence[GlueRow]) -> Iterator[tuple[float, list[float]]]:
         found = len(model.config.id2label)
         if found != self.classes:
             raise ConfigError(f"{self.name} needs {self.classes} outputs; the model's head has {found}")
@@ -228,20 +228,20 @@ class Understanding(Task):
             yield (row[0] if self.classes == 1 else float(row.index(max(row)))), row
 
     def _asked(
-        self, model: Any, tokenizer: Any, rows: Sequence[Row], options: Options
+        self, model: Any, tokenizer: Any, rows: Sequence[GlueRow], options: Options
     ) -> Iterator[tuple[float, list[float]]]:
         texts = [self.question(row) for row in rows]
         for row in likelihoods(model, tokenizer, texts, self.kind.answers, batch_size=options.batch_size):
             yield float(row.index(max(row))), row
 
-    def question(self, row: Row) -> str:
+    def question(self, row: GlueRow) -> str:
         """What a causal model is asked about a row."""
         texts = list(row.texts)
         if self.short == "mnli":
             texts[1] = texts[1].strip().removesuffix(".") + "."
         return self.kind.prompt.format(*texts)
 
-    def _sample(self, index: int, row: Row, predicted: float, outputs: list[float]) -> dict[str, Any]:
+    def _sample(self, index: int, row: GlueRow, predicted: float, outputs: list[float]) -> dict[str, Any]:
         facts = {"index": index, "where": row.where, "texts": list(row.texts), "label": row.label}
         facts |= {"predicted": predicted, "outputs": outputs}
         if self.kind.answers:

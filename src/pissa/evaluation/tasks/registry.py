@@ -11,13 +11,13 @@ from importlib import import_module
 
 from ...errors import ConfigError
 from ..task import Evaluation, Options, Task
-from .glue import KINDS, Understanding
+from .glue import GLUE_TASKS, Understanding
 
 __all__ = ["Evaluation", "Options", "Task", "find_task", "task_names"]
 
 _PLACES = {
-    "gsm8k": ("solutions", "Gsm8k"),
-    "math": ("solutions", "Math"),
+    "gsm8k": ("gsm8k_and_math", "Gsm8k"),
+    "math": ("gsm8k_and_math", "Math"),
     "humaneval": ("programs", "HumanEval"),
     "mbpp": ("programs", "Mbpp"),
     "mt-bench": ("mtbench", "MtBench"),
@@ -27,7 +27,7 @@ _PLACES = {
 
 def task_names() -> list[str]:
     """All names that `find_task` knows."""
-    return [*_PLACES, *(f"glue/{kind}" for kind in KINDS)]
+    return [*_PLACES, *(f"glue/{kind}" for kind in GLUE_TASKS)]
 
 
 def find_task(name: str) -> Task:

@@ -16,7 +16,7 @@ from typing import Any
 from ...data.read import read_examples
 from ...data.rows import Example, row_of
 from ...errors import DataError
-from ...evaluation.tasks.answers import extract_answer
+from ...evaluation.tasks.gsm8k_answers import extract_answer
 from ...provenance import sha256, sha256_of_file
 from .plan import Plan
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pissa.evaluation.tasks.boxed import final_answer, same_expression
+from pissa.evaluation.tasks.math_answers import final_answer, same_expression
 from pissa.evaluation.tasks.registry import find_task
 
 STATED = {

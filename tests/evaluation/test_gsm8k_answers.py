@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pissa.data.read import read_examples
-from pissa.evaluation.tasks.answers import extract_answer, same_answer
+from pissa.evaluation.tasks.gsm8k_answers import extract_answer, same_answer
 
 STATED = {
     # markers

@@ -7,9 +7,9 @@ from typing import Any
 
 from ...data.prompts import Template, prompt_text
 from ...data.rows import Example, RowError
-from .answers import extract_answer, same_answer
-from .boxed import final_answer, same_expression
 from .generative import GenerativeTask, Posed, first_examples
+from .gsm8k_answers import extract_answer, same_answer
+from .math_answers import final_answer, same_expression
 
 
 class Gsm8k(GenerativeTask):
