@@ -1,16 +1,13 @@
-"""The cost model: never an algorithm that cannot meet the tolerance, and near the fastest where it is timed."""
+"""The cost model: never an algorithm that cannot meet the tolerance, and the one expected for each size.
+
+How near its choices are to the fastest is timed by benchmarks/cost.py, not here.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
-import torch
-from spectra import with_spectrum
 
 from pissa.decompose.cost import choose
-from pissa.decompose.svd import truncated_svd
 
 
 @pytest.mark.parametrize(
@@ -29,26 +26,3 @@ def test_small_tolerances_leave_only_algorithms_that_reach_them():
 
 def test_a_warm_start_is_for_krylov():
     assert choose(100, 100, 8, 1e-3, warm=True) == "krylov"
-
-
-@pytest.mark.slow
-def test_the_choice_is_at_most_half_again_as_slow_as_the_fastest():
-    """CPU time of this thread, medians of five alternating repetitions; small differences are noise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for m, n in ((576, 192), (384, 384), (1536, 576), (768, 768), (4096, 1024)):
-            i = torch.arange(1, n + 1, dtype=torch.float64)
-            W = with_spectrum((i + n / 16) ** -0.6, m, n)
-            for rank in (8, 32, 64):
-                times: dict[str, list[float]] = {"gram": [], "chebyshev": [], "krylov": []}
-                for seed in range(5):
-                    for algorithm in times:
-                        start = time.thread_time()
-                        truncated_svd(W, rank, algorithm=algorithm, seed=seed)
-                        times[algorithm].append(time.thread_time() - start)
-                medians = {name: statistics.median(values) for name, values in times.items()}
-                best = min(medians.values())
-                assert medians[choose(m, n, rank, 1e-3)] <= 1.5 * best + 2e-3, f"{m}x{n} rank {rank}: {medians}"
-    finally:
-        torch.set_num_threads(threads)

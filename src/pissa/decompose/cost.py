@@ -2,6 +2,7 @@
 
 Times are modelled in milliseconds on one core of the CPU that the coefficients were fitted on, sizes 192 to 4096 and
 ranks 8 to 128. Only the ratios matter, and those hold from one CPU to the next far better than the times.
+`benchmarks/cost.py` fits the coefficients to another machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ EXACT_BELOW = 6e-7
 
 GIGA = 1e-9
 """Coefficients are milliseconds for 10⁹ multiply-adds."""
+
+Terms = tuple[float, ...]
+GRAM: Terms = (2.0, 18.0, 120.0, 4000.0, 80.0)
+CHEBYSHEV: Terms = (2.6, 18.0, 350.0, 235.0, 10.0)
+KRYLOV: Terms = (184.0, 380.0, 1.65)
+"""Coefficients of the functions below of the same names; `benchmarks/cost.py` fits them to the machine at hand."""
 
 
 def choose(m: int, n: int, rank: int, tolerance: float, *, warm: bool = False) -> str:
@@ -47,14 +54,34 @@ def krylov_columns(rank: int, tolerance: float) -> int:
 
 def gram_cost(m: int, n: int, rank: int) -> float:
     """Half of the product WᵀW, one eigenproblem, and W V."""
-    return 2 + GIGA * (18 * m * n**2 + 120 * n**3 + 4000 * n**2 + 80 * m * n * rank)
+    return weighed(GRAM, gram_terms(m, n, rank))
 
 
 def chebyshev_cost(m: int, n: int, columns: int) -> float:
     """Half of the product WᵀW, some ten products with G, two projections and one Cholesky factorisation."""
-    return 2.6 + GIGA * (18 * m * n**2 + 350 * n**2 * columns + 235 * n * columns**2 + 10 * n**3)
+    return weighed(CHEBYSHEV, chebyshev_terms(m, n, columns))
 
 
 def krylov_cost(m: int, n: int, rank: int, columns: int) -> float:
     """Products and projections, the checks of the core, and the small factorisations of each block."""
-    return GIGA * (184 * m * n * columns + 380 * columns**3) + 1.65 * columns / block_width(rank)
+    return weighed(KRYLOV, krylov_terms(m, n, rank, columns))
+
+
+def gram_terms(m: int, n: int, rank: int) -> Terms:
+    """What the times of "gram" are made of."""
+    return 1.0, GIGA * m * n**2, GIGA * n**3, GIGA * n**2, GIGA * m * n * rank
+
+
+def chebyshev_terms(m: int, n: int, columns: int) -> Terms:
+    """What the times of "chebyshev" are made of."""
+    return 1.0, GIGA * m * n**2, GIGA * n**2 * columns, GIGA * n * columns**2, GIGA * n**3
+
+
+def krylov_terms(m: int, n: int, rank: int, columns: int) -> Terms:
+    """What the times of "krylov" are made of."""
+    return GIGA * m * n * columns, GIGA * columns**3, columns / block_width(rank)
+
+
+def weighed(coefficients: Terms, terms: Terms) -> float:
+    """Milliseconds."""
+    return sum(c * t for c, t in zip(coefficients, terms, strict=True))

@@ -78,7 +78,8 @@ def triangle(G: Tensor) -> Tensor | None:
     """R, upper triangular fp64, with `RᵀR = G + sI`; None where a triangular solve with it cannot be relied on."""
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     size = diagonal.sum(-1, keepdim=True)
-    if not bool(((size > GRAM_RANGE[0]) & (size < GRAM_RANGE[1])).all()) or bool((diagonal == 0).any()):
+    fits = all(GRAM_RANGE[0] < each < GRAM_RANGE[1] for each in size.flatten().tolist())
+    if not fits or float(diagonal.amin()) == 0:
         return None
     upper, info = torch.linalg.cholesky_ex(G + torch.diag_embed((SHIFT * size).expand_as(diagonal)), upper=True)
     return None if bool((info != 0).any()) else upper
