@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pissa.lab.figures import new_figure, search_lines, seed_dots
-
+from .figures import new_figure, search_lines, seed_dots
 from .interval import Interval, mean_interval
 from .judge import advantage, by_seed, verdict_of
 from .lm import LanguageTask, cell, find_rates, language_task, recipe

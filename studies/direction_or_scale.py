@@ -25,10 +25,10 @@ from torch import Tensor
 from pissa.adapted.adapt import attach, attach_offset, peft_config
 from pissa.config import PissaConfig
 from pissa.decompose.svd import truncated_svd
-from pissa.lab.figures import new_figure, search_lines, seed_dots
 from pissa.live.targets import resolve_targets
 from pissa.split import derive_seed
 
+from .figures import new_figure, search_lines, seed_dots
 from .interval import Interval, mean_interval
 from .judge import advantage, by_seed, verdict_of
 from .lm import InMemory, LanguageTask, final_loss, find_rates, language_task

@@ -12,8 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pissa.lab.figures import colour_of, new_figure
-
+from .figures import look_of, new_figure
 from .interval import Interval, mean_interval
 from .judge import advantage, by_seed, verdict_of
 from .lm import TUNED, LanguageTask, cell, find_rates, language_task, recipe, small_task
@@ -136,7 +135,9 @@ def draw(results: Mapping[str, Any]) -> Any:
             shown = [(i, f) for i, f in enumerate(families) if method in table[f]]
             entries = [table[family][method] for _, family in shown]
             places = [place + 0.16 * (number - 2) for place, _ in shown]
-            style = {"color": colour_of("lora"), "alpha": 0.5} if method == TUNED else {"color": colour_of(method)}
+            look = look_of("lora" if method == TUNED else method)
+            style = {"color": look.colour, "alpha": 0.5 if method == TUNED else 1.0}
+            style |= {"hatch": "///", "edgecolor": "white"} if method in QUANTIZED else {}
             panel.bar(places, [e["mean"] for e in entries], width=0.14, label=method, **style)
             for place, entry in zip(places, entries, strict=True):
                 panel.plot([place] * len(entry["values"]), entry["values"], "k.", markersize=4)

@@ -23,9 +23,10 @@ from pissa.checkpoint.source.load import load_base
 from pissa.config import PissaConfig
 from pissa.decompose.svd import truncated_svd
 from pissa.lab.demo.arithmetic import make_problems
-from pissa.lab.figures import COLOURS, new_figure
+from pissa.lab.style import LIGHT
 from pissa.training.run import quieten
 
+from .figures import new_figure
 from .fit import fit
 from .interval import Interval, mean_interval, paired_difference
 from .judge import by_seed, verdict_of
@@ -174,7 +175,7 @@ def draw(results: Mapping[str, Any]) -> Any:
     """Time and error against rank, and the distance of the final loss from the exact SVD's."""
     figure, (times, errors, losses) = new_figure(1, 3)
     ranks = sorted({row["rank"] for row in results["matrices"]})
-    palette = {**{niter: COLOURS[1] for niter in NITERS}, EXACT: COLOURS[5], OURS: COLOURS[0]}
+    palette = {**{niter: LIGHT[1] for niter in NITERS}, EXACT: LIGHT[5], OURS: LIGHT[0]}
     for number, method in enumerate((*NITERS, EXACT, OURS)):
         strength = 0.35 + 0.16 * number if method in NITERS else 1.0
         style = {"color": palette[method], "alpha": min(1.0, strength), "marker": "."}

@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.optimization import get_scheduler
 
 from pissa.errors import ConfigError, DataError, TrainingError
 
 Schedule = Literal["cosine", "linear", "constant"]
-SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
+SCHEDULES: dict[Schedule, str] = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""Ours -> transformers' name of the schedule that begins with a warm-up."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def fit(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(trained, learning_rate, steps, schedule)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: factor(done, steps, schedule, warmup_ratio))
+    rates = get_scheduler(SCHEDULES[schedule], optimizer, math.ceil(steps * warmup_ratio), steps)
     losses: list[float] = []
     norms: list[float] = []
     source = iter(batches)
@@ -101,17 +103,6 @@ def fit(
         if after_step is not None:
             after_step(step)
     return Fit(losses, norms)
-
-
-def factor(done: int, steps: int, schedule: Schedule, warmup_ratio: float) -> float:
-    """The share of the peak learning rate after `done` steps, as transformers' schedules have it."""
-    warmup = math.ceil(steps * warmup_ratio)
-    if done < warmup:
-        return done / max(warmup, 1)
-    if schedule == "constant":
-        return 1.0
-    progress = (done - warmup) / max(steps - warmup, 1)
-    return max(0.0, 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from pissa.errors import TrainingError
-from pissa.lab.figures import new_figure, seed_dots
 
 from .encoder_task import VALIDATION, batches, glue_rows, is_head, outputs, predict, prepared
+from .figures import new_figure, seed_dots
 from .fit import Diverged, Fit, fit
 from .glue_files import GLUE, score
 from .interval import mean_interval, paired_difference

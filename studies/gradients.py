@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pissa.adapted.adapt import adapt
 from pissa.config import PissaConfig
-from pissa.lab.figures import COLOURS, band, colour_of, new_figure
 
+from .figures import band, look_of, new_figure
 from .interval import Interval, mean_interval, paired_difference
 from .judge import advantage, by_seed, verdict_of
 from .lm import TUNED, InMemory, LanguageTask, find_rates, language_task
@@ -186,17 +186,17 @@ def draw(results: Mapping[str, Any]) -> Any:
         for side, marker in zip(SIDES, "os", strict=True):
             x, y = zip(*row[side]["plane"], strict=True)
             label = f"{row['method']}, {side}"
-            plane.scatter(x, y, marker=marker, s=40, alpha=0.7, color=colour_of(row["method"]), label=label)
+            plane.scatter(x, y, marker=marker, s=40, alpha=0.7, color=look_of(row["method"]).colour, label=label)
     plane.set(title="gradients at step 0, one point a seed", xlabel="first direction", ylabel="second direction")
     for method in RUNS:
         rows = [row for row in results["runs"] if row["method"] == method]
-        colour = COLOURS[4] if method == TUNED else colour_of(method)
+        look = look_of(method)
         label = f"{method.removesuffix(', its own rate')} at {rows[0]['rate']:.2g}"
         for side, style in zip(SIDES, ("-", "--"), strict=True):
             curve = [statistics.fmean(values) for values in zip(*(row[f"way_{side}"] for row in rows), strict=True)]
-            way.plot(curve, style, marker=".", color=colour, label=f"{label}, {side}")
+            way.plot(curve, style, marker=".", color=look.colour, label=f"{label}, {side}")
         curves = [row["losses"] for row in rows]
-        band(losses, range(1, len(curves[0]) + 1), curves, label=label, colour=colour)
+        band(losses, range(1, len(curves[0]) + 1), curves, label=label, look=look)
     way.set(title="share of the way to the last step's factors", xlabel="step")
     losses.set(title="training loss", xlabel="step", yscale="log")
     for panel in (plane, way, losses):

@@ -16,8 +16,8 @@ from typing import Any
 
 from pissa.adapted.adapt import adapt
 from pissa.config import PissaConfig
-from pissa.lab.figures import COLOURS, band, colour_of, new_figure
 
+from .figures import band, look_of, new_figure
 from .interval import Interval, mean_interval
 from .judge import advantage, by_seed, verdict_of
 from .lm import TUNED, InMemory, LanguageTask, final_loss, find_rates, language_task
@@ -148,8 +148,7 @@ def draw(results: Mapping[str, Any]) -> Any:
         for method in METHODS:
             curves = [row[name] for row in results["runs"] if row["method"] == method]
             x = [start + pace * place for place in range(len(curves[0]))]
-            colour = COLOURS[4] if method == TUNED else colour_of(method)
-            band(panel, x, curves, label=method, colour=colour)
+            band(panel, x, curves, label=method, look=look_of(method))
         panel.set(title=title, xlabel="step", yscale="linear" if name == "solved" else "log")
     panels[0].legend(frameon=False)
     figure.suptitle(f"{results['task']}: {results['rows']} rows, {results['epochs']} epochs", fontsize=10)

@@ -17,10 +17,11 @@ from functools import partial
 from typing import Any
 
 from pissa.evaluation.sandbox import gaps
-from pissa.lab.figures import colour_of, new_figure, seed_dots
+from pissa.lab.style import INK
 
 from .coding import LOSS_ON, code_problems, coding_rows, passed, trains_code, warn_of_gaps, what_was_not_scored
 from .few_bits import FORMATS
+from .figures import new_figure, seed_dots
 from .interval import Interval, mean_interval, paired_difference
 from .judge import advantage, by_seed, verdict_of
 from .lm import LanguageTask, find_rates, language_task, share_solved
@@ -175,7 +176,7 @@ def draw(results: Mapping[str, Any]) -> Any:
         for place, method in enumerate(table[part]):
             if method in before[part]:
                 panel.plot(before[part][method][name], place, "ko", markersize=6, fillstyle="none")
-        panel.axvline(before[part][BASE][name], color=colour_of(BASE), linewidth=1)
+        panel.axvline(before[part][BASE][name], color=INK, linewidth=1)
         panel.set_title(f"{results['tasks'][part]}: {name.replace('_', ' ')}", fontsize=9)
     for panel in panels[len(measured) :]:
         panel.set_visible(False)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from pissa.adapted.adapt import adapt
 from pissa.config import PissaConfig
 from pissa.errors import MissingExtraError
-from pissa.lab.figures import band, colour_of, new_figure
 
+from .figures import band, look_of, new_figure
 from .fit import fit
 from .images import image_loss, mnist
 from .interval import Interval, paired_difference
@@ -178,13 +178,13 @@ def draw(results: Mapping[str, Any]) -> Any:
     rates = sorted({row["rate"] for row in rows})
     shared = min(rates, key=lambda rate: abs(rate - 1e-3))
     for method in METHODS:
-        colour = colour_of(method)
+        look = look_of(method)
         for panel, rate in ((equal, shared), (best, results["best_rate"][method])):
             curves = [row["losses"] for row in rows if (row["method"], row["rate"]) == (method, rate)]
             label = method if panel is equal else f"{method} at {rate:g}"
-            band(panel, range(1, len(curves[0]) + 1), curves, label=label, colour=colour)
+            band(panel, range(1, len(curves[0]) + 1), curves, label=label, look=look)
         means = [statistics.fmean(by_seed(rows, "mean_loss", method=method, rate=rate)) for rate in rates]
-        sweep.plot(rates, means, color=colour, marker="o", label=method)
+        sweep.plot(rates, means, marker=look.marker, label=method, **look.line)
     equal.set(title=f"all at {shared:g}", xlabel="step", ylabel="training loss", yscale="log")
     best.set(title="each at its best learning rate", xlabel="step", yscale="log")
     sweep.set(title="mean loss over all steps", xlabel="learning rate", xscale="log", yscale="log")

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from pissa.lab.figures import COLOURS, new_figure
+from pissa.lab.style import LIGHT
 
+from .figures import new_figure
 from .interval import Interval, mean_interval
 from .judge import advantage, by_seed, verdict_of
 from .lm import InMemory, LanguageTask, final_loss, find_rates, language_task
@@ -112,7 +113,7 @@ def draw(results: Mapping[str, Any]) -> Any:
     """Losses and accuracy in every precision against the learning rate, a line for each seed."""
     figure, panels = new_figure(1, 3, width=4.4)
     for panel, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-        for dtype, colour in zip(DTYPES, COLOURS, strict=False):
+        for dtype, colour in zip(DTYPES, LIGHT, strict=False):
             own = [row for row in results["runs"] if row["dtype"] == dtype]
             rates = sorted({row["rate"] for row in own})
             for seed in sorted({row["seed"] for row in own}):

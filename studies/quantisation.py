@@ -15,12 +15,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pissa.lab.figures import colour_of, new_figure
 from pissa.lab.inspection.layers import kind_of
 from pissa.lab.inspection.measure import measure_weight
 from pissa.lab.inspection.variants import variant
 from pissa.lab.models import NAME as SMOLLM2
 
+from .figures import look_of, new_figure
 from .interval import Interval, mean_interval, paired_difference
 from .judge import standing, verdict_of
 from .study import Outcome, Settings, Study, model_name
@@ -174,8 +174,8 @@ def draw(results: Mapping[str, Any]) -> Any:
             found = [chosen(results["rows"], source, "nf4", rank) for rank in ranks]
             means = [statistics.fmean(each[method] for each in layers) for layers in found]
             style = {"linestyle": "--" if method.endswith("-1") else "-", "marker": "o", "markersize": 3}
-            panel.plot(ranks, means, label=method, color=colour_of(method), **style)
-        panel.axhline(0, color=colour_of("qlora"), label="qlora")
+            panel.plot(ranks, means, label=method, color=look_of(method).colour, **style)
+        panel.axhline(0, color=look_of("qlora").colour, label="qlora")
         panel.axvline(results["paper_rank"][source], color="#888888", linewidth=0.8, linestyle=":")
         panel.set(title=f"{source}, NF4 (dotted: width / 32)", xlabel="rank", ylabel="reduction of the error, %")
         panel.set_xscale("log", base=2)
@@ -185,7 +185,7 @@ def draw(results: Mapping[str, Any]) -> Any:
         for place, line in enumerate(lines):
             at = [i + 0.16 * (place - 2) for i in range(len(kinds))]
             light = 0.5 if line["method"].endswith("-1") else 1.0
-            bars.bar(at, list(line["by_kind"].values()), 0.15, color=colour_of(line["method"]), alpha=light)
+            bars.bar(at, list(line["by_kind"].values()), 0.15, color=look_of(line["method"]).colour, alpha=light)
         bars.set_xticks(range(len(kinds)), [kind.replace("_proj", "").replace(".", "\n") for kind in kinds], fontsize=7)
         bars.set(title=f"{source}, rank {results['paper_rank'][source]}", ylabel="reduction of the error, %")
     return figure

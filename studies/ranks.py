@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pissa.lab.figures import colour_of, new_figure
-
+from .figures import look_of, new_figure
 from .interval import Interval, mean_interval, paired_difference
 from .judge import advantage, by_seed, verdict_of
 from .lm import TUNED, LanguageTask, cell, find_rates, language_task, recipe
@@ -126,10 +125,10 @@ def draw(results: Mapping[str, Any]) -> Any:
                 [max(entry["values"]) - mean for mean, entry in zip(means, entries.values(), strict=True)],
             ]
             style = {"linestyle": "--" if method in QUANTIZED else ":" if method == TUNED else "-"}
-            colour = colour_of("lora" if method == TUNED else method)
+            colour = look_of("lora" if method == TUNED else method).colour
             panel.errorbar(ranks, means, spread, label=method, color=colour, capsize=2, marker="o", ms=3, **style)
         full = results["table"][name]["full"]["0"]["mean"]
-        panel.axhline(full, color=colour_of("full"), linewidth=1, label="full")
+        panel.axhline(full, color=look_of("full").colour, linewidth=1, label="full")
         panel.set(title=title, xlabel="rank", yscale="linear" if name == "solved" else "log")
         panel.set_xscale("log", base=2)
         panel.set_xticks(ranks_shown(results), list(map(str, ranks_shown(results))))

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pissa.decompose.robust import huber_descent, l1_approximation
 from pissa.decompose.svd import truncated_svd
-from pissa.lab.figures import COLOURS, new_figure
 from pissa.lab.inspection.layers import kind_of
+from pissa.lab.style import LIGHT
 
+from .figures import new_figure
 from .interval import Interval, mean_interval
 from .judge import verdict_of
 from .l1_sketch import cauchy_sketch
@@ -156,7 +157,7 @@ def draw(results: Mapping[str, Any]) -> Any:
     for rank, panel in zip(ranks, panels, strict=True):
         for number, solver in enumerate(SOLVERS):
             rows = [row[solver] for row in results["rows"] if row["rank"] == rank]
-            dots = {"s": 26, "alpha": 0.8, "color": COLOURS[number], "label": solver, "marker": "ovsD"[number]}
+            dots = {"s": 26, "alpha": 0.8, "color": LIGHT[number], "label": solver, "marker": "ovsD"[number]}
             panel.scatter([row["seconds"] for row in rows], [row["error"] for row in rows], **dots)
         panel.axhline(1, color="#888888", linewidth=0.8)
         panel.set(title=f"rank {rank}", xlabel="CPU seconds", ylabel="mean absolute error / truncated SVD's")

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pissa.lab.figures import COLOURS, new_figure
+from pissa.lab.style import LIGHT
 
+from .figures import new_figure
 from .interval import Interval
 from .judge import verdict_of
 from .language import RUNS
@@ -105,23 +106,23 @@ def draw(results: Mapping[str, Any]) -> Any:
     for number, (rank, law) in enumerate(results["laws"].items()):
         rows = [row for row in results["matrices"] if row["rank"] == int(rank)]
         sizes = sorted({row["m"] * row["n"] for row in rows})
-        single.scatter([r["m"] * r["n"] for r in rows], [r["seconds"] for r in rows], s=14, color=COLOURS[number])
+        single.scatter([r["m"] * r["n"] for r in rows], [r["seconds"] for r in rows], s=14, color=LIGHT[number])
         text = f"rank {rank}: (m·n)^{law['p']:.2f}"
-        single.plot(sizes, [law["a"] * size ** law["p"] for size in sizes], color=COLOURS[number], label=text)
+        single.plot(sizes, [law["a"] * size ** law["p"] for size in sizes], color=LIGHT[number], label=text)
         found = [each for each in results["predictions"] if each["rank"] == int(rank)]
         x = [each["parameters"] for each in found]
-        whole.plot(x, [e["seconds"] for e in found], color=COLOURS[number], label=f"model, rank {rank}", marker=".")
+        whole.plot(x, [e["seconds"] for e in found], color=LIGHT[number], label=f"model, rank {rank}", marker=".")
         bounds = [e["low"] for e in found], [e["high"] for e in found]
-        whole.fill_between(x, *bounds, color=COLOURS[number], alpha=0.15, lw=0)
+        whole.fill_between(x, *bounds, color=LIGHT[number], alpha=0.15, lw=0)
     for where, marker in (("here, CPU seconds", "s"), ("two idle cores, wall clock", "o")):
         rows = [row for row in results["inits"] if row["where"] == where]
         sizes = [Shape(*row["shape"]).parameters for row in rows]
         label = f"measured ({where}), rank {RANK}"
         whole.scatter(
-            sizes, [row["seconds"] for row in rows], marker=marker, color=COLOURS[5], s=28, label=label, zorder=3
+            sizes, [row["seconds"] for row in rows], marker=marker, color=LIGHT[5], s=28, label=label, zorder=3
         )
     names = [row["name"] for row in results["inits"]]
-    left.barh(names, [100 * value for value in results["model"]["residuals"]], color=COLOURS[1])
+    left.barh(names, [100 * value for value in results["model"]["residuals"]], color=LIGHT[1])
     left.set(title="model against measurement", xlabel="residual, %")
     single.set(title="one truncated SVD", xlabel="m·n", ylabel="CPU seconds", xscale="log", yscale="log")
     whole.set(

@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Any
 
 from pissa.errors import ConfigError, TrainingError
+from pissa.lab.rates import best_rate, is_on_edge, rate_beyond
 
 from .study import Settings
 
@@ -34,7 +35,8 @@ class Search:
     @property
     def at_edge(self) -> list[str]:
         """Methods whose best rate is still the lowest or the highest that was tried."""
-        return [method for method, rate in self.best.items() if _edge([*map(float, self.values[method])], rate)]
+        tried = {method: [*map(float, values)] for method, values in self.values.items()}
+        return [method for method, rate in self.best.items() if tried[method] and is_on_edge(rate, tried[method])]
 
     def as_dict(self) -> dict[str, Any]:
         """For a study's results."""
@@ -96,26 +98,12 @@ def search_rates(
             own = math.inf if "failed" in row else take(row)
             found[row["method"]].setdefault(row["rate"], 0.0)
             found[row["method"]][row["rate"]] += own / runs
-        wanted = [(method, further) for method, tried_here in found.items() if (further := _further(tried_here))]
+        wanted = [(method, further) for method, tried_here in found.items() if (further := rate_beyond(tried_here))]
         if not wanted:
             break
-    best = {method: min(values, key=values.__getitem__) for method, values in found.items()}
+    best = {method: best_rate(values) for method, values in found.items()}
     shown = {
         method: {f"{rate:g}": value if math.isfinite(value) else None for rate, value in sorted(values.items())}
         for method, values in found.items()
     }
     return Search(best, shown)
-
-
-def _further(found: Mapping[float, float]) -> float | None:
-    """The next rate beyond the end of a grid at which its best one lies; None where worse ones enclose it."""
-    rates = sorted(found)
-    best = min(rates, key=found.__getitem__)
-    if len(rates) == 1 or not _edge(rates, best):
-        return None
-    neighbour = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best**2 / neighbour:.3g}")
-
-
-def _edge(rates: Sequence[float], rate: float) -> bool:
-    return bool(rates) and rate in (min(rates), max(rates))

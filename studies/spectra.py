@@ -18,12 +18,13 @@ from torch import Tensor
 
 from pissa.config import PissaConfig, quantization_preset
 from pissa.errors import MissingExtraError
-from pissa.lab.figures import COLOURS, new_figure
 from pissa.lab.inspection.layers import kind_of
+from pissa.lab.style import LIGHT
 from pissa.quantize.error import matrix_norm
 from pissa.quantize.formats import quantize_matrix
 from pissa.split import split_weight
 
+from .figures import new_figure
 from .interval import Interval, mean_interval
 from .judge import verdict_of
 from .study import Outcome, Settings, Study, model_name
@@ -215,13 +216,13 @@ def draw(results: Mapping[str, Any]) -> Any:
     """Singular values and values of the example, and sigma and degrees of freedom of all layers."""
     figure, panels = new_figure(2, 2)
     example = results["example"]
-    for (label, values), colour in zip(example["curves"].items(), COLOURS, strict=False):
+    for (label, values), colour in zip(example["curves"].items(), LIGHT, strict=False):
         panels[0].plot([1 + i * example["step"] for i in range(len(values))], values, label=label, color=colour)
     lowest = min(value for value in example["curves"]["W − nf4(W)"] if value > 0)
     panels[0].set(title=f"singular values of {example['layer']}", xlabel="number", yscale="log")
     panels[0].set_ylim(bottom=lowest / 2)
     edge = example["edge"]
-    for (label, counts), colour in zip(example["histograms"].items(), COLOURS, strict=False):
+    for (label, counts), colour in zip(example["histograms"].items(), LIGHT, strict=False):
         centres = [edge * (2 * (i + 0.5) / len(counts) - 1) for i in range(len(counts))]
         freedom = example["fits"][label]["student_freedom"]
         text = f"{label}: σ {example['fits'][label]['sigma']:.4f}, t freedom {freedom:.1f}"
@@ -230,7 +231,7 @@ def draw(results: Mapping[str, Any]) -> Any:
     panels[1].margins(y=0.2)
     for number, source in enumerate(results["summary"]):
         rows = [row for row in results["layers"] if row["source"] == source]
-        dots = {"s": 12, "alpha": 0.6, "color": COLOURS[number], "label": source}
+        dots = {"s": 12, "alpha": 0.6, "color": LIGHT[number], "label": source}
         panels[2].scatter(*pairs(rows, "sigma"), **dots)
         panels[3].scatter(*pairs(rows, "student_freedom"), **dots)
     panels[2].set(title="σ of every layer", xlabel="W", ylabel="W_res")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pissa.lab.figures import band, colour_of, new_figure
-
+from .figures import band, look_of, new_figure
 from .image_task import ADAPTED_TO, DIGITS, METHODS
 
 
@@ -21,7 +20,7 @@ def draw(results: Mapping[str, Any]) -> Any:
             [entry["mean"] - min(entry["values"]) for entry in entries.values()],
             [max(entry["values"]) - entry["mean"] for entry in entries.values()],
         ]
-        panels[0].errorbar(list(entries), means, spread, label=method, color=colour_of(method), capsize=3)
+        panels[0].errorbar(list(entries), means, spread, label=method, capsize=3, **look_of(method).line)
     panels[0].set(title=f"{ADAPTED_TO}es, all at {results['rate']:g}", xlabel="rank", ylabel="accuracy")
     panels[0].set_xticks(list(map(int, one["pacs_by_rank"])))
     panels[0].legend(frameon=False, fontsize=8)
@@ -45,7 +44,7 @@ def _first_steps(panel: Any, results: Mapping[str, Any], name: str) -> None:
         curves = [row[name] for row in rows if row["failed"] is None]
         if curves:
             steps = [every * (place + 1) for place in range(len(curves[0]))]
-            band(panel, steps, curves, label=method, colour=colour_of(method))
+            band(panel, steps, curves, label=method, look=look_of(method))
     label = "accuracy" if name == "accuracy_by_step" else "training loss"
     panel.set(title=f"digits, all at {results['rate']:g}", xlabel="step", ylabel=label)
     panel.legend(frameon=False, fontsize=8)
@@ -53,7 +52,7 @@ def _first_steps(panel: Any, results: Mapping[str, Any], name: str) -> None:
 
 def _bars(panel: Any, table: Mapping[str, Any], title: str, label: str) -> None:
     """A mean for each method, its seeds as dots."""
-    panel.bar(list(table), [entry["mean"] for entry in table.values()], color=[colour_of(name) for name in table])
+    panel.bar(list(table), [entry["mean"] for entry in table.values()], color=[look_of(name).colour for name in table])
     for place, entry in enumerate(table.values()):
         panel.plot([place] * len(entry["values"]), entry["values"], "k.", markersize=5)
     panel.set(title=title, ylabel=label)

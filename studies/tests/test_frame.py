@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pissa.errors import ConfigError, DataError, Interrupted, OutputError
-from pissa.lab.figures import new_figure
 from studies import page as pages
 from studies.__main__ import run as run_studies
+from studies.figures import new_figure
 from studies.interval import mean_interval, paired_difference
 from studies.page import rows, section, summary, write_page
 from studies.study import Outcome, Settings, Study, run_study

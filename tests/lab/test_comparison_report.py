@@ -20,8 +20,8 @@ from pissa.errors import DataError, MissingExtraError, OutputError
 from pissa.lab.comparison.curves import band, during, running_mean, steps_to_loss
 from pissa.lab.comparison.page import page_of
 from pissa.lab.comparison.report import as_html, as_markdown, write_report
-from pissa.lab.comparison.style import DARK, LIGHT, LOOKS, looks_of
 from pissa.lab.comparison.table import costs_of, quality_of
+from pissa.lab.style import DARK, LIGHT, LOOKS, looks_of
 from pissa.training.recipe import TRAINING_METHODS
 
 HOSTILE = '<script>alert("x")</script>'

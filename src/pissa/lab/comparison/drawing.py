@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...errors import MissingExtraError
-from .style import GRID, INK, LIGHT, Look
+from ..style import GRID, INK, LIGHT, Look
 
 WIDTH, HEIGHT = 4.7, 3.1
 TICKS = ((300, (1.0,)), (4, (1.0, 2.0, 5.0)), (0, (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)))

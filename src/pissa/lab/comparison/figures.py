@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..style import GRID, INK, LIGHT, Look
 from .curves import Band, band, during
 from .drawing import Figure, log_axis, short
 from .null_arm import NullRate
-from .style import GRID, INK, LIGHT, Look
 from .verdict import Comparison, Metric
 
 Draw = Callable[[Any], None]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ..style import Look, looks_of
 from .curves import smoothing
 from .drawing import Figure
 from .figures import all_figures
 from .null_arm import NullRate, null_rate
-from .style import Look, looks_of
 from .table import Table, costs_of, quality_of, quantisation_of
 from .verdict import (
     CAUTION,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...training.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
-from .search import FIRST
+from ..rates import FIRST
 
 MOST_SEARCH_RUNS = 12
 """Of rung 0: after as many the gaps are below 5 %."""

@@ -20,8 +20,8 @@ from typing import Any, Literal
 from ...checkpoint.disk.resumable import Resumable
 from ...errors import OutputError
 from ...outside.documents import read_document
+from ..rates import best_rates, is_on_edge
 from .plan import Plan
-from .search import best_rates, is_on_edge
 from .trial import TRIAL, Trial
 
 TRIAL_KEYS = ("learning_rate", "rung", "steps", "seed", "status", "validation_loss", "losses", "grad_norms", "seconds")

@@ -14,9 +14,9 @@ from typing import Any
 
 from ...checkpoint.disk.write import output_files
 from ...errors import MissingExtraError
+from ..style import DARK, LIGHT
 from .drawing import png, svg
 from .page import Page, page_of
-from .style import DARK, LIGHT
 
 HTML, MARKDOWN = "report.html", "report.md"
 

@@ -27,12 +27,12 @@ from ...training.directory import absolute
 from ...training.engine import process_count, storage_dtype
 from ...training.progress import make_progress
 from ...training.run import quieten
+from ..rates import best_rates, good_rate, next_rate
 from .continuation import record_to_keep
 from .plan import Plan
 from .record import ComparisonDirectory, assemble, chosen_rate, losses_of
 from .report import write_report
 from .score import Scorer, make_scorer
-from .search import best_rates, good_rate, next_rate
 from .task import digests, make_task
 from .trial import TRIAL, Trial, run_trial, trim
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...checkpoint.disk.write import explained
 from ...errors import MissingExtraError
-from ..figures import COLOURS, decorate
+from ..figures import decorate
+from ..style import LIGHT
 
 
 def draw_inspection(
@@ -68,12 +69,12 @@ def draw_plan(document: dict[str, Any], directory: Path) -> Path:
     for layer in document["layers"]:
         kinds.setdefault(layer["kind"], []).append(layer["rank"])
     for number, (kind, values) in enumerate(kinds.items()):
-        style = "-" if number < len(COLOURS) else "--"
-        ranks.plot(range(len(values)), values, style, label=kind, color=COLOURS[number % len(COLOURS)])
+        style = "-" if number < len(LIGHT) else "--"
+        ranks.plot(range(len(values)), values, style, label=kind, color=LIGHT[number % len(LIGHT)])
     ranks.set(xlabel="layer", ylabel="rank", yscale="log")
     ranks.yaxis.set_major_formatter("{x:.0f}")
     parts = [point["budget"] / 1e6 for point in document["curve"]]
-    for key, label, colour in (("captured", "planned", COLOURS[0]), ("uniform_captured", "uniform", COLOURS[1])):
+    for key, label, colour in (("captured", "planned", LIGHT[0]), ("uniform_captured", "uniform", LIGHT[1])):
         curve.plot(parts, [point[key] for point in document["curve"]], label=label, color=colour)
     curve.set(xlabel="million parameters", ylabel="captured (%)")
     decorate(ranks)
@@ -96,8 +97,8 @@ def draw_reduction(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panel = figure.subplots()
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = sorted((row["rank"], row["mean"]) for row in rows if (row["method"], row["norm"]) == (method, norm))
-        style = "-" if number < len(COLOURS) else "--"
-        panel.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[number % len(COLOURS)], label=method)
+        style = "-" if number < len(LIGHT) else "--"
+        panel.plot(*zip(*points, strict=True), style, marker="o", color=LIGHT[number % len(LIGHT)], label=method)
     panel.set_xscale("log", base=2)
     panel.set(xlabel="rank", ylabel=f"error reduction, {norm} norm (%)")
     panel.xaxis.set_major_formatter("{x:.0f}")
@@ -115,7 +116,7 @@ def draw_spectra(spectra: Mapping[str, Mapping[str, Tensor]], path: Path) -> Non
     figure = Figure(figsize=(3.6 * columns, 3.2 * lines), dpi=130, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel, (kind, named) in zip(panels, spectra.items(), strict=False):
-        for (label, values), colour in zip(named.items(), COLOURS, strict=False):
+        for (label, values), colour in zip(named.items(), LIGHT, strict=False):
             panel.plot(range(1, len(values) + 1), values.tolist(), label=label, color=colour, linewidth=1.2)
         panel.set(title=kind, yscale="log")
         decorate(panel)

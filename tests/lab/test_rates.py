@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pissa.lab.comparison.search import FACTOR, best_rates, good_rate, is_on_edge, next_rate
+from pissa.lab.rates import FACTOR, best_rates, good_rate, is_on_edge, next_rate, rate_beyond
 from pissa.training.recipe import TRAINING_METHODS
 
 
@@ -30,6 +30,16 @@ def bowl(best: float) -> Callable[[float], float]:
 
 def test_a_search_begins_around_the_good_region() -> None:
     assert list(searched(bowl(1.0), 2e-3, 3)) == [2e-3, 6.32e-4, 6.32e-3]
+
+
+def test_beyond_an_end_lies_the_next_rate_and_nothing_where_the_best_is_enclosed() -> None:
+    assert rate_beyond({1e-3: 2.0, 2e-3: 1.0}) == 4e-3
+    assert rate_beyond({1e-3: 1.0, 2e-3: 2.0}) == 5e-4
+    assert rate_beyond({1e-3: 1.0, 2e-3: 2.0}, 10.0) == 1e-4
+    assert rate_beyond({1e-3: 2.0, 2e-3: 1.0, 4e-3: math.inf}) is None
+    assert (rate_beyond({1e-3: 1.0}), rate_beyond({1e-3: 1.0}, 10.0)) == (None, 1e-4)
+    # where every run diverged, lower rates are what is left to try
+    assert rate_beyond({1e-3: math.inf, 2e-3: math.inf}) == 5e-4
 
 
 @pytest.mark.parametrize(("best", "towards"), [(1e-9, -1), (1e9, 1)])

@@ -14,7 +14,7 @@ so far, so that a search that was stopped goes on as if it had not been.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 FACTOR = math.sqrt(10)
 FIRST = 3
@@ -45,13 +45,11 @@ def next_rate(tried: Mapping[float, float], middle: float) -> float:
     for rate in (middle, middle / FACTOR, middle * FACTOR):
         if _rounded(rate) not in tried:
             return _rounded(rate)
-    rates = sorted(tried)
-    best = min(rates, key=lambda rate: (tried[rate], rate))
+    further = rate_beyond(tried, FACTOR)
+    if further is not None:
+        return further
+    best, rates = best_rate(tried), sorted(tried)
     place = rates.index(best)
-    if place == 0:
-        return _rounded(best / FACTOR)
-    if place == len(rates) - 1:
-        return _rounded(best * FACTOR)
     below, above = rates[place - 1], rates[place + 1]
     wider, nearer = math.log(best / below), math.log(above / best)
     if math.isclose(wider, nearer, rel_tol=0.02):
@@ -61,13 +59,37 @@ def next_rate(tried: Mapping[float, float], middle: float) -> float:
     return _rounded(math.sqrt(best * neighbour))
 
 
+def rate_beyond(tried: Mapping[float, float], factor: float | None = None) -> float | None:
+    """The next rate beyond the lowest or the highest one tried, where that is the best so far.
+
+    Args:
+        tried: rate -> what is minimised, infinite for a run that diverged.
+        factor: from the best rate to the next; None for the one between the best rate and its neighbour.
+
+    Returns:
+        A rate rounded to three digits; None where worse ones enclose the best, or where a single rate has no neighbour.
+    """
+    best, rates = best_rate(tried), sorted(tried)
+    if best not in (rates[0], rates[-1]) or (factor is None and len(rates) == 1):
+        return None
+    towards = -1 if best == rates[0] else 1
+    if factor is None:
+        factor = rates[1] / best if towards < 0 else best / rates[-2]
+    return _rounded(best * factor**towards)
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate with the lowest loss, the lower one of equals; the lowest of all where every run diverged."""
+    return min(tried, key=lambda rate: (tried[rate], rate))
+
+
 def best_rates(tried: Mapping[float, float], count: int) -> list[float]:
     """The rates with the lowest losses, best first, without those that diverged; the lower one of equals."""
     finite = [rate for rate in tried if math.isfinite(tried[rate])]
     return sorted(finite, key=lambda rate: (tried[rate], rate))[:count]
 
 
-def is_on_edge(rate: float, tried: Mapping[float, float]) -> bool:
+def is_on_edge(rate: float, tried: Collection[float]) -> bool:
     """Whether nothing was tried on one side of a rate."""
     return rate in (min(tried), max(tried))
 

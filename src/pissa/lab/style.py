@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 INK, GRID = "#1b1f24", "#d7dbe0"
 """Of text and axes, and of the grid, in a picture on white."""
@@ -37,6 +37,11 @@ class Look:
         return LIGHT[self.slot]
 
     @property
+    def line(self) -> dict[str, Any]:
+        """matplotlib's settings of a line on white."""
+        return {"color": self.colour, "linestyle": self.dashes}
+
+    @property
     def svg_dashes(self) -> str:
         """For stroke-dasharray, at a stroke of 2."""
         return "none" if isinstance(self.dashes, str) else " ".join(f"{2 * part:g}" for part in self.dashes[1])
@@ -59,6 +64,24 @@ LOOKS = {
     "robust-pissa": Look(5, DOTTED, SQUARE),
     "full": Look(6, SOLID, CIRCLE),
 }
+
+
+def look_of(method: str, number: int | None = None) -> Look:
+    """A method's own look.
+
+    Args:
+        method: with iterations (`qpissa-5`) or behind a format (`nf4 lora`) it looks like its family.
+        number: chooses the colour of a method that has no look of its own; None where every method must have one.
+
+    Raises:
+        KeyError: the method has none, and no number is given.
+    """
+    name = method.rpartition(" ")[2]
+    family, _, iterations = name.rpartition("-")
+    known = LOOKS.get(family if iterations.isdigit() else name)
+    if known is None and number is None:
+        raise KeyError(f"{method} has no look of its own in LOOKS")
+    return known or Look((number or 0) % len(LIGHT), SOLID, CIRCLE)
 
 
 def looks_of(methods: Iterable[str]) -> dict[str, Look]:
