@@ -27,25 +27,25 @@ AIM_SECONDS, AIM_LOSS = 2.0, 1e-3
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-def ours(W: Tensor, rank: int) -> Any:
+def default(W: Tensor, rank: int) -> Any:
     """The library's default."""
-    return truncated_svd(W, rank)
+    return truncated_svd(W, rank, tolerance=AIM_LOSS)
 
 
-def ours_fp32(W: Tensor, rank: int) -> Any:
-    """The same with all products in fp32."""
+def fp32(W: Tensor, rank: int) -> Any:
+    """Krylov with all products in fp32."""
     return decompose(W, rank, AIM_LOSS, "krylov", 0, sketch=torch.float32)
 
 
-def ours_bf16(W: Tensor, rank: int) -> Any:
-    """The same with products in bf16 where accuracy allows it."""
+def bf16(W: Tensor, rank: int) -> Any:
+    """Krylov with its first products in bf16."""
     return decompose(W, rank, AIM_LOSS, "krylov", 0, sketch=torch.bfloat16)
 
 
 OURS: dict[str, Callable[[Tensor, int], Any]] = {
-    "pissa, default": ours,
-    "pissa, fp32 products": ours_fp32,
-    "pissa, bf16 products": ours_bf16,
+    "pissa, default": default,
+    "pissa, krylov in fp32": fp32,
+    "pissa, krylov with bf16 products": bf16,
 }
 RIVALS = {"svd_lowrank niter 4": torch_lowrank(4), "svd_lowrank niter 16": torch_lowrank(16)}
 

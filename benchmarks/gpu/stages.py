@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BUDGET = 480.0
-"""Seconds that the whole pass may take."""
+BUDGET = 460.0
+"""Seconds for all stages; with the start of Python before them the pass stays within eight minutes."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("function", "The function is kept: step 0, saving, loading, export", "benchmarks.gpu.function", 45),
+    Stage("function", "The function is kept: step 0, saving, loading, export", "benchmarks.gpu.function", 60),
     Stage("decompositions", "All linears of LLaMA-2-7B's shapes", "benchmarks.gpu.decompositions", 80),
-    Stage("training", "Training steps of an 8B-shaped model in bf16", "benchmarks.gpu.training", 120),
-    Stage("initialisation", "Whole initialisation of a 7B-shaped model", "benchmarks.gpu.initialisation", 80),
-    Stage("properties", "Properties of tests/devices on the device", "benchmarks.gpu.properties", 75),
-    Stage("quantised", "Training steps of the 8B-shaped model in NF4", "benchmarks.gpu.quantised", 70),
+    Stage("training", "Training steps of an 8B-shaped model in bf16", "benchmarks.gpu.training", 115),
+    Stage("initialisation", "Whole initialisation of a 7B-shaped model", "benchmarks.gpu.initialisation", 75),
+    Stage("properties", "Properties of tests/devices on the device", "benchmarks.gpu.properties", 65),
+    Stage("quantised", "Training steps of the 8B-shaped model in NF4", "benchmarks.gpu.quantised", 65),
 )

@@ -38,6 +38,8 @@ STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_LINE = 64
 BLOCK = 1 << 20
 """Elements of a block of rows that is widened to fp32 at once, so that a residual needs no fp32 copy of its weight."""
+GPU_BLOCK = 1 << 24
+"""The same on a GPU, which a small block would not fill."""
 
 
 @dataclass(frozen=True)
@@ -311,8 +313,8 @@ def frobenius(E: Tensor) -> float:
 
 
 def row_blocks(W: Tensor) -> Iterator[slice]:
-    """Slices of W's rows, each of about BLOCK elements."""
-    step = max(1, BLOCK // max(1, W.shape[1]))
+    """Slices of W's rows, each of about BLOCK elements, on a GPU of GPU_BLOCK."""
+    step = max(1, (BLOCK if W.device.type == "cpu" else GPU_BLOCK) // max(1, W.shape[1]))
     return (slice(top, top + step) for top in range(0, W.shape[0], step))
 
 

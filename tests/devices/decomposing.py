@@ -11,6 +11,7 @@ from torch import Tensor
 from pissa import PissaConfig, split_weight, truncated_svd
 from pissa.config import METHODS
 from pissa.decompose.orthogonal import orthonormalize
+from pissa.decompose.svd import decompose
 
 ALGORITHMS: tuple[Any, ...] = ("auto", "exact", "gram", "chebyshev", "krylov", "subspace")
 SHAPES = ((150, 90), (90, 150), (120, 120))
@@ -68,6 +69,27 @@ def a_batch_is_as_good_as_its_matrices(device: torch.device) -> None:
     for algorithm in ALGORITHMS:
         W = torch.stack([decaying(150, 90, seed) for seed in range(3)]).to(device)
         found = truncated_svd(W, RANK, algorithm=algorithm)
+        for i, certificate in enumerate(found.certificate):
+            check_triplets(W[i], (found.U[i], found.S[i], found.Vh[i], certificate), device)
+
+
+@holds
+def a_batch_of_all_magnitudes_is_as_good_as_its_matrices(device: torch.device) -> None:
+    for algorithm in ALGORITHMS:
+        sizes = (1.0, 2.0**-60, 2.0**60, 0.0)
+        matrices = [decaying(150, 90, seed) * size for seed, size in enumerate(sizes)]
+        found = truncated_svd(torch.stack(matrices).to(device), RANK, algorithm=algorithm)
+        for i, (W, size) in enumerate(zip(matrices, sizes, strict=True)):
+            S = found.S[i] / size if size else found.S[i]
+            W = W / size if size else W
+            check_triplets(W, (found.U[i], S, found.Vh[i], found.certificate[i]), device)
+
+
+@holds
+def bf16_products_lose_no_accuracy(device: torch.device) -> None:
+    for shape in SHAPES:
+        W = torch.stack([decaying(*shape, seed) for seed in range(2)]).to(device)
+        found = decompose(W, RANK, PROVABLE, "krylov", 0, sketch=torch.bfloat16)
         for i, certificate in enumerate(found.certificate):
             check_triplets(W[i], (found.U[i], found.S[i], found.Vh[i], certificate), device)
 

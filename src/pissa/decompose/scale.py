@@ -42,6 +42,13 @@ def safe_exponent(largest: float) -> int:
     return 0 if fits else -math.frexp(largest)[1]
 
 
+def share_a_scale(W: Tensor) -> bool:
+    """Whether one power of two suits all matrices of a batch (b, m, n); else the squares of some would underflow."""
+    low, high = torch.aminmax(W.detach().flatten(1), dim=1)
+    sizes = torch.maximum(-low, high).tolist()
+    return len({safe_exponent(size) for size in sizes if size > 0 and math.isfinite(size)}) <= 1
+
+
 def magnitude(W: Tensor) -> float:
     """The largest absolute value in W; NaN or Inf where W holds one. An order faster than `isfinite` entry by entry."""
     if W.numel() == 0:

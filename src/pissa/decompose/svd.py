@@ -13,8 +13,8 @@ certificate. The methods have files of their own:
     auto       one of the three by a cost model, exact when nothing less will do       cost.py
 
 On a CPU the matrices of a batch are decomposed one after the other, so that a matrix has the same bits alone and in
-any batch. On CUDA a batch is one set of batched kernels. Where the processor has units for bf16 products, the first
-products of "krylov" run on them (`units.py`, `sketch.py`).
+any batch. On CUDA a batch of matrices of like magnitude is one set of batched kernels. Where the processor has units
+for bf16 products, the first products of "krylov" run on them (`units.py`, `sketch.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .gram import exact_svd, gram_svd
 from .krylov import block_krylov
 from .precision import full_precision
 from .ritz import Factorization
-from .scale import energy, magnitude, scaled, unscaled
+from .scale import energy, magnitude, scaled, share_a_scale, unscaled
 from .sketch import sketched_start
 from .subspace import OVERSAMPLING, subspace_svd
 from .units import first_products
@@ -95,7 +95,7 @@ def truncated_svd(
     W = W.detach()
     if W.ndim == 2:
         return decompose(W, rank, tolerance, algorithm, seed, warm_start, niter)
-    if W.device.type != "cpu":
+    if W.device.type != "cpu" and share_a_scale(W):
         return decompose(W, rank, tolerance, algorithm, seed, warm_start, niter)
     starts = [None] * len(W) if warm_start is None else list(warm_start)
     parts = [decompose(w, rank, tolerance, algorithm, seed, s, niter) for w, s in zip(W, starts, strict=True)]

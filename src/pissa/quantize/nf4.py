@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import ScaleSearch
 from .nested import NestedScales, quantize_scales
-from .scales import CHUNK, SMALLEST, Scratch, Table, reciprocal, search_scales
+from .scales import CHUNK, GPU_CHUNK, SMALLEST, Scratch, Table, reciprocal, search_scales
 
 # fmt: off
 NF4_VALUES = (
@@ -67,7 +67,7 @@ class PackedNF4:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
         flat, scales, packed = out.view(-1), self.scales, self.codes.view(-1)
         pairs = torch.cartesian_prod(self.table, self.table)
-        step = chunk_blocks(self.block_size) * self.block_size
+        step = chunk_blocks(self.block_size, out.device) * self.block_size
         for start in range(0, flat.numel(), step):
             stop = min(start + step, flat.numel())
             codes = packed[start // 2 : (stop + 1) // 2].int()
@@ -186,7 +186,7 @@ def choose_scales(
 
 def chunk_scratch(flat: Tensor, block_size: int) -> Scratch:
     """Buffers for the largest chunk."""
-    blocks = min(chunk_blocks(block_size), -(-flat.numel() // block_size))
+    blocks = min(chunk_blocks(block_size, flat.device), -(-flat.numel() // block_size))
     return Scratch(flat.new_empty(blocks * block_size))
 
 
@@ -201,7 +201,7 @@ def each_chunk(flat: Tensor, block_size: int, weights: Tensor | None) -> Iterato
 
     A short last block is filled up with zeros.
     """
-    step = chunk_blocks(block_size) * block_size
+    step = chunk_blocks(block_size, flat.device) * block_size
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step].float()
         missing = -len(part) % block_size
@@ -215,9 +215,9 @@ def each_chunk(flat: Tensor, block_size: int, weights: Tensor | None) -> Iterato
         yield blocks, importance, missing > 0
 
 
-def chunk_blocks(block_size: int) -> int:
+def chunk_blocks(block_size: int, device: torch.device) -> int:
     """How many blocks are worked on at once, so that memory stays bounded."""
-    return max(1, CHUNK // block_size)
+    return max(1, (CHUNK if device.type == "cpu" else GPU_CHUNK) // block_size)
 
 
 def absmax_scales(blocks: Tensor, short: bool) -> Tensor:

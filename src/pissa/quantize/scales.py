@@ -18,6 +18,8 @@ CELLS = 4096
 """Cells of the lookup that finds nearest codes; no cell holds two boundaries of the NF4 table."""
 CHUNK = 1 << 17
 """Values worked on at a time: few enough for the cache, many enough to hide the calls."""
+GPU_CHUNK = 1 << 24
+"""The same on a GPU, where each of the many calls starts a kernel: enough to fill it, few enough for its memory."""
 SMALLEST = 1e-38
 """Divisors are kept away from zero by this, as in bitsandbytes."""
 LARGEST = 1e34
