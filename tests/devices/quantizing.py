@@ -105,6 +105,7 @@ def gptq_rounds_as_well_as_on_the_cpu(device: torch.device) -> None:
 @holds
 def quantised_splits_take_away_as_much_error_as_on_the_cpu(device: torch.device) -> None:
     presets: dict[str, Quantization] = {name: quantization_preset(name) for name in ("loftq-2", "qpissa-2", "ours-3")}
+    presets["qpissa-3, plain"] = quantization_preset("qpissa-3", double_quant=False)
     presets["int8"] = Quantization("int8", iterations=2)
     for dtype in (torch.float32, torch.bfloat16):
         W = weight(dtype=dtype)

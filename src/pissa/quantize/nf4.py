@@ -154,7 +154,7 @@ def rounding_error(W: Tensor, left: Tensor, right: Tensor, block_size: int, out:
         `out`; of the nearest values the same is true as in `rounded_nf4`.
     """
     m, n = W.shape
-    table, step = nf4_table(W.device), max(1, CHUNK // n)
+    table, step = nf4_table(W.device), max(1, chunk_values(W.device) // n)
     scratch, rest = Scratch(W[:step]), torch.empty_like(W[:step])
     for top in range(0, m, step):
         rows = slice(top, top + step)
@@ -217,7 +217,12 @@ def each_chunk(flat: Tensor, block_size: int, weights: Tensor | None) -> Iterato
 
 def chunk_blocks(block_size: int, device: torch.device) -> int:
     """How many blocks are worked on at once, so that memory stays bounded."""
-    return max(1, (CHUNK if device.type == "cpu" else GPU_CHUNK) // block_size)
+    return max(1, chunk_values(device) // block_size)
+
+
+def chunk_values(device: torch.device) -> int:
+    """How many values are worked on at once."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def absmax_scales(blocks: Tensor, short: bool) -> Tensor:
