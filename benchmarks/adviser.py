@@ -31,9 +31,10 @@ import torch
 from pissa.adapted.adapt import adapt
 from pissa.checkpoint.disk.write import write_json
 from pissa.checkpoint.source.load import load_base, load_tokenizer
+from pissa.data.conversation import Example
 from pissa.data.encode import Collator, Encoded, encode
 from pissa.data.read import read_examples
-from pissa.data.rows import Example, examples_from_rows
+from pissa.data.rows import examples_from_rows
 from pissa.data.text import texts_of
 from pissa.errors import TrainingError
 from pissa.evaluation.loss import held_out_loss

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from pissa.data.conversation import Example, Message
 from pissa.data.encode import IGNORED, Collator, Encoded, encode
+from pissa.data.prompts import TEMPLATES
 from pissa.data.read import read_examples
-from pissa.data.rows import Example, Message
 from pissa.errors import ConfigError, DataError
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -54,12 +55,12 @@ def test_learned_labels_repeat_the_input_at_their_place() -> None:
         assert all(label in (token, IGNORED) for token, label in pairs)
 
 
-def test_chat_learns_every_turn_its_end_and_a_last_eos() -> None:
+def test_chat_learns_every_turn_and_its_end() -> None:
     tokenizer = tiny_tokenizer(add_bos=True)
     encoded = encode([TWO], tokenizer, template="chat", max_length=512)
-    assert learned(encoded, tokenizer) == f"{RESPONSE}<end>None<end><eos>"
+    assert learned(encoded, tokenizer) == f"{RESPONSE}<end>None<end>"
     assert seen(encoded, tokenizer) == (
-        f"[user]\n{QUESTION}<end>\n[assistant]\n{RESPONSE}<end>\n[user]\nAnd now?<end>\n[assistant]\nNone<end><eos>"
+        f"[user]\n{QUESTION}<end>\n[assistant]\n{RESPONSE}<end>\n[user]\nAnd now?<end>\n[assistant]\nNone<end>"
     )
 
 
@@ -71,17 +72,49 @@ def test_eos_that_ends_the_turn_is_not_doubled() -> None:
     tokenizer = tiny_tokenizer(pad_is_eos=True, chat_template=template)
     encoded = encode([TWO], tokenizer, template="chat", max_length=512)
     assert learned(encoded, tokenizer) == f"{RESPONSE}<eos>None<eos>"
-    assert encoded.input_ids[0][-2:] != [tokenizer.eos_token_id] * 2
+    assert encoded.input_ids[0].count(tokenizer.eos_token_id) == 4
 
 
-def test_no_token_spans_the_end_of_the_prompt() -> None:
+def test_a_turn_without_an_end_of_its_own_ends_in_eos() -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(chat_template=template)
+    encoded = encode([TWO], tokenizer, template="chat", max_length=512)
+    assert learned(encoded, tokenizer) == f"{RESPONSE}\nNone\n<eos>"
+
+
+def test_the_ids_are_those_of_the_whole_text_and_a_token_across_the_boundary_is_learned_and_said() -> None:
     tokenizer = tiny_tokenizer()
     prompt, response = "### Instruct", "ion:\n5"
     whole = tokenizer(prompt + response)["input_ids"]
+    assert whole != tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"]
     example = Example((Message("user", prompt), Message("assistant", response)))
-    encoded = encode([example], tokenizer, template="none", max_length=64)
-    assert encoded.input_ids[0][:-1] == tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"] != whole
-    assert learned(encoded, tokenizer) == response + "<eos>"
+    encoded = encode([example, ONE], tokenizer, template="none", max_length=64)
+    assert encoded.input_ids[0][:-1] == whole
+    assert learned(encoded, tokenizer).endswith(response + "<eos>")
+    assert "in 1 rows the end of the prompt makes one token" in encoded.summary
+
+
+def test_every_token_of_a_text_is_learned_under_any_template() -> None:
+    tokenizer = tiny_tokenizer(add_bos=True)
+    for template in TEMPLATES:
+        encoded = encode([Example(text="Some words."), ONE], tokenizer, template=template, max_length=512)
+        assert learned(encoded, tokenizer) == "Some words.<eos>" and seen(encoded, tokenizer).startswith("<bos>")
+
+
+def test_auto_is_chat_where_there_is_a_chat_template_and_alpaca_otherwise() -> None:
+    for chat_template in (tiny_tokenizer().chat_template, None):
+        tokenizer = tiny_tokenizer(chat_template=chat_template)
+        auto = encode([ONE], tokenizer, template="auto", max_length=512)
+        assert auto == encode([ONE], tokenizer, template="chat" if chat_template else "alpaca", max_length=512)
+
+
+def test_the_end_of_a_row_can_be_what_is_kept() -> None:
+    encoded = encode(of_lengths(20), tiny_tokenizer(), template="none", max_length=8, keep="end")
+    assert encoded.input_ids[0][-1] == tiny_tokenizer().eos_token_id
+    assert (encoded.labels[0][0], encoded.truncated) == (IGNORED, 1)
 
 
 def test_empty_prompt_still_leaves_the_first_token_unlearned() -> None:

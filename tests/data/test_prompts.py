@@ -1,11 +1,13 @@
-"""What a prompt template shows a model, and which part of it is learned."""
+"""What a prompt template shows a model before the response."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from pissa.data.prompts import Piece, check_template, pieces, prompt_text
-from pissa.data.rows import Example, Message, RowError
+from pissa.data.conversation import Example, Message, RowError
+from pissa.data.prompts import prompt_text, resolve_template
 from pissa.errors import ConfigError
 from tiny import tiny_tokenizer
 
@@ -20,6 +22,7 @@ TWO = Example(
         Message("assistant", "6 "),
     )
 )
+CALL = {"type": "function", "function": {"name": "add", "arguments": {}}}
 
 
 def test_alpaca_prompt_is_the_published_text() -> None:
@@ -39,60 +42,49 @@ def test_alpaca_prompt_with_input_is_the_published_text() -> None:
 
 
 def test_none_adds_nothing() -> None:
-    assert pieces(ONE, None, "none") == [Piece("Add {2} and 3.", False), Piece("5", True)]
+    assert prompt_text(ONE, None, "none") == "Add {2} and 3."
     assert prompt_text(WITH_INPUT, None, "none") == "Add {2} and 3.\n\nUse words."
 
 
-def test_chat_learns_every_assistant_turn_with_its_end() -> None:
-    assert pieces(TWO, tiny_tokenizer(), "chat") == [
-        Piece("[system]\nBe brief.<end>\n[user]\n2 + 2?<end>\n[assistant]\n", False),
-        Piece("4<end>", True),
-        Piece("\n[user]\n3 + 3?<end>\n[assistant]\n", False),
-        Piece("6 <end>", True),
-    ]
-
-
-def test_chat_turn_without_marker_ends_with_its_line() -> None:
-    template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+def test_chat_prompt_is_the_conversation_before_the_response() -> None:
+    assert prompt_text(TWO, tiny_tokenizer(), "chat") == (
+        "[system]\nBe brief.<end>\n[user]\n2 + 2?<end>\n[assistant]\n4<end>\n[user]\n3 + 3?<end>\n[assistant]\n"
     )
-    found = pieces(TWO, tiny_tokenizer(chat_template=template), "chat")
-    assert [piece.text for piece in found if piece.learned] == ["4\n", "6 \n"]
-
-
-@pytest.mark.parametrize("example", [ONE, WITH_INPUT, TWO])
-def test_chat_prompt_is_where_the_last_response_begins(example: Example) -> None:
-    tokenizer = tiny_tokenizer()
-    found = pieces(example, tokenizer, "chat")
-    assert prompt_text(example, tokenizer, "chat") == "".join(piece.text for piece in found[:-1])
-
-
-def test_chat_template_that_rewrites_earlier_turns_is_refused() -> None:
-    template = (
-        "{% for m in messages %}[{{ m['role'] }}]{% if loop.last and m['role'] == 'assistant' %}<think>{% endif %}"
-        "{{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert prompt_text(WITH_INPUT, tiny_tokenizer(), "auto") == (
+        "[user]\nAdd {2} and 3.\n\nUse words.<end>\n[assistant]\n"
     )
-    tokenizer = tiny_tokenizer(chat_template=template)
-    assert pieces(ONE, tokenizer, "chat")[-1] == Piece("<think>5<end>", True)
-    with pytest.raises(RowError, match="rows of one turn"):
-        pieces(TWO, tokenizer, "chat")
 
 
 def test_chat_template_that_refuses_a_role_is_quoted() -> None:
     tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('System role not supported') }}")
     with pytest.raises(RowError, match="System role not supported"):
-        pieces(TWO, tokenizer, "chat")
+        prompt_text(TWO, tokenizer, "chat")
 
 
 @pytest.mark.parametrize("template", ["alpaca", "none"])
-def test_several_turns_do_not_fit_single_turn_templates(template: str) -> None:
-    with pytest.raises(RowError, match="'chat' holds more"):
-        pieces(TWO, None, template)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("example", "named"),
+    [
+        (TWO, "not one user and one assistant message"),
+        (Example(ONE.messages, tools=(CALL,)), "tools"),
+        (Example(ONE.messages, template_options={"enable_thinking": False}), "template_options"),
+        (Example((ONE.messages[0], Message("assistant", "5", extra={"tool_calls": [CALL]}))), "tool_calls"),
+        (Example((ONE.messages[0], Message("assistant", "5", extra={"reasoning": "hm"}))), "reasoning"),
+    ],
+)
+def test_what_a_single_turn_template_cannot_hold_is_refused(template: Any, example: Example, named: str) -> None:
+    with pytest.raises(RowError, match=f"{named}.*'chat' holds more"):
+        prompt_text(example, None, template)
+
+
+def test_plain_text_has_no_prompt() -> None:
+    for template in ("chat", "alpaca", "none"):
+        with pytest.raises(RowError, match="no prompt"):
+            prompt_text(Example(text="words"), tiny_tokenizer(), template)
 
 
 def test_templates_that_cannot_be_used_are_refused() -> None:
-    with pytest.raises(ConfigError, match="allowed: alpaca, chat, none"):
-        check_template("vicuna", None)
+    with pytest.raises(ConfigError, match="allowed: auto, chat, alpaca, none"):
+        resolve_template("vicuna", None)
     with pytest.raises(ConfigError, match="no chat template"):
-        check_template("chat", tiny_tokenizer(chat_template=None))
+        resolve_template("chat", tiny_tokenizer(chat_template=None))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pissa.data import read as data
+from pissa.data.conversation import Message
 from pissa.data.read import read_examples
-from pissa.data.rows import Message
 from pissa.errors import DataError, MissingExtraError
 
 ROW = {"instruction": "Add 2 and 3.", "output": "5"}
@@ -38,6 +38,24 @@ def test_every_kind_of_json_file_gives_the_same_rows(tmp_path: Path, ending: str
     examples = read_examples(path)
     assert [example.response for example in examples] == ["5", "5"]
     assert [example.where for example in examples] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".txt", ".jsonl.gz", ""])
+@pytest.mark.parametrize(
+    "document", [[ROW, ROW], {"data": [ROW, ROW]}, {"type": "x", "instances": [ROW, ROW]}], ids=["list", "data", "type"]
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_what_a_file_holds_decides_how_it_is_read(tmp_path: Path, document: Any, ending: str, indent: Any) -> None:
+    path = tmp_path / f"rows{ending}"
+    text = json.dumps(document, indent=indent).encode()
+    path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+    assert [example.where for example in read_examples(path)] == [f"{path}: row 1", f"{path}: row 2"]
+
+
+def test_compressed_lines_are_read_under_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(gzip.compress(write(tmp_path / "plain", ROW, ROW).read_bytes()))
+    assert [example.where for example in read_examples(path)] == [f"{path}:1", f"{path}:2"]
 
 
 def test_json_list_is_read_as_rows(tmp_path: Path) -> None:

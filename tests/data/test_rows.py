@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pissa.data.rows import Message, RowError, example_from_row, examples_from_rows
+from pissa.data.conversation import Message, RowError, row_of
+from pissa.data.rows import example_from_row, examples_from_rows
 from pissa.errors import DataError
 
 PAIR = (Message("user", "q"), Message("assistant", "r"))
@@ -46,8 +47,22 @@ def test_text_is_kept_to_the_character() -> None:
         (["q", "r"], "not an object but a list"),
         ("text", "not an object but a string"),
         ({}, "no fields"),
-        ({"text": "q"}, "unknown shape, its keys are 'text'"),
-        ({"conversations": [{"from": "human", "value": "q"}]}, "unknown shape"),
+        ({"texts": "q"}, "unknown shape, its keys are 'texts'"),
+        ({"text": " "}, "empty 'text'"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "ends with a message of the role 'user'"),
+        ({"conversations": [{"from": ["x"], "value": "q"}]}, "in message 1; allowed: system"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
+        ({"messages": [USER, ASSISTANT], "images": ["x.png"]}, "has 'images': only text is trained"),
+        ({"question": "q", "answer": "r", "weight": 0}, "has a weight of its own (0)"),
+        ({"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]}, "write it as 'tools'"),
+        ({"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}}]}, "write it as 'tool_calls'"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "weight 0 on every assistant turn"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "has 0.5 for 'weight' in message 2"),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "system": "t"}, "beside a system message"),
+        ({"messages": [USER, ASSISTANT], "tools": "{oops"}, "'tools' that is no JSON"),
+        ({"messages": [USER, ASSISTANT], "tools": {"name": "f"}}, "no list of JSON schemas"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "without the name of a function"),
+        ({"instruction": "q", "output": "r", "history": ["a", "b"]}, "no list of [question, answer] pairs"),
         ({"instruction": "q", "response": "r"}, "unknown shape"),
         ({"question": "q", "answer": "r", "prompt": "q", "completion": "r"}, "two shapes at once"),
         ({"question": "q", "answer": ""}, "empty response in 'answer'"),
@@ -66,12 +81,15 @@ def test_text_is_kept_to_the_character() -> None:
         ({"messages": [ASSISTANT]}, "before the first user message"),
         ({"messages": [SYSTEM, ASSISTANT, USER, ASSISTANT]}, "before the first user message"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "empty response in message 2"),
-        ({"messages": [USER, {"role": "tool", "content": "x"}, ASSISTANT]}, "the role 'tool' in message 2"),
-        ({"messages": [{"role": ["user"], "content": "x"}, ASSISTANT]}, "in message 1; allowed: system, user"),
+        ({"messages": [USER, {"role": "critic", "content": "x"}, ASSISTANT]}, "the role 'critic' in message 2"),
+        (
+            {"messages": [{"role": ["user"], "content": "x"}, ASSISTANT]},
+            "in message 1; allowed: system, developer, user",
+        ),
         ({"messages": [{"content": "x"}, ASSISTANT]}, "role 'None' in message 1"),
         (
-            {"messages": [{"role": "user", "content": [{"text": "x"}]}, ASSISTANT]},
-            "a list for the content of message 1",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ASSISTANT]},
+            "a part of the type 'image_url' in message 1",
         ),
         ({"messages": [{"role": "user"}, ASSISTANT]}, "null for the content of message 1"),
     ],
@@ -80,6 +98,78 @@ def test_unusable_rows_say_why(row: Any, reason: str) -> None:
     with pytest.raises(RowError) as caught:
         example_from_row(row)
     assert reason in str(caught.value)
+
+
+LOOK_UP = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "x"}}}
+
+
+def test_what_stands_beside_an_alpaca_row_becomes_turns() -> None:
+    row = {"instruction": "q", "input": "i", "output": "r", "system": "s", "history": [["a", "b"]]}
+    example = example_from_row(row)
+    assert [(m.role, m.content) for m in example.with_input()] == [
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "q\n\ni"), ("assistant", "r"),
+    ]  # fmt: skip
+
+
+def test_what_changes_a_turn_is_kept() -> None:
+    turns = [
+        USER,
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [LOOK_UP]},
+        {"role": "tool", "content": "found", "tool_call_id": "1"},
+        {**ASSISTANT, "weight": 0},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {**ASSISTANT, "weight": 1, "name": None},
+    ]
+    example = example_from_row({"messages": turns, "tools": [LOOK_UP], "chat_template_kwargs": {"thinking": True}})
+    called, found, unlearned, joined, last = example.messages[1:]
+    assert called.content == "" and dict(called.extra) == {"reasoning_content": "hm", "tool_calls": [LOOK_UP]}
+    assert (found.role, dict(found.extra)) == ("tool", {"tool_call_id": "1"})
+    assert (unlearned.learned, last.learned, dict(last.extra)) == (False, True, {})
+    assert joined.content == "ab"
+    assert ([*example.tools], dict(example.template_options)) == ([LOOK_UP], {"thinking": True})
+
+
+def test_arguments_of_a_call_are_an_object_as_templates_take_them() -> None:
+    quoted = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "x"}'}}
+    bare = {"name": "look_up", "arguments": {"word": "x"}}
+    for call in (quoted, bare, LOOK_UP):
+        example = example_from_row({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]})
+        assert example.messages[1].extra["tool_calls"][0]["function"] == LOOK_UP["function"]
+
+
+def test_sharegpt_rows_are_conversations() -> None:
+    said = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "look_up", "arguments": {"word": "x"}}'},
+        {"from": "observation", "value": "found"},
+        {"from": "gpt", "value": "r"},
+    ]
+    example = example_from_row({"conversations": said, "system": "s", "tools": f"[{LOOK_UP}]".replace("'", '"')})
+    assert [message.role for message in example.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert example.messages[2].extra["tool_calls"] == [LOOK_UP] and [*example.tools] == [LOOK_UP]
+
+
+def test_of_a_prompt_of_messages_the_completion_alone_is_learned() -> None:
+    example = example_from_row({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
+    assert [message.learned for message in example.messages if message.role == "assistant"] == [False, True]
+    assert example == example_from_row({"prompt": [USER, ASSISTANT, USER], "completion": "r"})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "some words"},
+        {"instruction": "q", "input": "i", "output": "r"},
+        {"instruction": "q", "input": "i", "output": "r", "history": [["a", "b"]]},
+        {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "thinking": "hm"}], "tools": [LOOK_UP]},
+        {"prompt": [USER], "completion": "r", "chat_template_kwargs": {"thinking": True}},
+    ],
+)
+def test_a_row_written_back_is_read_as_the_same_conversation(row: dict[str, Any]) -> None:
+    example = example_from_row(row)
+    again = example_from_row(row_of(example))
+    assert (again.with_input(), again.text) == (example.with_input(), example.text)
+    assert (again.tools, again.template_options) == (example.tools, example.template_options)
 
 
 def test_rows_in_memory_are_refused_together() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from pissa.data.conversation import Example, Message
 from pissa.data.prompts import prompt_text
-from pissa.data.rows import Example, Message
 from pissa.errors import ConfigError, DataError
 from pissa.evaluation.generate import generate
 from pissa.evaluation.run import evaluate

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from pissa.data.conversation import Example, Message
 from pissa.data.prompts import prompt_text
 from pissa.data.read import read_examples
-from pissa.data.rows import Example, Message, examples_from_rows
+from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError, DataError
 from pissa.evaluation.generate import Continuation, generate
 from pissa.evaluation.intervals import wilson

@@ -141,7 +141,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(
     [
         ("{not json", "data.jsonl:3 is not JSON"),
         ('{"instruction": "a", "output": " "}', "data.jsonl:3 has an empty response"),
-        ('{"text": "a"}', "data.jsonl:3 is of an unknown shape"),
+        ('{"texts": "a"}', "data.jsonl:3 is of an unknown shape"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_by_file_and_line(base: Path, tmp_path: Path, line: str, said: str) -> None:

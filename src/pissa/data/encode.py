@@ -3,27 +3,32 @@
     input_ids = [bos]  prompt  response  eos
     labels    = -100 … -100    response  eos        (label[0] is always -100: nothing precedes it)
 
-Only responses are learned (paper, section 5), and so is eos: padding is told apart by length, never by its id, so
-that an eos that doubles as padding keeps its label. Every piece is tokenised on its own: no token spans the end of a
-prompt, and the response begins with the tokens that a model generates after the prompt alone.
+The ids, and what is learned of them, are those of TRL's SFTTrainer (tests hold them against it): a text is tokenised
+as one piece, so that its ids spell it and nothing else, and a response begins where the ids of prompt and response
+part from those of the prompt alone; only what stands behind the last learned token of a conversation, which no loss
+sees, is left away. Padding is told apart by length, never by its id, so that an eos that doubles as
+padding keeps its label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from .prompts import Piece, Template, check_template, pieces
-from .rows import Example, RowError, unusable_rows
+from .chat import ChatTemplate
+from .conversation import Example, RowError
+from .prompts import Template, prompt_text, resolve_template
+from .rows import unusable_rows
 
 IGNORED = -100
 # Texts handed to the tokenizer at once: it tokenises a batch in parallel, and memory stays bounded.
 CHUNK = 1024
+Kept = Literal["start", "end"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Encoded:
     """Rows left out because no token of a response survived the cut."""
     max_length: int
     """Tokens that a row may have."""
+    notes: tuple[str, ...] = ()
+    """What else the user should know, one line each."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -53,26 +60,51 @@ class Encoded:
         return [len(row) for row in self.input_ids]
 
     @property
+    def learned(self) -> int:
+        """Tokens that the loss runs over."""
+        return sum(label != IGNORED for row in self.labels for label in row)
+
+    @property
     def summary(self) -> str:
         """One line for the user: rows, tokens, and what was cut or left out."""
-        learned = sum(label != IGNORED for row in self.labels for label in row)
-        line = f"{len(self)} rows, {sum(self.lengths)} tokens, {learned} of them learned"
+        line = f"{len(self)} rows, {sum(self.lengths)} tokens, {self.learned} of them learned"
         if self.truncated or self.dropped:
             line += (
                 f"; at {self.max_length} tokens {self.truncated} rows were truncated, and {self.dropped} more were "
                 "dropped because nothing of their response was left"
             )
-        return line
+        return "; ".join([line, *self.notes])
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, *, template: Template, max_length: int) -> Encoded:
+@dataclass(frozen=True)
+class _Row:
+    """One example, uncut."""
+
+    ids: list[int]
+    labels: list[int]
+    note: str | None = None
+    """What happened to it that the user should know; rows are counted by note."""
+
+
+MERGED = "in {} rows the end of the prompt makes one token with the response's beginning and is learned with it"
+ONLY_LAST = "in {} rows the last turn alone is learned, since the chat template writes earlier ones anew"
+OTHER_PROMPT = (
+    "in {} rows the response is written without what the chat template's generation prompt puts before it; a model "
+    "that thinks first wants rows with reasoning_content"
+)
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, *, template: Template, max_length: int, keep: Kept = "start"
+) -> Encoded:
     """Tokenise examples under a prompt template, with labels on the responses alone.
 
     Args:
-        examples: the conversations, as `read_examples` gives them.
+        examples: the conversations and texts, as `read_examples` gives them.
         tokenizer: a transformers tokenizer with an eos token.
-        template: "alpaca", "chat" (the tokenizer's own) or "none".
-        max_length: tokens that a row may have, at least 2; what is longer is cut at the end and counted.
+        template: "auto", "chat" (the tokenizer's own), "alpaca" or "none"; of no concern to plain text.
+        max_length: tokens that a row may have, at least 2; what is longer is cut and counted.
+        keep: which side of a row that is cut remains.
 
     Returns:
         The rows in order, without those that were dropped.
@@ -81,16 +113,27 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, template: Template, m
         ConfigError: a setting that cannot be right, or a tokenizer without eos or, for "chat", without a template.
         DataError: no examples, examples that do not fit the template, or none whose response survives the cut.
     """
-    check_template(template, tokenizer)
+    template = resolve_template(template, tokenizer)
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length!r}; a row needs at least 2 tokens, one to see and one to learn")
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token to learn; set tokenizer.eos_token")
     if not examples:
         raise DataError("there are no examples to encode")
-    prefix = [] if template == "chat" else default_bos(tokenizer)
-    rows = _labelled(_all_pieces(examples, tokenizer, template), tokenizer, prefix)
-    return _cut(rows, max_length)
+    found: list[_Row] = []
+    offenders: list[str] = []
+    chat = ChatTemplate(tokenizer) if template == "chat" else None
+    for start in range(0, len(examples), CHUNK):
+        chunk = examples[start : start + CHUNK]
+        for number, row in enumerate(_rows(chunk, tokenizer, template, chat), start + 1):
+            if isinstance(row, RowError):
+                offenders.append(f"{examples[number - 1].where or f'row {number}'} {row}")
+            else:
+                found.append(row)
+    if offenders:
+        remedy = "Give rows that the template can hold, or another template"
+        raise unusable_rows("the data", offenders, len(examples), remedy)
+    return _cut(found, max_length, keep)
 
 
 def default_bos(tokenizer: Any) -> list[int]:
@@ -99,11 +142,11 @@ def default_bos(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, without special tokens around it."""
+def token_ids(texts: Sequence[str], tokenizer: Any, *, special: bool = False) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it unless they are asked for."""
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 @dataclass(frozen=True)
@@ -131,54 +174,82 @@ def _padded(rows: list[list[int]], width: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 
-def _all_pieces(examples: Sequence[Example], tokenizer: Any, template: Template) -> list[list[Piece]]:
-    found: list[list[Piece]] = []
-    offenders: list[str] = []
-    for number, example in enumerate(examples, 1):
+def _rows(
+    examples: Sequence[Example], tokenizer: Any, template: Template, chat: ChatTemplate | None
+) -> Iterator[_Row | RowError]:
+    """Each example tokenised, or why it cannot be."""
+    texts: list[tuple[str, str] | RowError | None] = []
+    for example in examples:
         try:
-            found.append(pieces(example, tokenizer, template))
+            texts.append(None if chat and example.text is None else _prompt_and_whole(example, tokenizer, template))
         except RowError as reason:
-            offenders.append(f"{example.where or f'row {number}'} {reason}")
-    if offenders:
-        remedy = "Give rows that the template can hold, or another template"
-        raise unusable_rows("the data", offenders, len(examples), remedy)
-    return found
+            texts.append(reason)
+    plain = [text for text in texts if isinstance(text, tuple)]
+    prompts = iter(token_ids([prompt for prompt, _ in plain], tokenizer, special=True))
+    wholes = iter(token_ids([whole for _, whole in plain], tokenizer, special=True))
+    for example, text in zip(examples, texts, strict=True):
+        if isinstance(text, RowError):
+            yield text
+        elif text is not None:
+            yield _continued(next(prompts), next(wholes), is_text=example.text is not None)
+        else:
+            assert chat is not None
+            yield _conversed(chat, example)
 
 
-def _labelled(examples: list[list[Piece]], tokenizer: Any, prefix: list[int]) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of each example, uncut."""
-    rows: list[tuple[list[int], list[int]]] = []
-    for start in range(0, len(examples), CHUNK):
-        chunk = examples[start : start + CHUNK]
-        encoded = iter(token_ids([piece.text for row in chunk for piece in row], tokenizer))
-        for row in chunk:
-            ids, labels = list(prefix), [IGNORED] * len(prefix)
-            for piece in row:
-                tokens = next(encoded)
-                ids += tokens
-                labels += tokens if piece.learned else [IGNORED] * len(tokens)
-            if ids[-1:] != [tokenizer.eos_token_id] or labels[-1] == IGNORED:
-                ids.append(tokenizer.eos_token_id)
-                labels.append(tokenizer.eos_token_id)
-            labels[0] = IGNORED
-            rows.append((ids, labels))
-    return rows
+def _prompt_and_whole(example: Example, tokenizer: Any, template: Template) -> tuple[str, str]:
+    """The text that is not learned, and all text, with eos at its end; a plain text is learned from its beginning."""
+    prompt = prompt_text(example, tokenizer, template) if example.text is None else ""
+    response, eos = example.response, tokenizer.eos_token
+    return prompt, prompt + (response if response.endswith(eos) else response + eos)
 
 
-def _cut(rows: list[tuple[list[int], list[int]]], max_length: int) -> Encoded:
+def _continued(prompt: list[int], whole: list[int], *, is_text: bool) -> _Row:
+    shared = 0
+    for token, other in zip(prompt, whole, strict=False):
+        if token != other:
+            break
+        shared += 1
+    start = 1 if is_text else max(shared, 1)
+    merged = MERGED if not is_text and shared < len(prompt) else None
+    return _Row(whole, [IGNORED] * start + whole[start:], merged)
+
+
+def _conversed(chat: ChatTemplate, example: Example) -> _Row | RowError:
+    try:
+        tokens = chat.encode(example)
+    except RowError as reason:
+        return reason
+    # no loss sees what follows the last learned token
+    stop = len(tokens.learned) - tokens.learned[::-1].index(True)
+    pairs = zip(tokens.input_ids[:stop], tokens.learned[:stop], strict=True)
+    labels = [token if learned else IGNORED for token, learned in pairs]
+    note = ONLY_LAST if tokens.only_last else OTHER_PROMPT if tokens.other_prompt else None
+    return _Row(tokens.input_ids[:stop], [IGNORED, *labels[1:]], note)
+
+
+def _cut(rows: list[_Row], max_length: int, keep: Kept) -> Encoded:
+    part = slice(max_length) if keep == "start" else slice(-max_length, None)
     kept_ids: list[list[int]] = []
     kept_labels: list[list[int]] = []
     truncated = dropped = 0
-    for ids, labels in rows:
-        if all(label == IGNORED for label in labels[:max_length]):
+    counts: dict[str, int] = {}
+    for row in rows:
+        ids, labels = row.ids[part], row.labels[part]
+        if all(label == IGNORED for label in labels[1:]):
             dropped += 1
             continue
-        truncated += len(ids) > max_length
-        kept_ids.append(ids[:max_length])
-        kept_labels.append(labels[:max_length])
+        truncated += len(row.ids) > max_length
+        labels[0] = IGNORED
+        kept_ids.append(ids)
+        kept_labels.append(labels)
+        if row.note is not None:
+            counts[row.note] = counts.get(row.note, 0) + 1
     if not kept_ids:
         raise DataError(
             f"no response begins within max_length = {max_length} tokens in any of the {dropped} rows; "
-            f"raise max_length (the shortest row has {min(len(ids) for ids, _ in rows)} tokens)"
+            f"raise max_length (the shortest row has {min(len(row.ids) for row in rows)} tokens)"
         )
-    return Encoded(kept_ids, kept_labels, truncated, dropped, max_length)
+    return Encoded(
+        kept_ids, kept_labels, truncated, dropped, max_length, tuple(note.format(n) for note, n in counts.items())
+    )

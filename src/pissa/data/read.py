@@ -3,9 +3,10 @@
 What flows where:
 
     read_examples (here): file or hub id -> rows with their places
-    rows.py:              row -> Example, the messages of a conversation, whatever the row's shape
-    prompts.py:           Example -> pieces of text, each learned or not, under a prompt template
-    encode.py:            pieces -> input_ids and labels, and the collator that pads a batch of them
+    rows.py:              row -> Example (`conversation.py`), whatever the row's shape; messages by `messages.py`
+    prompts.py:           Example -> the text that a model continues, under a prompt template
+    chat.py:              Example -> input_ids and what is learned of them, under the tokenizer's chat template
+    encode.py:            all examples -> input_ids and labels, and the collator that pads a batch of them
 
 A file is read as bytes and split at line feeds only, so that other line separators inside a string break no row.
 """
@@ -16,15 +17,19 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
 from ..errors import DataError, MissingExtraError
-from .rows import Example, RowError, collect
+from .conversation import Example, RowError
+from .rows import collect
 
+GZIP_MAGIC, PARQUET_MAGIC, BYTE_ORDER_MARK = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
+LISTS = ("data", "rows", "examples", "instances")
+"""Keys under which a JSON document may hold its rows."""
 LINES = (".jsonl", ".jsonl.gz")
 JSON = (".json", ".json.gz")
 PARQUET = (".parquet",)
@@ -51,8 +56,9 @@ def read_examples(source: str | Path, *, split: str = "train", subset: str | Non
     """Read a data set; see `rows.py` for the shapes that its rows may have.
 
     Args:
-        source: a .jsonl file (one object per line), a .json file (a list of objects, or lines), either also as .gz,
-            a .parquet file, or the id of a data set on the hub. What exists as a file is taken as a file.
+        source: a file of JSON (one object per line, a list of objects, or an object that holds such a list under
+            "data"), also compressed by gzip, a parquet file, or the id of a data set on the hub. What exists as a file
+            is taken as a file.
         split: of a data set on the hub; a file has no splits and is read whole.
         subset: of a data set on the hub that has several ("main" of "openai/gsm8k").
 
@@ -77,60 +83,101 @@ def read_examples(source: str | Path, *, split: str = "train", subset: str | Non
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each row of a .jsonl, .json or .parquet file; a row that is not JSON is the `RowError`.
+    """(where, row) of each row of a file; a row that is not JSON is the `RowError`.
+
+    What the file holds decides how it is read, whatever its name ends in: gzip and parquet by their first bytes; JSON
+    as one document (a list of rows, or an object that has them under one of LISTS) or as lines.
 
     Raises:
         DataError: a file that is damaged or of another kind.
     """
     name = str(path)
-    ending = name.lower()
-    if ending.endswith(PARQUET):
-        return _parquet_rows(path, name)
-    if ending.endswith((*LINES, *JSON)):
-        return _json_rows(path, name, may_be_list=ending.endswith(JSON))
-    raise DataError(f"{name} is of a kind that is not read; {ALLOWED}")
-
-
-def _json_rows(path: Path, name: str, *, may_be_list: bool) -> Iterator[tuple[str, Any]]:
     try:
-        with _open(path) as file:
-            if may_be_list and _starts_a_list(file):
-                yield from _listed_rows(file, name)
+        with path.open("rb") as file:
+            start = file.read(len(PARQUET_MAGIC))
+        if start == PARQUET_MAGIC or name.lower().endswith(PARQUET):
+            return _parquet_rows(path, name)
+        return _json_rows(path, name, compressed=start.startswith(GZIP_MAGIC))
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {_one_line(error)}") from error
+
+
+def _json_rows(path: Path, name: str, *, compressed: bool) -> Iterator[tuple[str, Any]]:
+    try:
+        if name.lower().endswith(".gz") and path.stat().st_size and not compressed:
+            raise DataError(f"{name} cannot be read: it is not compressed by gzip, as its name says")
+        with _open(path, compressed=compressed) as file:
+            first = _first_line(file)
+            if first and not name.lower().endswith((*LINES, *JSON)) and first[:1] not in (b"{", b"["):
+                raise DataError(f"{name} is of a kind that is not read; {ALLOWED}")
+            file.seek(0)
+            document = _document(file, first, name)
+            if document is not None:
+                yield from document
             else:
+                file.seek(0)
                 yield from _lines(file, name)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name} cannot be read: {_one_line(error)}") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+def _open(path: Path, *, compressed: bool) -> IO[bytes]:
+    return gzip.open(path, "rb") if compressed else path.open("rb")  # type: ignore[return-value]
 
 
-def _starts_a_list(file: IO[bytes]) -> bool:
-    """Whether the first character that says something opens a list; the file is wound back."""
-    first = b""
+def _first_line(file: IO[bytes]) -> bytes:
+    """The first line that says something, without what surrounds it."""
     for line in file:
-        first = line.removeprefix(b"\xef\xbb\xbf").strip()[:1]
-        if first:
-            break
-    file.seek(0)
-    return first == b"["
+        if found := line.removeprefix(BYTE_ORDER_MARK).strip():
+            return found
+    return b""
+
+
+def _document(file: IO[bytes], first: bytes, name: str) -> Iterator[tuple[str, Any]] | None:
+    """The rows of a file that is one JSON document; None for one of lines.
+
+    Args:
+        file: at its beginning.
+        first: its first line that says something.
+        name: of the file.
+
+    Raises:
+        DataError: a list that is damaged.
+    """
+    row = _parse(first)
+    if isinstance(row, Mapping) and not any(isinstance(row.get(key), list) for key in LISTS):
+        return None
+    if not isinstance(row, RowError) and not isinstance(row, Mapping | list):
+        return None
+    if not isinstance(row, RowError) and sum(1 for line in file if line.removeprefix(BYTE_ORDER_MARK).strip()) > 1:
+        return None
+    if isinstance(row, RowError):
+        if first[:1] not in (b"[", b"{"):
+            return None
+        row = _parse(file.read().removeprefix(BYTE_ORDER_MARK))
+    if isinstance(row, RowError):
+        if first[:1] == b"[" and not name.lower().endswith(LINES):
+            raise DataError(f"{name} {row}")
+        return None
+    rows = row if isinstance(row, list) else _listed_in(row)
+    return ((f"{name}: row {number}", held) for number, held in enumerate(rows, 1))
+
+
+def _listed_in(document: Any) -> list[Any]:
+    """The rows that an object holds under one of LISTS, unless it is a row itself."""
+    if isinstance(document, Mapping):
+        lists = [document[key] for key in LISTS if isinstance(document.get(key), list)]
+        if len(lists) == 1 and all(isinstance(row, Mapping) for row in lists[0]):
+            return lists[0]
+    return [document]
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if line.strip():
             yield f"{name}:{number}", _parse(line)
-
-
-def _listed_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
-    rows = _parse(file.read().removeprefix(b"\xef\xbb\xbf"))
-    if isinstance(rows, RowError):
-        raise DataError(f"{name} {rows}")
-    for number, row in enumerate(rows, 1):
-        yield f"{name}: row {number}", row
 
 
 def _parse(text: bytes) -> Any:

@@ -1,58 +1,33 @@
-"""Data rows of every accepted shape, as one thing: an `Example`, the messages of a conversation.
+"""Data rows of every accepted shape as `Example`s.
 
-    {instruction, input?, output}   {question, answer}   {prompt, completion}   {messages: [{role, content}, ...]}
+    {instruction, input?, output}   {question, answer}   {prompt, completion}   {text}
+    {messages: [{role, content}, ...]}   {conversations: [{from, value}, ...]}
 
-A single-turn row becomes one user and one assistant message; other keys are left alone. A row that cannot be used
+A row of a question and an answer becomes one user and one assistant message. Keys that change what is learned are
+used, or the row is refused by name: `system`, `history`, `tools` and `chat_template_kwargs` beside any shape;
+`tool_calls`, reasoning and `weight` in a message (`messages.py`). Other keys are left alone. A row that cannot be used
 raises `RowError` with the reason; whoever reads the rows gathers the reasons and raises one `DataError`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ..errors import DataError
-
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = get_args(Role)
+from .conversation import Example, Message, RowError
+from .messages import conversation, kind, text_of
 
 SINGLE_TURN = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"))
+CONVERSATIONS = (("messages",), ("conversations",))
 ROW_SHAPES = (
-    "{instruction, input?, output}, {question, answer}, {prompt, completion} or {messages: [{role, content}, ...]}"
+    "{instruction, input?, output}, {question, answer}, {prompt, completion}, {messages: [{role, content}, ...]}, "
+    "{conversations: [{from, value}, ...]} or {text}"
 )
 SHOWN_OFFENDERS = 5
-
-
-class RowError(ValueError):
-    """Why one row cannot be used; it completes the sentence "FILE:LINE …"."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: Role
-    """Who speaks: "system", "user" or "assistant"."""
-    content: str
-    """What is said, without any template's markup."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A conversation that ends with an assistant's message; every assistant message in it can be learned."""
-
-    messages: tuple[Message, ...]
-    """In order; after system messages, if any, the user speaks first, and the assistant last."""
-    input: str = ""
-    """Alpaca's second field: what the instruction, the user message, is to be applied to. Empty where there is none."""
-    where: str = ""
-    """Where the row stands ("file:line"), for messages."""
-
-    @property
-    def response(self) -> str:
-        """The last assistant message."""
-        return self.messages[-1].content
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+PREFERENCE = ("chosen", "rejected", "kto_tag")
 
 
 def example_from_row(row: Any, where: str = "") -> Example:
@@ -63,26 +38,29 @@ def example_from_row(row: Any, where: str = "") -> Example:
         where: the row's place, kept in the example.
 
     Raises:
-        RowError: the row is not an object, of no known shape or of two, a field is not text, or a response is empty.
+        RowError: the row is not an object, of no known shape or of two, a field is not text, a response is empty, or a
+            key would change what is learned and cannot be used.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"is not an object but {_kind(row)}")
-    shape = _shape(row)
-    if shape == ("messages",):
-        return Example(_conversation(row["messages"]), where=where)
-    prompt, response = (_text(row[key], f"'{key}'") for key in shape)
-    if not response.strip():
-        raise RowError(f"has an empty response in '{shape[1]}'")
-    extra = row.get("input") if shape[0] == "instruction" else None
-    second = _text(extra, "'input'") if extra is not None else ""
-    return Example((Message("user", prompt), Message("assistant", response)), second if second.strip() else "", where)
-
-
-def row_of(example: Example) -> dict[str, Any]:
-    """An example as a row that `example_from_row` reads as the same one."""
-    if example.input:
-        return {"instruction": example.messages[0].content, "input": example.input, "output": example.response}
-    return {"messages": [{"role": message.role, "content": message.content} for message in example.messages]}
+        raise RowError(f"is not an object but {kind(row)}")
+    given, row = row, {key: value for key, value in row.items() if value is not None}
+    _refuse_unused(row)
+    shape = _shape(row, given)
+    if shape == ("text",):
+        text = text_of(row["text"], "'text'")
+        if not text.strip():
+            raise RowError("has an empty 'text'")
+        return Example(where=where, text=text)
+    if shape in CONVERSATIONS:
+        messages = conversation(row[shape[0]], shape[0])
+    elif isinstance(row[shape[0]], list | tuple):
+        messages = _continued(row[shape[0]], row[shape[1]], shape)
+    else:
+        messages = _single_turn(row, shape)
+    extra = text_of(row["input"], "'input'") if shape[0] == "instruction" and "input" in row else ""
+    return Example(
+        _with_system(row, messages), extra if extra.strip() else "", where, _tools(row), _template_options(row)
+    )
 
 
 def unusable_rows(source: str, offenders: list[str], total: int, remedy: str) -> DataError:
@@ -132,62 +110,107 @@ def collect(rows: Iterable[tuple[str, Any]], source: str) -> list[Example]:
     return examples
 
 
-def _shape(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The keys of the one shape that the row has."""
-    shapes = [
-        shape
-        for shape in (*SINGLE_TURN, ("messages",))
-        if all(key in row for key in shape) and any(row[key] is not None for key in shape)
-    ]
+def _refuse_unused(row: Mapping[str, Any]) -> None:
+    """Refuse keys that say that something else is to be learned than what would be.
+
+    Raises:
+        RowError: naming the key.
+    """
+    if media := [key for key in MEDIA if row.get(key)]:
+        raise RowError(f"has {media[0]!r}: only text is trained; take the row out")
+    if any(key in row for key in PREFERENCE):
+        raise RowError(
+            "is preference data (chosen, rejected or kto_tag), and one response is learned; use TRL's DPOTrainer or "
+            "KTOTrainer on a model that `pissa.adapt` made, or leave only the response that is to be learned"
+        )
+    weight = row.get("weight")
+    if isinstance(weight, int | float) and weight != 1:
+        raise RowError(f"has a weight of its own ({weight!r}): all rows weigh the same; take it out, or the row")
+    for old, new in (("functions", "tools"), ("function_call", "tool_calls")):
+        if row.get(old):
+            raise RowError(f"has {old!r}, which no chat template reads; write it as {new!r}")
+
+
+def _shape(row: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of the one shape that the row has; plain text only where there is no other.
+
+    Args:
+        row: without what is null.
+        given: with it.
+    """
+    shapes = [shape for shape in (*SINGLE_TURN, *CONVERSATIONS) if all(key in row for key in shape)]
+    if not shapes and "text" in row:
+        return ("text",)
     if len(shapes) > 1:
         raise RowError(f"has two shapes at once, {shapes[0][0]!r} and {shapes[1][0]!r}: keep one")
     if not shapes:
-        keys = [repr(key)[:40] for key, value in row.items() if value is not None]
+        for shape in SINGLE_TURN:
+            empty = [key for key in shape if key in given and key not in row]
+            if len(empty) == 1 and all(key in given for key in shape):
+                raise RowError(f"has null for '{empty[0]}', where text belongs")
+        keys = [repr(key)[:40] for key in row]
         found = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
         raise RowError(f"is of an unknown shape, its keys are {found}" if keys else "has no fields")
     return shapes[0]
 
 
-def _conversation(messages: Any) -> tuple[Message, ...]:
-    if not isinstance(messages, (list, tuple)):
-        raise RowError(f"has {_kind(messages)} for 'messages', where a list belongs")
-    turns = tuple(_message(message, f"message {number}") for number, message in enumerate(messages, 1))
-    if not turns:
-        raise RowError("has no messages")
-    if turns[-1].role != "assistant":
-        raise RowError(f"ends with a message of the role '{turns[-1].role}', so there is no response to learn")
-    if next(turn.role for turn in turns if turn.role != "system") != "user":
-        raise RowError("has an assistant's message before the first user message")
-    return turns
+def _single_turn(row: Mapping[str, Any], shape: tuple[str, ...]) -> tuple[Message, ...]:
+    prompt, response = (text_of(row[key], f"'{key}'") for key in shape)
+    if not response.strip():
+        raise RowError(f"has an empty response in '{shape[1]}'")
+    return (*_history(row), Message("user", prompt), Message("assistant", response))
 
 
-def _message(message: Any, name: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(f"has {_kind(message)} for {name}, where an object with role and content belongs")
-    role = message.get("role")
-    if role not in ROLES:
-        raise RowError(f"has the role {str(role)[:40]!r} in {name}; allowed: {', '.join(ROLES)}")
-    content = _text(message.get("content"), f"the content of {name}")
-    if role == "assistant" and not content.strip():
-        raise RowError(f"has an empty response in {name}")
-    return Message(role, content)
+def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Earlier exchanges of an Alpaca row: [question, answer] pairs."""
+    pairs: Any = row.get("history") or ()
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise RowError("has a 'history' that is no list of [question, answer] pairs")
+    turns: list[Message] = []
+    for number, (asked, answered) in enumerate(pairs, 1):
+        turns.append(Message("user", text_of(asked, f"question {number} of 'history'")))
+        turns.append(Message("assistant", text_of(answered, f"answer {number} of 'history'")))
+    return tuple(turns)
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"has {_kind(value)} for {name}, where text belongs")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"has half a surrogate pair in {name}, which is no character") from None
-    return value
+def _continued(prompt: Any, completion: Any, shape: tuple[str, ...]) -> tuple[Message, ...]:
+    """TRL's conversational prompt and completion: only the completion is learned."""
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(prompt, list | tuple) or not isinstance(completion, list | tuple):
+        raise RowError(f"has {kind(completion)} for '{shape[1]}', where a list of messages belongs")
+    turns = conversation([*prompt, *completion], "prompt and completion")
+    return tuple(
+        Message(
+            turn.role, turn.content, turn.learned and (turn.role != "assistant" or number >= len(prompt)), turn.extra
+        )
+        for number, turn in enumerate(turns)
+    )
 
 
-def _kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return kinds.get(type(value), f"a value of type {type(value).__name__}")
+def _with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    system = text_of(row["system"], "'system'") if "system" in row else ""
+    if not system.strip():
+        return messages
+    if messages[0].role == "system":
+        raise RowError("has 'system' beside a system message: keep one")
+    return (Message("system", system), *messages)
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    tools = row.get("tools") or ()
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else ()
+        except ValueError as error:
+            raise RowError(f"has 'tools' that is no JSON ({error})") from error
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError("has 'tools' that is no list of JSON schemas")
+    return tuple(tools)
+
+
+def _template_options(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise RowError(f"has {kind(options)} for 'chat_template_kwargs', where an object belongs")
+    return options

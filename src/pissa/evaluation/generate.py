@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..data.chat import end_of_turn
 from ..data.encode import default_bos, token_ids
 from ..errors import ConfigError, DataError
 
@@ -47,7 +48,7 @@ def generate(
         max_new_tokens: tokens after which an unfinished continuation is cut.
         batch_size: prompts continued at once, neighbours in length.
         add_bos: put bos before a prompt where the tokenizer does by default; False for prompts in a chat
-            template, which writes its own.
+            template, which writes its own; generation then stops at that template's end of a turn too.
         progress: called after every batch with the number of prompts done and in all.
 
     Returns:
@@ -100,7 +101,7 @@ def continuations(
     empty = [str(number) for number, tokens in enumerate(ids, 1) if not tokens]
     if empty:
         raise DataError(f"nothing to continue: these prompts have no tokens: {', '.join(empty[:10])}")
-    settings = _greedy(model, tokenizer, max_new_tokens)
+    settings = _greedy(model, tokenizer, max_new_tokens, None if add_bos else end_of_turn(tokenizer))
     extra = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     with _generating(model, settings):
@@ -123,13 +124,14 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text[: min([len(text), *(at for at in map(text.find, stop) if at >= 0)])]
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
-    """Settings of greedy decoding; it stops where the tokenizer or the model's own settings say that a text ends."""
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, end: int | None) -> Any:
+    """Settings of greedy decoding; it stops at `end`, and where the tokenizer or the model's own settings say that a
+    text ends."""
     from transformers import GenerationConfig
 
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
-    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.eos_token_id}
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.eos_token_id, end}
     stops = sorted(end for end in ends if end is not None)
     padding = [tokenizer.pad_token_id, *stops, 0]
     return GenerationConfig(

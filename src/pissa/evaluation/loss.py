@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..data.conversation import Example
 from ..data.encode import Collator, Encoded, encode
 from ..data.prompts import Template
-from ..data.rows import Example
 from ..training.trainer import token_losses
 
 

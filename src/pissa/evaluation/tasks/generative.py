@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...data.prompts import Template, check_template, prompt_text
+from ...data.conversation import Example, Message, RowError
+from ...data.prompts import Template, prompt_text, resolve_template
 from ...data.read import file_rows
-from ...data.rows import Example, Message, RowError, collect, unusable_rows
+from ...data.rows import collect, unusable_rows
 from ...errors import DataError
 from ..generate import Continuation, continuations
 from ..samples import SampleLog
@@ -58,8 +59,7 @@ class GenerativeTask(Task):
         progress: Progress | None,
     ) -> Evaluation:
         """Generate in batches and judge."""
-        template = options.template or self.template
-        check_template(template, tokenizer)
+        template = resolve_template(options.template or self.template, tokenizer)
         posed = self._posed(problems, tokenizer, template)
         limit = options.max_new_tokens or self.max_new_tokens
         batches = continuations(

@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...data.conversation import RowError
 from ...data.read import file_rows
-from ...data.rows import RowError, unusable_rows
+from ...data.rows import unusable_rows
 from ...errors import ConfigError, DataError
 from ..harness import likelihoods
 from ..intervals import bootstrap, wilson

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...data.conversation import Example, RowError
 from ...data.prompts import Template, prompt_text
-from ...data.rows import Example, RowError
+from ...data.conversation import Example, RowError
+from ...data.prompts import Template, prompt_text
 from .generative import GenerativeTask, Posed, first_examples
 from .gsm8k_answers import extract_answer, same_answer
 from .math_answers import final_answer, same_expression

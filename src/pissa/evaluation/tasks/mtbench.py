@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ...data.prompts import ALPACA, Template, check_template
+from ...data.prompts import ALPACA, Template, resolve_template
 from ...errors import ConfigError, DataError
 from ..generate import Continuation, continuations
 from ..intervals import bootstrap
@@ -95,8 +95,7 @@ class MtBench(Task):
         progress: Progress | None,
     ) -> Evaluation:
         """Answer and judge. The judge is tried before the work begins."""
-        template = options.template or self.template
-        check_template(template, tokenizer)
+        template = resolve_template(options.template or self.template, tokenizer)
         judge = Judge(str(options.judge_url), str(options.judge_model), options.judge_key_env)
         prompts = _judge_prompts(options.judge_prompts)
         references = _references(options.references, problems)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.conversation import Example
 from ...data.encode import IGNORED, encode
 from ...data.read import read_examples
-from ...data.rows import Example
 from ...data.text import texts_of
 from ...errors import ConfigError, DataError
 from ..intervals import bootstrap

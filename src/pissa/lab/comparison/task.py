@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.conversation import Example, row_of
 from ...data.read import read_examples
-from ...data.rows import Example, row_of
 from ...errors import DataError
 from ...evaluation.tasks.gsm8k_answers import extract_answer
 from ...provenance import sha256, sha256_of_file

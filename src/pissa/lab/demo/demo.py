@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from ...checkpoint.disk.write import explained, output_files, write_json
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
+from ...data.conversation import Example, row_of
 from ...data.encode import token_ids
 from ...data.prompts import prompt_text
 from ...data.read import read_examples
-from ...data.rows import Example, examples_from_rows, row_of
+from ...data.rows import examples_from_rows
 from ...errors import DataError, OutputError
 from ...evaluation.loss import held_out_loss
 from ...evaluation.tasks.registry import Evaluation, Options, find_task

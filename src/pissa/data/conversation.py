@@ -1,0 +1,91 @@
+"""An `Example`: one row of data, whatever its shape was, as the messages of a conversation or as a plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = get_args(Role)
+OPENING: tuple[Role, ...] = ("system", "developer")
+"""Roles that may speak before the first user message."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which a message keeps what was thought before its content; transformers reads them as one."""
+
+
+class RowError(ValueError):
+    """Why one row cannot be used; it completes the sentence "FILE:LINE …"."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    """Who speaks."""
+    content: str
+    """What is said, without any template's markup."""
+    learned: bool = True
+    """Whether training learns it where the role is assistant; False for a turn whose weight is 0."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What else the chat template may write: tool_calls, reasoning_content, name, tool_call_id …"""
+
+    def as_dict(self, *, parts: bool = False) -> dict[str, Any]:
+        """The message as a chat template takes it.
+
+        Args:
+            parts: give the content as a list of one text, which templates of multimodal models ask for.
+        """
+        content = [{"type": "text", "text": self.content}] if parts else self.content
+        return {"role": self.role, "content": content, **self.extra}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with an assistant's message, or a plain text to go on from nothing."""
+
+    messages: tuple[Message, ...] = ()
+    """In order; after system messages, if any, the user speaks first, and the assistant last. Empty for a text."""
+    input: str = ""
+    """Alpaca's second field: what the instruction, the last user message, is to be applied to. Empty for none."""
+    where: str = ""
+    """Where the row stands ("file:line"), for messages."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the functions that the assistant may call; the chat template writes them."""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own arguments of the chat template, such as enable_thinking ("chat_template_kwargs")."""
+    text: str | None = None
+    """All of the row where it is plain text, of which every token is learned."""
+
+    @property
+    def response(self) -> str:
+        """The last assistant message; of a plain text the text itself."""
+        return self.messages[-1].content if self.text is None else self.text
+
+    def with_input(self) -> tuple[Message, ...]:
+        """The messages, with `input` after an empty line in the last user message."""
+        if not self.input:
+            return self.messages
+        at = max(index for index, message in enumerate(self.messages) if message.role == "user")
+        asked = self.messages[at]
+        whole = Message("user", f"{asked.content}\n\n{self.input}", asked.learned, asked.extra)
+        return (*self.messages[:at], whole, *self.messages[at + 1 :])
+
+
+def row_of(example: Example) -> dict[str, Any]:
+    """An example as a row that `example_from_row` reads as the same one."""
+    if example.text is not None:
+        return {"text": example.text}
+    more: dict[str, Any] = {}
+    if example.tools:
+        more["tools"] = [dict(tool) for tool in example.tools]
+    if example.template_options:
+        more["chat_template_kwargs"] = dict(example.template_options)
+    if example.input and len(example.messages) == 2:
+        return {"instruction": example.messages[0].content, "input": example.input, "output": example.response, **more}
+    turns = [
+        {**message.as_dict(), **({} if message.learned or message.role != "assistant" else {"weight": 0})}
+        for message in example.with_input()
+    ]
+    return {"messages": turns, **more}
