@@ -43,7 +43,10 @@ def test_a_figure_with_its_interval_or_one_json_document(
         (["--task", "mt-bench", "--data", "D"], "needs a judge: give --judge-url"),
         (["--task", "gsm8k", "--data", "DATA", "--window", "5"], "gsm8k has no use for window"),
         (["--task", "gsm8k", "--data", "DATA", "--limit", "0"], "limit is 0; give at least 1"),
-        (["--task", "gsm8k", "--data", "DATA", "--template", "alpacca"], "template is 'alpacca'; allowed: alpaca"),
+        (
+            ["--task", "gsm8k", "--data", "DATA", "--template", "alpacca"],
+            "template is 'alpacca'; allowed: auto, chat, alpaca",
+        ),
         (["--task", "mbpp", "--data", "DATA", "--allow-code-execution"], "has no task_id, test_list"),
         (["--task", "gsm8k"], "Missing option '--data'"),
     ],

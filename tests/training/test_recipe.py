@@ -34,7 +34,7 @@ def test_the_defaults_are_the_paper_s() -> None:
         0,
     )
     assert (recipe.batch_size, recipe.max_length, recipe.epochs, recipe.dropout) == (128, 512, 1, 0)
-    assert (recipe.template, recipe.target_modules, recipe.alpha) == ("alpaca", "all-linear", None)
+    assert (recipe.template, recipe.target_modules, recipe.alpha) == ("auto", "all-linear", None)
     assert recipe.pissa_config().scale(recipe.rank, recipe.pissa_config().alpha) == 1
 
 

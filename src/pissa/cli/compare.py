@@ -58,7 +58,10 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Examples per step. [128]")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Examples per forward pass. [4]")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per example. [512]")] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt: alpaca, chat or none. [alpaca]")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Prompt: auto, chat, alpaca or none. [auto: chat where there is one, else alpaca]"),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Frozen weights: auto, fp32, bf16. [auto]")] = None,
     seed: Annotated[int, typer.Option(help="Of the held-out rows, and the first of the runs.")] = 0,
     keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep all weights and checkpoints.")] = False,

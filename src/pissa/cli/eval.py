@@ -24,7 +24,7 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Problems at once. [16]")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens a continuation may have. [the task's own]")] = None,
     template: Annotated[
-        str | None, typer.Option(help="Prompt: alpaca, chat or none. [the run's, else the task's own]")
+        str | None, typer.Option(help="Prompt: auto, chat, alpaca or none. [the run's, else the task's own]")
     ] = None,
     allow_code_execution: Annotated[
         bool | None,

@@ -98,7 +98,10 @@ def command(
     data_split: Annotated[str | None, typer.Option(help="Split of data on the hub. [train]")] = None,
     data_subset: Annotated[str | None, typer.Option(help='Subset of data on the hub, such as "main".')] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per example. [512]")] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt: alpaca, chat or none. [alpaca]")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Prompt: auto, chat, alpaca or none. [auto: chat where there is one, else alpaca]"),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
     ] = None,

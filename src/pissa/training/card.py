@@ -28,6 +28,7 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
         f"- learning rate {results['learning_rate']:g}, {len(losses)} steps, seed {results['seed']}",
         f"- training loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last" if losses else "",
         f"- data: {results['data']}",
+        f"- prompt template: {results['template']}",
     ]
     if quantized:
         return "\n".join([*front, *_quantized_body(results, facts), ""])

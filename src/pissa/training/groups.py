@@ -133,5 +133,6 @@ class DataGroup:
     """Subset of data on the hub that has several ("main" of "openai/gsm8k")."""
     max_length: CountFromTwo = 512
     """Tokens per example; what is longer is cut and counted."""
-    template: Template = "alpaca"
-    """Prompt template: alpaca, chat (the tokenizer's own) or none."""
+    template: Template = "auto"
+    """Prompt template: chat (the tokenizer's own), alpaca or none; "auto" is chat where the tokenizer has a chat
+    template, else alpaca."""

@@ -27,6 +27,7 @@ from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.source.load import check_model_directory, load_tokenizer
 from ..data.encode import Collator, Encoded, encode
+from ..data.prompts import resolve_template
 from ..data.read import read_examples
 from ..data.rows import examples_from_rows
 from ..errors import ConfigError, Interrupted, TrainingError
@@ -178,9 +179,12 @@ def _train(
                 save_residual(prepared.model, directory.residual, tokenizer=tokenizer)
         log = StepLog(directory.log, progress=progress, label=label or recipe.method)
         trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log, callbacks)
+        template = resolve_template(recipe.template, tokenizer)
         trained = trainer.accelerator.unwrap_model(trainer.model).eval()
         whole = trainer.whole_state()
-        results = _results(recipe, settings, encoded, fingerprints, split, trained, read_log(directory.log), advice)
+        results = _results(
+            recipe, settings, encoded, template, fingerprints, split, trained, read_log(directory.log), advice
+        )
         _check_finite(directory, results)
         if is_main_process():
             step = trainer.state.global_step
@@ -275,6 +279,7 @@ def _results(
     recipe: Recipe,
     settings: dict[str, Any],
     encoded: Encoded,
+    template: str,
     fingerprints: dict[str, str],
     split: dict[str, float | None],
     model: Any,
@@ -300,6 +305,7 @@ def _results(
         "trainable_parameters": sum(trained_values(p) for p in model.parameters() if p.requires_grad),
         "quantization": quantization if ready is None or ready.config is None else ready.config["quantization"],
         "data": encoded.summary,
+        "template": template,
         "settings": settings,
         "fingerprints": fingerprints,
         "processes": process_count(),

@@ -7,8 +7,6 @@ from typing import Any
 
 from ...data.conversation import Example, RowError
 from ...data.prompts import Template, prompt_text
-from ...data.conversation import Example, RowError
-from ...data.prompts import Template, prompt_text
 from .generative import GenerativeTask, Posed, first_examples
 from .gsm8k_answers import extract_answer, same_answer
 from .math_answers import final_answer, same_expression
