@@ -40,7 +40,6 @@ def output_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
         with explained(out):
             yield partial
             flush_tree(partial)
-            os.chmod(partial, 0o777 & ~_umask())
             _put_directory(partial, out)
             flush(out.parent)
     except BaseException:
@@ -65,7 +64,6 @@ def output_files(out: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
             flush_tree(partial)
             (out / last).unlink(missing_ok=True)
             for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
-                os.chmod(file, 0o666 & ~_umask())
                 file.replace(out / file.name)
             flush(out)
     finally:
@@ -88,8 +86,7 @@ def output_file(out: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with explained(out):
             yield partial / out.name
-            flush(partial / out.name)
-            os.chmod(partial / out.name, 0o666 & ~_umask())
+            flush_tree(partial)
             _put_file(partial / out.name, out)
             flush(out.parent)
     finally:
@@ -106,7 +103,7 @@ def write_json(path: Path, document: Any) -> None:
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
+            usual_mode(Path(name))
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -174,9 +171,16 @@ def locked(descriptor: int) -> bool:
 
 
 def flush_tree(directory: Path) -> None:
-    """Flush a directory and everything in it to the disk."""
+    """Flush a directory and everything in it to the disk, with the permissions that the user's new files have."""
     for path in [*directory.rglob("*"), directory]:
+        usual_mode(path)
         flush(path)
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file or directory of ours the permissions that the umask leaves: temporary names, and what safetensors
+    writes, are for the owner alone."""
+    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 def flush(path: Path) -> None:
