@@ -34,6 +34,25 @@ model = PeftModel.from_pretrained(base, {adapter})
 ```"""
 
 
+ADDING = (
+    'To add several adapters, PEFT\'s `add_weighted_adapter` is exact with `combination_type="cat"` alone; its other '
+    "combinations (linear, svd, ties, …) compute something else."
+)
+DORA = (
+    "It is a DoRA: load it with PEFT, as above, or take `pissa export --merged`. transformers' own `load_adapter` "
+    "leaves the trained magnitudes out, with a report of missing keys, and computes another function."
+)
+
+
+def cautions(config: LoraConfig) -> list[str]:
+    """What the reader of a LoRA's card should know of other ways to load it.
+
+    Args:
+        config: PEFT's, as it is written.
+    """
+    return [*([DORA, ""] if config.use_dora else []), ADDING]
+
+
 def front_matter(base: str | None, library: str, tags: Iterable[str]) -> list[str]:
     """The lines between which the hub looks for metadata. It refuses a base that is a directory of somebody's."""
     known = base is not None and _is_hub_id(base) and not Path(base).exists()
@@ -96,7 +115,8 @@ def lora_card(
     text = ["# LoRA for the untouched base", "", f"An ordinary {kind}, made with pissa.", "", *facts]
     if config.modules_to_save:
         text.append(f"- trained in full beside it: {', '.join(config.modules_to_save)}")
-    return "\n".join([*front_matter(base, "peft", ("pissa", "lora")), *text, "", loading(base), ""])
+    lines = [*front_matter(base, "peft", ("pissa", "lora")), *text, "", loading(base), "", *cautions(config), ""]
+    return "\n".join(lines)
 
 
 def residual_adapter_card(config: LoraConfig, base: str | None, method: str | None, residual: str | None) -> str:

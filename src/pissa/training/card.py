@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint.card import BESIDE, front_matter, loading, ranks_of
+from ..checkpoint.card import BESIDE, cautions, front_matter, loading, ranks_of
 from ..export import LoraExport
 
 
@@ -51,6 +51,8 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
         *filter(None, facts),
         "",
         loading(base),
+        "",
+        *cautions(export.config),
         "",
         "`state/` holds what continues the run; it is not needed to use the adapter.",
     ]
