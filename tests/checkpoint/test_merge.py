@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pissa import PissaConfig, Quantization, adapt, export_lora, export_merged, load, save_residual
 from pissa.checkpoint.source.load import load_base
@@ -150,6 +150,44 @@ def test_a_merged_model_comes_with_its_base_s_tokenizer_and_licence(run: Path, t
     for name in names - {"model.safetensors", "config.json", "README.md"}:
         assert (tmp_path / "out" / name).read_bytes() == (run / "base" / name).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def tiny_mixtral() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **heads))
+
+
+KINDS_OF_RUN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "linear layers": (tiny_llama, {}),
+    "modules in full": (tiny_llama, {"modules_to_save": ["lm_head"]}),
+    "trainable tokens": (tiny_llama, {"trainable_token_indices": (3, 7)}),
+    "experts": (tiny_mixtral, {"target_modules": ["experts.gate_up_proj", "experts.down_proj", "q_proj"]}),
+    "dora": (tiny_llama, {"use_dora": True}),
+    "tied head": (lambda: tiny_llama(tie=True), {"target_modules": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["base's tokenizer", "run's tokenizer"])
+@pytest.mark.parametrize(("make", "settings"), KINDS_OF_RUN.values(), ids=KINDS_OF_RUN)
+def test_a_merged_model_comes_with_its_companions_whatever_was_adapted(
+    tmp_path: Path, make: Callable[[], Any], settings: dict[str, Any], own: bool
+) -> None:
+    make().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "LICENSE").write_text("mine")
+    adapt(load_base(tmp_path / "base"), PissaConfig(4, **settings)).save_pretrained(tmp_path / "run")
+    if own:
+        tiny_tokenizer(chat_template="{{ messages[0]['content'] }} of the run").save_pretrained(tmp_path / "run")
+    export_merged(tmp_path / "run", tmp_path / "merged", base=str(tmp_path / "base"))
+    kept = {file.name for file in (tmp_path / "base").iterdir()} - {"model.safetensors", "config.json"}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"} <= kept
+    names = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert names == kept | {"README.md", "config.json", "model.safetensors"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / ("run" if own else "base"))
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.get_vocab() == tokenizer.get_vocab() and merged.chat_template == tokenizer.chat_template
 
 
 def test_weights_stored_more_finely_than_config_json_says_are_rounded_as_when_loaded(run: Path, tmp_path: Path) -> None:

@@ -512,3 +512,21 @@ def test_the_manifest_says_what_the_export_is(bases: dict[str, Path], tmp_path: 
         largest_difference(logits_of(load(tmp_path / "small")), logits_of(on_base(bases["llama"], tmp_path / "small")))
         == 0
     )
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live", "saved"])
+def test_an_adapter_that_acts_on_some_tokens_alone_is_never_merged(
+    bases: dict[str, Path], tmp_path: Path, live: bool
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    model: Any = get_peft_model(from_disk(bases["llama"]), config)
+    model.save_pretrained(tmp_path / "alora")
+    given = model if live else tmp_path / "alora"
+    base = str(bases["llama"])
+    with pytest.raises(PissaError, match="invocation tokens"):
+        export_merged(given, tmp_path / "merged", base=None if live else base)
+    with pytest.raises(PissaError, match="invocation tokens"):
+        export_lora(given, tmp_path / "lora.gguf", format="gguf", base=base)
+    assert os.listdir(tmp_path) == ["alora"]
+    export_lora(given, tmp_path / "lora", rank=2)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 6]

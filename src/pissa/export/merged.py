@@ -16,14 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.attached import attach_saved
 from ..checkpoint.card import merged_card, write_card
+from ..checkpoint.companions import base_files, copy_companions
 from ..checkpoint.disk.write import check_free, output_directory
+from ..checkpoint.read import base_place, read_adapter
 from ..checkpoint.residual import unshared
 from ..checkpoint.stream.merge import merge_saved
 from ..decompose.dora import rescaled
 from ..errors import PissaError
 from ..live.layers import TRANSPOSED, Place, combine_each, place_of
 from ..live.quantized import quantized_layers
-from ..live.state import adapter_factors, adapter_layers, is_offset, place_at, without_wrappers
+from ..live.state import adapter_factors, adapter_layers, check_always_on, is_offset, place_at, without_wrappers
 from ..split import STORAGE_DTYPES, combine
 from .from_model import exportable
 from .low_rank import concatenated
@@ -70,11 +72,15 @@ def export_merged(
         record: Any = getattr(model, "pissa", None)
         if record is not None:
             write_card(partial, merged_card(record.base, record.method))
+        if not isinstance(model_or_dir, PeftModel):
+            place, _ = base_place(model_or_dir, read_adapter(model_or_dir), base)
+            copy_companions(*base_files(place), model_or_dir, partial)
 
 
 def merged_state(model: PeftModel) -> dict[str, Tensor]:
     """The base model's state dict with every adapter added to its weight and PEFT's own names taken out."""
     adapter = exportable(model)
+    check_always_on(model.peft_config[adapter], "a merged model")
     factors, layers = adapter_factors(model, adapter), adapter_layers(model)
     adapted = {place_at(layers[name]).key(name): name for name in factors}
     state: dict[str, Tensor] = {}

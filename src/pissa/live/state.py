@@ -234,6 +234,23 @@ def not_plain_lora(config: Any, *, initial_known: bool) -> str | None:
     return None
 
 
+def check_always_on(config: Any, what: str) -> None:
+    """Refuse an adapter that acts on some tokens alone where it would act on all.
+
+    Args:
+        config: PEFT's configuration of the adapter.
+        what: what would, for the message.
+
+    Raises:
+        PissaError: it is an activated LoRA (aLoRA).
+    """
+    if getattr(config, "alora_invocation_tokens", None):
+        raise PissaError(
+            f"the adapter acts only after its invocation tokens (alora_invocation_tokens), and {what} would apply it "
+            "to every token; load it with PEFT, as it is or exported without --merged and --to"
+        )
+
+
 def active_adapter_name(model: PeftModel) -> str:
     """The one adapter that is being trained or used."""
     names = [name for name in model.peft_config if name != INITIAL]

@@ -10,7 +10,6 @@ The bits are those of merging the loaded model. In memory are the adapter and on
 from __future__ import annotations
 
 import os
-import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from transformers import PreTrainedModel
 from ...decompose.dora import rescaled
 from ...errors import CheckpointError
 from ...live.layers import Place, combine_each, place_named
-from ...live.state import AdapterFactors, is_marked_offset
+from ...live.state import AdapterFactors, check_always_on, is_marked_offset
 from ..card import merged_card, write_card
+from ..companions import copy_companions
 from ..disk.header import KIND_OF
 from ..disk.layout import INDEX, TensorKind, sharded
 from ..disk.outputs import Outputs
@@ -31,7 +31,6 @@ from ..disk.write import output_directory, write_json
 from ..factors import PREFIX
 from ..read import SavedAdapter, base_place, fitted, read_adapter
 from ..residual import SavedResidual
-from ..source.files import open_plain
 from ..source.reader import Source, open_source
 from ..source.skeleton import Names, build, checkpoint_names
 from .dequantized import Dequantized
@@ -57,6 +56,7 @@ def merge_saved(path: str | os.PathLike[str], out: str | os.PathLike[str], base:
         OutputError: `out` cannot be written.
     """
     saved = read_adapter(path)
+    check_always_on(saved.config, "a merged model")
     place, residual = base_place(path, saved, base)
     with open_source(place) as source:
         merge = _Merge(path, saved, source, residual)
@@ -72,6 +72,7 @@ class _Merge:
     def __init__(
         self, path: str | os.PathLike[str], saved: SavedAdapter, source: Source, residual: SavedResidual | None
     ) -> None:
+        self.path = path
         self.model: PreTrainedModel = build(source)
         self.source = _readable(source, self.model)
         self.names: Names = checkpoint_names(self.model, self.source)
@@ -159,18 +160,14 @@ class _Merge:
         return found
 
     def _write_small(self, directory: Path, *, untied: bool) -> None:
-        """Configuration, card, and what lies with the base: its tokenizer, generation settings, licence."""
+        """Configuration, card, and what lies with the base and the run: tokenizer, generation settings, licence."""
         write_card(directory, merged_card(self.saved.base, self.saved.method))
         settings: Any = deepcopy(self.model.config)
         settings.dtype, settings.architectures = self.dtype, [type(self.model).__name__]
         if untied:
             settings.tie_word_embeddings = False
         (directory / "config.json").write_text(settings.to_json_string(), encoding="utf-8")
-        for file in self.source.others:
-            target = directory / file.relative_to(self.source.path)
-            target.parent.mkdir(exist_ok=True)
-            with open(open_plain(file)[0], "rb") as stream, target.open("wb") as copy:
-                shutil.copyfileobj(stream, copy)
+        copy_companions(self.source.path, self.source.others, self.path, directory)
 
 
 def merged_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bool) -> Tensor:
