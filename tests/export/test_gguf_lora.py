@@ -143,24 +143,47 @@ def test_a_saved_run_needs_the_base_s_config_and_nothing_else_of_it(tmp_path: Pa
     assert (tmp_path / "saved.gguf").read_bytes() == (tmp_path / "live.gguf").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"modules_to_save": ["norm"]}, r"model\.norm\.weight"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-    ],
-)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_embedding_of_an_untied_base_is_written_as_it_is_looked_up(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = trained(target_modules=["embed_tokens", "lm_head", "q_proj", "up_proj"], **settings)
+    export_lora(model, tmp_path / "lora.gguf", format="gguf")
+    values, tensors = read(tmp_path / "lora.gguf")
+    # llama.cpp takes rows of lora_a by token and multiplies by lora_b; its rank is the second dimension of both
+    A, B = (tensors[f"token_embd.weight.lora_{side}"].double() for side in "ab")
+    assert A.shape[0] == 384 and A.shape[1] == B.shape[1]
+    added = values["adapter.lora.alpha"] / B.shape[1] * (A @ B.T)
+    torch.testing.assert_close(added, change(model, "model.embed_tokens").T, rtol=0, atol=1e-6)
+    head = applied(tensors, values["adapter.lora.alpha"], "output")
+    torch.testing.assert_close(head, change(model, "lm_head"), rtol=0, atol=1e-6)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "in full": (tiny_llama, {"modules_to_save": ["norm"]}, r"model\.norm\.weight"),
+    "tied head": (lambda: tiny_llama(tie=True), {"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+    "tied embedding": (lambda: tiny_llama(tie=True), {"target_modules": ["embed_tokens"]}, r"model\.embed_tokens"),
+    "positions": (tiny_gpt2, {"target_modules": ["wpe", "c_attn"]}, r"transformer\.wpe"),
+}
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["live", "saved"])
+@pytest.mark.parametrize(("make", "settings", "said"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.filterwarnings("ignore:untied")
 def test_what_llama_cpp_has_no_place_for_is_refused_by_name(
-    tmp_path: Path, settings: dict[str, Any], said: str
+    tmp_path: Path, make: Any, settings: dict[str, Any], said: str, saved: bool
 ) -> None:
-    model = trained(tiny_llama(tie=True), **settings)
-    tied = model.get_base_model().config
-    tied.tie_word_embeddings = True  # type: ignore[union-attr]
+    plain = make()
+    plain.save_pretrained(tmp_path / "base")
+    model: Any = trained(plain, **settings)
+    if saved:
+        export_lora(model, tmp_path / "saved")
+        model = tmp_path / "saved"
+    before = sorted(os.listdir(tmp_path))
     with pytest.raises(PissaError, match=said) as caught:
-        export_lora(model, tmp_path / "lora.gguf", format="gguf")
-    assert "--merged" in str(caught.value) and "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == []
+        export_lora(model, tmp_path / "lora.gguf", format="gguf", base=tmp_path / "base")
+    assert "--to gguf" in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_another_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ a module's own alpha. So whatever factor a module has beyond α / r_W is multipl
 
 Where llama.cpp rotates neighbouring channels of queries and keys while transformers rotates the two halves of a head
 (its "llama" family), the rows of the base's projections are interleaved in the GGUF, and so are those of `lora_b`.
+
+The input embedding is looked up, not multiplied: llama.cpp takes rows of its `lora_a`, which is transposed, (vocab, r).
+Where the output head is the embedding itself it would multiply by that `lora_a` as well, and ends: refused here.
 """
 
 from __future__ import annotations
@@ -26,9 +29,13 @@ from torch import Tensor
 from ..checkpoint.disk.write import output_file
 from ..checkpoint.scales import scale_of
 from ..errors import ConfigError, MissingExtraError, PissaError
+from ..live.state import check_always_on
 
 SUFFIX = ".gguf"
 PREFIX = "base_model.model."
+EMBEDDING, OUTPUT = "token_embd", "output"
+"""What a GGUF calls the input embedding and the output head."""
+WHOLE = "export the whole model instead: --to gguf"
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ def write_gguf_lora(
     """Write a LoRA as a GGUF file, whole or not at all; fp32.
 
     Args:
-        tensors: PEFT's state dict of a LoRA of linear layers: `…lora_A.weight` (r, in), `…lora_B.weight` (out, r).
+        tensors: PEFT's state dict of a LoRA of linear layers, `…lora_A.weight` (r, in), `…lora_B.weight` (out, r), and
+            of the input embedding, `…lora_embedding_A` (r, vocab), `…lora_embedding_B` (hidden, r).
         config: PEFT's configuration that goes with it.
         base_config: transformers' configuration of the base; its weights are not needed.
         out: the file, named .gguf; it must not exist.
@@ -86,6 +94,7 @@ def write_gguf_lora(
         OutputError: the file exists, or cannot be written.
     """
     check_gguf_target(out)
+    check_always_on(config, "a GGUF LoRA")
     import gguf
 
     text_config = base_config.get_text_config()
@@ -93,11 +102,12 @@ def write_gguf_lora(
     if architecture is None:
         raise PissaError(
             f"no GGUF LoRA can be written for a base of type {text_config.model_type}; handled are "
-            f"{', '.join(ARCHITECTURES)}. Export it with --merged and convert that with llama.cpp's own script"
+            f"{', '.join(ARCHITECTURES)}; {WHOLE}"
         )
     arch: Any = getattr(gguf.MODEL_ARCH, architecture.name)
     pairs = _pairs(tensors)
-    names = _gguf_names(pairs, arch, text_config)
+    looked_up = {name for name in pairs if f"{PREFIX}{name}.lora_embedding_A" in tensors}
+    names = _gguf_names(pairs, looked_up, arch, text_config)
     alpha = float(config.r)
     with output_file(out) as partial:
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[arch])
@@ -108,6 +118,8 @@ def write_gguf_lora(
             if architecture.interleaved and (heads := _rotated_heads(name, text_config)) is not None:
                 B = interleaved_rows(B, heads)
             B = B * (scale_of(config, name) * A.shape[0] / alpha)
+            if names[name] == EMBEDDING:
+                A = A.T
             writer.add_tensor(f"{names[name]}.weight.lora_a", A.float().contiguous().numpy())
             writer.add_tensor(f"{names[name]}.weight.lora_b", B.float().contiguous().numpy())
         writer.write_header_to_file()
@@ -135,21 +147,24 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     sides: dict[str, dict[str, Tensor]] = {}
     foreign = []
     for key, tensor in tensors.items():
-        found = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key.removeprefix(PREFIX))
+        found = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))", key.removeprefix(PREFIX))
         if found is None or tensor.ndim != 2:
             foreign.append(key.removeprefix(PREFIX))
             continue
-        sides.setdefault(found[1], {})[found[2]] = tensor
+        sides.setdefault(found[1], {})[found[2] or found[3]] = tensor
     if foreign:
         raise PissaError(
-            f"llama.cpp loads LoRAs of linear layers alone, and this one also has {_listed(foreign)}; export it with "
-            "--merged, and convert that with llama.cpp's own script"
+            f"llama.cpp loads LoRAs of linear layers and of the input embedding, and this one also has "
+            f"{_listed(foreign)}; {WHOLE}"
         )
-    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in sides.items()}
+    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
 
 
-def _gguf_names(pairs: Mapping[str, Any], arch: Any, config: Any) -> dict[str, str]:
+def _gguf_names(pairs: Mapping[str, Any], looked_up: set[str], arch: Any, config: Any) -> dict[str, str]:
     """Module name -> its name in the base's GGUF, by gguf's own table.
+
+    Args:
+        looked_up: those of the modules that are embeddings, of which llama.cpp adapts the input embedding alone.
 
     Raises:
         PissaError: naming every module that the base's GGUF does not have.
@@ -159,12 +174,12 @@ def _gguf_names(pairs: Mapping[str, Any], arch: Any, config: Any) -> dict[str, s
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     names = {name: table.get_name(re.sub(r"^model\.language_model\.", "model.", name)) for name in pairs}
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    lost = [name for name, found in names.items() if found is None or (tied and found == "output")]
-    if lost:
-        why = ", whose output head is the embedding itself," if any(names[name] == "output" for name in lost) else ""
+    shared = [name for name, found in names.items() if tied and found in (EMBEDDING, OUTPUT)]
+    lost = [name for name, found in names.items() if found is None or (name in looked_up and found != EMBEDDING)]
+    if lost or shared:
+        why = ", whose output head is the embedding itself," if shared else ""
         raise PissaError(
-            f"a GGUF of this base{why} has no weight of its own for {_listed(lost)}; export it with --merged, and "
-            "convert that with llama.cpp's own script"
+            f"a GGUF of this base{why} has no weight of its own for a LoRA of {_listed(lost + shared)}; {WHOLE}"
         )
     return {name: str(found) for name, found in names.items()}
 

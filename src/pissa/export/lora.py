@@ -119,7 +119,10 @@ def _base_config(model_or_dir: Any, base: Any) -> Any:
     if isinstance(model_or_dir, PeftModel):
         plain: Any = model_or_dir.get_base_model()
         if isinstance(plain, PreTrainedModel):
-            return plain.config
+            config, record = deepcopy(plain.config), getattr(model_or_dir, "pissa", None)
+            if record is not None and record.tie_word_embeddings is not None:  # as it was before `adapt` untied it
+                config.tie_word_embeddings = record.tie_word_embeddings
+            return config
         raise PissaError(f"{type(plain).__name__} is no transformers model, so llama.cpp has no model to add it to")
     if base is None:
         raise CheckpointError(

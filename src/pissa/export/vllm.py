@@ -1,51 +1,59 @@
-"""What vLLM would say to a LoRA, by its published checks (peft_helper.py, lora_model.py, utils.py in vllm/lora).
+"""What vLLM would say to a LoRA, by the checks that its release CHECKED makes (peft_helper.py, lora_model.py, utils.py
+in vllm/lora).
 
-It reads the adapter's directory as PEFT writes it. One factor alpha / r holds for every module there, whatever
-`rank_pattern` and `alpha_pattern` say: a module with another one would be scaled wrongly without a word.
+It reads the adapter's directory as PEFT writes it, `rank_pattern`, `alpha_pattern` and rsLoRA included. What it has no
+layer for, and what changes the meaning of an adapter beyond a plain LoRA, it refuses when the adapter is loaded.
+`make test-clients` holds these verdicts against its own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from peft import LoraConfig
 from torch import Tensor
 
-from ..checkpoint.scales import scale_of
-
+CHECKED = "0.32.0"
+"""The release of vLLM whose checks these are."""
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that `--max-lora-rank` takes; 16 is the default."""
-DEFAULT_MAX_LORA_RANK = 16
 PREFIX = "base_model.model."
 EMBEDDING = (".embed_tokens.lora_embedding_A", ".embed_tokens.lora_embedding_B")
+HEADS = ("classifier", "score")
+"""Modules trained in full that it takes: the head of a classifier, one of them."""
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Names of starting points after which a saved adapter is a LoRA for the base itself."""
+FEATURES = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases in its factors (lora_bias)",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
+    "use_qalora": "QALoRA (use_qalora)",
+}
+"""Fields of PEFT's configuration that it refuses when they are set -> what they are called."""
 
 
 def vllm_refusals(tensors: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
-    """Why vLLM would not load this LoRA, or not as it is meant, each with the way out; empty where it would.
+    """Why vLLM would not load this LoRA, each with the way out; empty where it would.
 
     Args:
         tensors: PEFT's state dict of the export.
         config: PEFT's configuration that goes with it.
     """
-    found = []
-    if config.modules_to_save:
-        names = ", ".join(config.modules_to_save)
-        found.append(f"it takes no modules trained in full ({names}): export with --merged")
+    found = [f"it takes no {name}: export with --merged" for field, name in FEATURES.items() if _is_set(config, field)]
+    if config.bias != "none":
+        found.append(f"it takes no trained biases (bias={config.bias!r}): export with --merged")
+    saved = config.modules_to_save or []
+    if len(saved) > 1 or any(name not in HEADS for name in saved):
+        found.append(f"it takes no modules trained in full ({', '.join(saved)}): export with --merged")
     if config.trainable_token_indices:
         found.append("it takes no rows of an embedding trained in full (trainable_token_indices): export with --merged")
-    if config.use_dora:
-        found.append("it takes no DoRA: export with --merged")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        found.append(f"it takes no adapter whose base PEFT changes as it loads (init_lora_weights={start!r}): --merged")
     if needed_rank(config) is None:
         found.append(f"rank {_largest(config)} exceeds {MAX_LORA_RANKS[-1]}: export with --rank or --tolerance")
-    whole = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors if ".lora_A." in key}
-    wrong = sorted(name for name in modules if not math.isclose(scale_of(config, name), whole, rel_tol=1e-6))
-    if wrong:
-        found.append(
-            f"it would scale every module by {whole:g}, which is wrong for {', '.join(wrong[:5])}"
-            f"{' and others' if len(wrong) > 5 else ''}: export with --rank {_largest(config)}, whose scales are all 1"
-        )
     other = sorted(
         key.removeprefix(PREFIX) for key, tensor in tensors.items() if ".lora_" in key and not _is_taken(key, tensor)
     )
@@ -63,6 +71,13 @@ def _largest(config: LoraConfig) -> int:
     return max([config.r, *(config.rank_pattern or {}).values()])
 
 
+def _is_set(config: LoraConfig, field: str) -> bool:
+    return bool(getattr(config, field, None))
+
+
 def _is_taken(key: str, tensor: Tensor) -> bool:
-    """Whether a tensor is of a linear layer, or of the input embedding under the name that vLLM knows it by."""
-    return tensor.ndim == 2 and key.endswith((".lora_A.weight", ".lora_B.weight", *EMBEDDING))
+    """Whether a tensor is of a linear layer, or of the input embedding under the name that vLLM knows it by. (A DoRA's
+    magnitudes are refused with it.)"""
+    return key.endswith((*EMBEDDING, ".lora_magnitude_vector")) or (
+        tensor.ndim == 2 and key.endswith((".lora_A.weight", ".lora_B.weight"))
+    )
