@@ -177,7 +177,7 @@ def test_a_merged_model_comes_with_its_companions_whatever_was_adapted(
     make().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "LICENSE").write_text("mine")
-    adapt(load_base(tmp_path / "base"), PissaConfig(4, **settings)).save_pretrained(tmp_path / "run")
+    adapt(load_base(tmp_path / "base"), PissaConfig(4, **settings)).save_pretrained(str(tmp_path / "run"))
     if own:
         tiny_tokenizer(chat_template="{{ messages[0]['content'] }} of the run").save_pretrained(tmp_path / "run")
     export_merged(tmp_path / "run", tmp_path / "merged", base=str(tmp_path / "base"))
