@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pissa.adapted.adapt import adapt
-from pissa.checkpoint.source.hub import first_line
+from pissa.checkpoint.source.no_foreign_code import through_transformers
 from pissa.config import PissaConfig
-from pissa.errors import CheckpointError
 from pissa.lab.load import load_any_tokenizer
 from pissa.lab.models import cache_directory
 from pissa.training.sampler import LengthGroupedBatches
@@ -188,18 +187,13 @@ def encoder(settings: Settings, task: GlueTask, seed: int) -> tuple[Any, Any]:
 
 
 def _pretrained(model: str | None, task: GlueTask, seed: int) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification
-
     at_hand = cache_directory() / MINILM
     source = model or (str(at_hand) if at_hand.is_dir() else MINILM_ID)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            found = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=task.classes, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load an encoder from {source}: {first_line(error)}") from error
+        found = through_transformers(
+            "AutoModelForSequenceClassification", source, "an encoder", num_labels=task.classes, dtype=torch.float32
+        )
     return _tokenizer(source), found
 
 

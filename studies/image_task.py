@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from pissa.adapted.adapt import adapt
-from pissa.checkpoint.source.hub import first_line
+from pissa.checkpoint.source.no_foreign_code import through_transformers
 from pissa.config import PissaConfig
-from pissa.errors import CheckpointError, ConfigError, TrainingError
+from pissa.errors import ConfigError, TrainingError
 
 from .fit import Diverged, fit
 from .image_models import pretrained, with_new_head
@@ -199,12 +199,7 @@ def network_of(settings: Settings, kind: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _from_hub(source: str) -> Any:
-    from transformers import AutoModelForImageClassification
-
-    try:
-        return AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load an image classifier from {source}: {first_line(error)}") from error
+    return through_transformers("AutoModelForImageClassification", source, "an image classifier", dtype=torch.float32)
 
 
 @lru_cache(maxsize=2)

@@ -184,7 +184,7 @@ def test_a_gguf_file_is_read_dequantised_as_transformers_reads_it(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"2 GGUF files \(other\.gguf, tiny\.gguf\); give the one"):
         open_source(tmp_path / "model")
     (tmp_path / "model" / "other.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(CheckpointError, match=r"other\.gguf cannot be read as a GGUF model"):
+    with pytest.raises(CheckpointError, match=r"cannot load other\.gguf as a GGUF model"):
         open_source(tmp_path / "model" / "other.gguf")
 
 

@@ -39,6 +39,8 @@ def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") 
     """Run a command line and exit with one of the codes above."""
     # bitsandbytes reports at import that an optional kernel package is absent, which nobody needs to act on
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # transformers would fetch kernels from the hub, and run them, wherever the package `kernels` is installed
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     try:
         code = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

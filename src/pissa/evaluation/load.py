@@ -15,8 +15,9 @@ from ..checkpoint.factors import CONFIG
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.read import read_adapter
 from ..checkpoint.residual import residual_at
-from ..checkpoint.source.hub import first_line, looks_like_path
+from ..checkpoint.source.hub import looks_like_path
 from ..checkpoint.source.load import check_model_directory, load_base, load_tokenizer
+from ..checkpoint.source.no_foreign_code import through_transformers
 from ..data.prompts import TEMPLATES, Template
 from ..errors import CheckpointError
 
@@ -68,7 +69,7 @@ def load_subject(
     if torch.cuda.is_available() and not getattr(model, "hf_device_map", None):
         model = model.to("cuda")
     place = _tokenizer_place(path, model, base)
-    tokenizer = load_tokenizer(place) if kind == CAUSAL else _any_tokenizer(place)
+    tokenizer = load_tokenizer(place, must_end=kind == CAUSAL)  # a classifier's text need not end
     return Subject(model, tokenizer, recorded_template(path))
 
 
@@ -86,23 +87,8 @@ def _classifies(path: Path) -> bool:
 
 def _without_head(base: str | os.PathLike[str], classes: int | None) -> Any:
     """An encoder under a new head, whose weights the adapter brings."""
-    from transformers import AutoModelForSequenceClassification
-
     check_model_directory(base)
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a classifier from {base}: {first_line(error)}") from error
-
-
-def _any_tokenizer(place: str | os.PathLike[str]) -> Any:
-    """A tokenizer of whatever special tokens: a classifier's need not end a text."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {place}: {first_line(error)}") from error
+    return through_transformers("AutoModelForSequenceClassification", base, "a classifier", num_labels=classes)
 
 
 def recorded_template(path: Path) -> Template | None:

@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoint.disk.write import check_free, output_directory
 from ..checkpoint.factors import PREFIX
 from ..checkpoint.read import LOSSLESS, SavedAdapter, read_adapter
-from ..checkpoint.source.hub import first_line
+from ..checkpoint.source.load import load_config
 from ..errors import CheckpointError, ConfigError, PissaError
 from ..live.adalora import lora_config
 from ..live.conversion import NESTING, nesting
@@ -129,12 +129,9 @@ def _base_config(model_or_dir: Any, base: Any) -> Any:
             f"{model_or_dir} does not record its base, whose config.json is needed; pass it with base"
         )
     try:
-        return AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the config.json of the base {base} is needed and cannot be read ({first_line(error)}); pass its place "
-            "with base"
-        ) from error
+        return load_config(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"the config.json of the base is needed: {error}; pass its place with base") from error
 
 
 def _lossless(saved: SavedAdapter) -> LoraExport:

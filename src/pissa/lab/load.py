@@ -6,11 +6,9 @@ import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ..checkpoint.source.hub import first_line
-from ..checkpoint.source.load import check_model_directory
-from ..errors import CheckpointError
+from ..checkpoint.source.load import check_model_directory, load_tokenizer
+from ..checkpoint.source.no_foreign_code import through_transformers
 
 
 def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
@@ -23,13 +21,8 @@ def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "au
     Raises:
         CheckpointError: the directory is missing or incomplete, or transformers cannot load it.
     """
-    from transformers import AutoModel
-
     check_model_directory(source)
-    try:
-        return AutoModel.from_pretrained(source, dtype=dtype).eval().requires_grad_(False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load a model from {source}: {first_line(error)}") from error
+    return through_transformers("AutoModel", source, "a model", dtype=dtype).eval().requires_grad_(False)
 
 
 def load_any_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -38,9 +31,4 @@ def load_any_tokenizer(source: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: there is none.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {source}: {first_line(error)}") from error
+    return load_tokenizer(source, must_end=False)

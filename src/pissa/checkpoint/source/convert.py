@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ...errors import CheckpointError, MissingExtraError
+from ...errors import MissingExtraError
 from ..disk.write import explained
 from .files import open_plain
-from .hub import first_line
-from .pickled import UNREADABLE, load_weights
+from .no_foreign_code import through_transformers
+from .pickled import load_weights
 
 
 def convert_gguf(file: Path, directory: Path, *, dtype: torch.dtype | str = "auto") -> None:
@@ -33,19 +33,18 @@ def convert_gguf(file: Path, directory: Path, *, dtype: torch.dtype | str = "aut
         CheckpointError: it is no GGUF file, or of an architecture that transformers does not read from one.
         MissingExtraError: the gguf package is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import GgufConfig
 
     if find_spec("gguf") is None:
         raise MissingExtraError(f"{file} is a GGUF file: pip install 'pissa[gguf]'")
     os.close(open_plain(file)[0])
-    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     # without dequantize=True transformers marks the model as quantised, and saving and Trainer refuse it
     quantization: Any = GgufConfig(dequantize=True)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantization, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except UNREADABLE as error:
-        raise CheckpointError(f"{file} cannot be read as a GGUF model: {first_line(error)}") from error
+    what = f"{file.name} as a GGUF model"
+    model = through_transformers(
+        "AutoModelForCausalLM", file.parent, what, gguf_file=file.name, quantization_config=quantization, dtype=dtype
+    )
+    tokenizer = through_transformers("AutoTokenizer", file.parent, what, gguf_file=file.name)
     with explained(directory):
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Models and tokenizers through transformers: the one place where another library loads what is on a disk."""
+"""Models, configurations and tokenizers, complete and checked, through transformers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ...errors import CheckpointError, MissingExtraError
+from ...errors import CheckpointError
 from ...live.quantized import keep_unpacked, remember_dtype
-from .hub import first_line, looks_like_path
+from .hub import looks_like_path
+from .no_foreign_code import through_transformers
 from .reader import check_source
 
 
@@ -35,43 +35,44 @@ def load_base(
         CheckpointError: the directory is missing, empty, incomplete, or transformers cannot load it; tensors are
             missing or of another shape than config.json says (transformers would draw random ones).
     """
-    import transformers
-
     check_model_directory(source)
     # by default a mismatch is an error that names no tensor
     reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        loaded: Any = getattr(transformers, kind).from_pretrained(source, dtype=dtype, **{**options, **reporting})
-    except ImportError as error:
-        if "bitsandbytes" not in str(error):
-            raise
-        raise MissingExtraError(f"{source} is quantised with bitsandbytes: pip install 'pissa[quant]'") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(_cannot_load("a language model", source, error)) from error
-    model, report = loaded
+    what = "a language model" if kind == "AutoModelForCausalLM" else "a model"
+    model, report = through_transformers(kind, source, what, dtype=dtype, **{**options, **reporting})
     _check_all_loaded(source, report)
     keep_unpacked(model)
     remember_dtype(model, model.dtype)
     return model
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """The tokenizer that lies with a model; its padding token is set to the end-of-sequence token where it has none.
+def load_tokenizer(source: str | os.PathLike[str], *, must_end: bool = True) -> Any:
+    """The tokenizer that lies with a model.
+
+    Args:
+        source: a directory or a hub id.
+        must_end: refuse one without an end-of-sequence token, and use that as the padding token where it has none.
 
     Raises:
-        CheckpointError: there is none, or it has no end-of-sequence token.
+        CheckpointError: there is none, it needs code of its own, or it has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(_cannot_load("a tokenizer", source, error)) from error
+    tokenizer = through_transformers("AutoTokenizer", source, "a tokenizer")
+    if not must_end:
+        return tokenizer
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"the tokenizer of {source} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(source: str | os.PathLike[str]) -> Any:
+    """transformers' configuration of a model, without its weights.
+
+    Raises:
+        CheckpointError: there is none, or the model needs code of its own.
+    """
+    return through_transformers("AutoConfig", source, "a configuration")
 
 
 def check_model_directory(source: str | os.PathLike[str]) -> None:
@@ -82,12 +83,6 @@ def check_model_directory(source: str | os.PathLike[str]) -> None:
     """
     if Path(source).exists() or looks_like_path(source):
         check_source(source)
-
-
-def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
-    if Path(source).exists():
-        return f"cannot load {what} from {source}: {first_line(error)}"
-    return f"there is no directory {source}, and as a hub id it cannot be loaded: {first_line(error)}"
 
 
 def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any]) -> None:

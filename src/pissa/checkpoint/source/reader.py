@@ -22,6 +22,7 @@ from ...errors import CheckpointError
 from ..disk.header import Entry, read_header
 from .files import CONFIG, WeightFiles, find_weights, open_plain, other_files, read_json
 from .hub import local_directory
+from .no_foreign_code import check_kernels
 
 CHUNK = 1 << 24
 
@@ -191,6 +192,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         raise CheckpointError(f"{directory} has no config.json; a model directory holds config.json and its weights")
     config = read_json(file)
+    check_kernels(config, str(file))
     if config.pop("auto_map", None) is not None:
         from transformers import CONFIG_MAPPING
 

@@ -135,12 +135,17 @@ def _model_class(settings: dict[str, Any], config: Any) -> Any:
     architecture = named[0] if isinstance(named, list) and named else None
     if isinstance(architecture, str) and not architecture.startswith("_"):
         found = getattr(transformers, architecture, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-        raise CheckpointError(
-            f"config.json names the architecture {architecture!r}, which transformers {transformers.__version__} does "
-            "not have"
-        )
+        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+            raise CheckpointError(
+                f"config.json names the architecture {architecture[:80]!r}, which transformers "
+                f"{transformers.__version__} does not have"
+            )
+        if found.__init__ is PreTrainedModel.__init__:
+            raise CheckpointError(
+                f"config.json names the architecture {architecture!r}, from which transformers derives models and which "
+                "is none itself; name the model's own class"
+            )
+        return found
     return AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportIndexIssue]
 
 
