@@ -156,7 +156,7 @@ def test_passing_failures_are_tried_again(endpoint: Endpoint) -> None:
     endpoint.answers = [(500, "broken")]
     with pytest.raises(ConfigError, match=r"gave no answer in 3 tries \(last: HTTP 500 broken\).*goes on where it was"):
         Judge(endpoint.url, "grader", tries=3).ask("", "Hello", sleep=waits.append)
-    with pytest.raises(ConfigError, match=r"in 2 tries \(last: URLError"):
+    with pytest.raises(ConfigError, match=r"in 2 tries \(last: ClientConnectorError"):
         Judge("http://127.0.0.1:9/v1", "grader", tries=2).ask("", "Hello", sleep=waits.append)
 
 
@@ -238,3 +238,18 @@ def test_second_turns_follow_the_template() -> None:
 
 def test_the_published_questions_are_read(pissa_data: Path) -> None:
     assert len(find_task("mt-bench").load(pissa_data / "mt_bench" / "question.jsonl.gz")) == 80
+
+
+@pytest.mark.parametrize(
+    "field", ["{question.__class__}", "{question:>9999999999}", "{question!r}", "{0}", "{}", "{x", "{other}"]
+)
+def test_a_template_has_plain_names_alone(endpoint: Endpoint, questions: Path, tmp_path: Path, field: str) -> None:
+    names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+    path = tmp_path / "judge_prompts.jsonl"
+    rows = [{"name": name, "system_prompt": "Sys", "prompt_template": f"Rate {field}"} for name in names]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = find_task("mt-bench")
+    with pytest.raises(DataError, match="prompt_template"):
+        task.run(
+            lively(), tiny_tokenizer(), task.load(questions), options(endpoint, questions, judge_prompts=str(path))
+        )

@@ -142,8 +142,8 @@ def _model_class(settings: dict[str, Any], config: Any) -> Any:
             )
         if found.__init__ is PreTrainedModel.__init__:
             raise CheckpointError(
-                f"config.json names the architecture {architecture!r}, from which transformers derives models and which "
-                "is none itself; name the model's own class"
+                f"config.json names the architecture {architecture!r}, from which transformers derives models and "
+                "which is none itself; name the model's own class"
             )
         return found
     return AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportIndexIssue]

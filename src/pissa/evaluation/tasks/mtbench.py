@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from ...data.prompts import ALPACA, Template, resolve_template
@@ -55,6 +56,12 @@ JUDGE_PROMPTS = {
     },
 }
 """Name -> system prompt and template, under FastChat's names."""
+
+
+FIELDS = (
+    "question", "answer", "question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2",
+)  # fmt: skip
+"""What a template may name."""
 
 
 class MtBench(Task):
@@ -205,7 +212,27 @@ def _judge_prompts(path: str | None) -> dict[str, Any]:
     missing = [name for name in JUDGE_PROMPTS if name not in rows]
     if missing:
         raise DataError(f"{path} has no prompts named {', '.join(missing)}; give FastChat's judge_prompts.jsonl")
+    for name in JUDGE_PROMPTS:
+        _check_fields(rows[name])
     return rows
+
+
+def _check_fields(row: dict[str, Any]) -> None:
+    """Refuse a template with more in it than plain names: a format could ask for gigabytes, or look into objects.
+
+    Raises:
+        DataError: naming the field.
+    """
+    try:
+        fields = [part[1:] for part in Formatter().parse(row["prompt_template"]) if part[1] is not None]
+    except ValueError as error:
+        raise DataError(f"{row['where']}: the prompt_template is no template ({error}); give FastChat's") from error
+    odd = [name for name, spec, conversion in fields if name not in FIELDS or spec or conversion]
+    if odd:
+        raise DataError(
+            f"{row['where']}: the prompt_template has the field {odd[0][:80]!r}; allowed, without a format: "
+            f"{', '.join(FIELDS)}"
+        )
 
 
 def _references(path: str | None, problems: Sequence[dict[str, Any]]) -> dict[int, list[str]]:
