@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pissa.decompose.robust import huber_descent, l1_approximation
+from pissa.decompose.robust import l1_approximation
 from pissa.decompose.svd import truncated_svd
 from pissa.lab.inspection.layers import kind_of
 from pissa.lab.style import LIGHT
 
 from .figures import new_figure
+from .huber_descent import huber_descent
 from .interval import Interval, mean_interval
 from .judge import verdict_of
 from .l1_sketch import cauchy_sketch

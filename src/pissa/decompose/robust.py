@@ -7,19 +7,16 @@ Squares let a few large entries of W decide what its principal components are; a
 the block of ones and leaves 3. The problem is NP-hard (Gillis and Vavasis, 2018); what can be had is a good local
 optimum.
 
-`huber_descent` is the report's Algorithm 1: gradient descent on the Huber loss, from random factors. It has to find the
-subspace from nothing, at a speed that the condition of the factors limits, and torch's default threshold of 1
-makes the Huber loss of weights, which are far smaller than 1, the squared error.
-
-`l1_approximation` is ours. It starts from an SVD: of W, or of W with its large entries clipped, whichever leaves less.
-From there it takes subgradient steps in the metric of the factors,
+`l1_approximation` is ours; the report's Algorithm 1 is gradient descent on the Huber loss from random factors.
+Ours starts from an SVD: of W, or of W with its large entries clipped, whichever leaves less. From there it takes
+subgradient steps in the metric of the factors,
 
     B ← B + η·sign(E)·Aᵀ (A·Aᵀ)⁻¹        A ← A + η·(BᵀB)⁻¹ Bᵀ·sign(E)        E = W − B·A
 
 (Tong, Ma and Chi, arXiv 2010.13364), which to first order moves the product `B·A` by projections of η·sign(E) itself,
 however badly conditioned A and B are. η shrinks geometrically from twice the mean absolute error; the best iterate is
-kept. An iteration is three products of r columns with a matrix of W's size. `benchmarks/robust.py` compares the two and
-the sketching algorithm of `l1_sketch.py`.
+kept. An iteration is three products of r columns with a matrix of W's size. `studies/robust_solvers.py` compares it
+with Algorithm 1 (`studies/huber_descent.py`) and with a sketching algorithm (`studies/l1_sketch.py`).
 """
 
 from __future__ import annotations
@@ -133,42 +130,6 @@ def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, S, vh = thin_svd(R @ T.mT)
     U, Vh = fix_signs((left @ u).float(), (vh @ right.mT).float())
     return U, S.float(), Vh
-
-
-def huber_descent(
-    W: Tensor,
-    rank: int,
-    *,
-    iterations: int = 1000,
-    learning_rate: float = 0.1,
-    delta: float = 1.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """The report's Algorithm 1, with Adam for the step that it leaves open; for comparison.
-
-    Args:
-        W: (m, n).
-        rank: r.
-        iterations: steps.
-        learning_rate: Adam's.
-        delta: where the Huber loss turns from squares to absolute values; 1 is torch's default.
-        seed: of the random factors, standard normal.
-
-    Returns:
-        A (r, n) and B (m, r), fp32.
-    """
-    W = W.detach().float()
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((rank, W.shape[1]), (W.shape[0], rank))
-    factors = [torch.randn(shape, generator=generator).to(W.device).requires_grad_() for shape in shapes]
-    optimizer = torch.optim.Adam(factors, lr=learning_rate)
-    A, B = factors
-    with torch.enable_grad():
-        for _ in range(iterations):
-            optimizer.zero_grad()
-            torch.nn.functional.huber_loss(B @ A, W, delta=delta).backward()
-            optimizer.step()
-    return A.detach(), B.detach()
 
 
 def _certificate(W: Tensor, E: Tensor, start: float, exponent: int) -> Certificate:
