@@ -13,8 +13,9 @@ from torch import Tensor
 import pissa
 from families import FAMILIES, logits
 from pissa import PissaConfig, adapt, export_lora, export_merged, reference, restore
+from pissa.live.marks import marks
 from pissa.live.peft_config import peft_config
-from pissa.live.state import adapter_layers, adapter_layouts, marks, place_at
+from pissa.live.state import adapter_layers, adapter_layouts, place_at
 from pissa.live.targets import layouts_of, resolve_targets
 from tiny import same_tensors
 

@@ -26,6 +26,7 @@ from ..live.attach import attach, attach_offset
 from ..live.budget import with_planned_ranks
 from ..live.peft_config import peft_config
 from ..live.quantized import keep_unpacked, require_bitsandbytes
+from ..live.record import Record
 from ..live.runtime import warn_of_peft
 from ..live.splits import scored_splits, splits_of
 from ..live.targets import resolve_targets
@@ -106,13 +107,11 @@ def adapt(
             else orthonormal_factors(A, B)
             for name, (A, B) in factors.items()
         }
+    record = Record(config, certificates, config.title, config.quantization)
     attach_placed = attach_offset if config.placement == "offset" and not config.starts_at_zero else attach
     adapted = attach_placed(
-        model, peft_config(model, targets, config), factors, subtract=not config.starts_at_zero, packed=packed
+        model, peft_config(model, targets, config), factors, record, subtract=not config.starts_at_zero, packed=packed
     )
-    record: Any = adapted.pissa
-    record.config, record.certificates, record.quantization = config, certificates, config.quantization
-    record.method = config.title
     guard(adapted)
     return adapted
 

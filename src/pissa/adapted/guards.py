@@ -24,11 +24,11 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from ..errors import PissaError
+from ..live.marks import PRESERVING_INITIALISATIONS
 from ..live.offset import concatenated, freeze_ahead
 from ..live.reference import reference
 from ..live.state import (
     INITIAL,
-    PRESERVING_INITIALISATIONS,
     TRAINABLE,
     adapter_factors,
     adapter_layers,

@@ -35,12 +35,12 @@ from ..checkpoint.residual import RESIDUAL, write_residual, write_trained
 from ..errors import CheckpointError, PissaError
 from ..export import export_state, write_lora
 from ..live.adalora import singular_values
+from ..live.factors import MAGNITUDE, AdapterFactors
 from ..live.offset import freeze_ahead
+from ..live.record import record_of
 from ..live.state import (
     INITIAL,
-    MAGNITUDE,
     TRAINABLE,
-    AdapterFactors,
     adapter_factors,
     adapter_layers,
     has_initial_adapter,
@@ -145,8 +145,8 @@ def load_adapter(
         PissaError: another adapter, which is for the base, on weights that are residuals.
         CheckpointError: what is loaded started elsewhere than this model's adapter.
     """
-    record: Any = getattr(self, "pissa", None)
-    if not has_initial_adapter(self) and not record.quantized:
+    record = record_of(self)
+    if not has_initial_adapter(self) and not (record is not None and record.quantized):
         theirs: Any = type(self).load_adapter
         result = theirs(self, model_id, adapter_name, is_trainable, *arguments, **options)
         if is_offset(self, adapter_name):
@@ -181,7 +181,7 @@ def _save(
         named: the repository that the directory will be; None for the directory itself, whose adapters may need a
             residual that lies elsewhere.
     """
-    record: Any = getattr(model, "pissa", None)
+    record = record_of(model)
     residual = None
     if record is not None and record.quantized:
         residual = record.residual if named is None else None

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..live.attach import attach, attach_offset
 from ..live.identity import is_other_base
+from ..live.marks import is_marked_offset
 from ..live.quantized import keep_unpacked, quantized_layers
-from ..live.state import (
-    TRAINABLE,
-    is_marked_offset,
-)
+from ..live.record import Record
+from ..live.state import TRAINABLE
 from .read import SavedAdapter, base_place, fitted, read_adapter
 from .residual import SavedResidual
 from .source.load import load_base
@@ -58,20 +57,25 @@ def attach_saved(
     }
     magnitudes = {name: f.magnitude for name, f in adapters.items() if f.magnitude is not None}
     attach_placed = attach_offset if offset else attach
+    record = Record(method=saved.method)
+    if residual is not None:
+        record = Record(
+            certificates=residual.certificates,
+            method=saved.method,
+            quantized=in_few_bits,
+            base=residual.base,
+            residual=str(residual.path),
+        )
     adapted = attach_placed(
         model,
         saved.config,
         initial,
+        record,
         subtract=has_initial,
         trained=trained,
         magnitudes=magnitudes or None,
         ready=residual is not None,
     )
-    record: Any = adapted.pissa
-    record.method = saved.method
-    if residual is not None:
-        record.base, record.residual, record.quantized = residual.base, str(residual.path), in_few_bits
-        record.certificates = residual.certificates
     if saved.others:
         _load_others(adapted, saved.others)
     if not is_trainable:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..live.conversion import nesting
+from ..live.factors import MAGNITUDE, AdapterFactors, Layout
 from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
 from ..live.runtime import OUT_PROJ, TWICE
-from ..live.state import MAGNITUDE, AdapterFactors, Layout, module_path
+from ..live.state import module_path
 from .scales import rank_of, scale_of
 from .source.hub import first_line
 

@@ -25,18 +25,11 @@ from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..live.factors import AdapterFactors, Layout, halves
 from ..live.layers import CONVOLUTION, Place, place_named
+from ..live.marks import config_with_ranks, is_marked_offset, marks, not_plain_lora
 from ..live.runtime import UNDILATED, holes, is_dilated, taps, with_holes
-from ..live.state import (
-    INITIAL,
-    AdapterFactors,
-    Layout,
-    config_with_ranks,
-    halves,
-    is_marked_offset,
-    marks,
-    not_plain_lora,
-)
+from ..live.state import INITIAL
 from .factors import CONFIG, read_factors
 from .manifest import read_manifest
 from .residual import SavedResidual, find_residual, residual_at

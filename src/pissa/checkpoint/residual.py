@@ -26,8 +26,10 @@ from transformers import PreTrainedModel
 
 from ..decompose.certificate import Certificate
 from ..errors import PissaError
+from ..live.marks import set_marks
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
-from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, set_marks, without_wrappers
+from ..live.record import Record, record_of
+from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, without_wrappers
 from ..provenance import package_versions
 from .card import residual_adapter_card, residual_card, write_card
 from .disk.write import check_free, output_directory, write_json
@@ -79,7 +81,7 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
         OutputError: `out` holds something already, or cannot be written.
     """
     write_residual(model, out, tokenizer=tokenizer)
-    record: Any = model.pissa
+    record = _record(model)
     record.residual = os.path.abspath(out)
     for config in model.peft_config.values():
         config.base_model_name_or_path = record.residual
@@ -94,7 +96,7 @@ def write_residual(
         named: what the initial adapter's configuration names as its base; None for where it is written.
     """
     check_free(out)
-    record: Any = getattr(model, "pissa", None)
+    record = _record(model)
     plain = _check_residual(model, record)
     with output_directory(out) as partial:
         state = residual_state(plain)
@@ -150,7 +152,7 @@ def write_trained(
         named: what the adapter's configuration names as its base; None for that directory.
         adapter: the adapter's name; None for the one being trained.
     """
-    record: Any = model.pissa
+    record = _record(model)
     place = residual or record.residual
     assert place is not None
     write_adapter(model, directory, base=named or place, adapter=adapter)
@@ -249,9 +251,14 @@ def warn_of_uneven(outputs: Mapping[str, int], form: str) -> None:
         )
 
 
-def _check_residual(model: PeftModel, record: Any) -> PreTrainedModel:
+def _record(model: PeftModel) -> Record:
+    record = record_of(model)
     if not isinstance(model, PeftModel) or record is None:
         raise PissaError(f"a model from pissa.adapt or pissa.load is needed, got {type(model).__name__}")
+    return record
+
+
+def _check_residual(model: PeftModel, record: Record) -> PreTrainedModel:
     if not record.quantized and not has_initial_adapter(model):
         raise PissaError("the model's weights are the base's own: there is no residual to save, the base is it")
     if any(layer.merged for layer in adapter_layers(model).values()):
@@ -274,7 +281,7 @@ def _save_config(plain: Any, state: dict[str, Tensor], directory: Path) -> None:
         plain.generation_config.save_pretrained(directory)
 
 
-def _manifest(record: Any) -> dict[str, Any]:
+def _manifest(record: Record) -> dict[str, Any]:
     return {
         "layout": RESIDUAL,
         "base": record.base,

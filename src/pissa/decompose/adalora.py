@@ -17,15 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lapack import thin_svd
+from .product import product_svd
 
 
 def orthonormal_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """P (r, in), Q (out, r) and E (r,) descending, all fp32, with `Q·diag(E)·P = B·A`, for A (r, in) and B (out, r)."""
-    left, R = torch.linalg.qr(B.double())
-    right, T = torch.linalg.qr(A.double().mT)
-    u, E, vh = thin_svd(R @ T.mT)
-    return (vh @ right.mT).float().contiguous(), (left @ u).float().contiguous(), E.float()
+    U, S, Vh = product_svd(B, A)
+    return Vh.float().contiguous(), U.float().contiguous(), S.float()
 
 
 def random_factors(A: Tensor, B: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from .certificate import Certificate
-from .lapack import pseudo_inverse, thin_svd
+from .lapack import pseudo_inverse
+from .product import product_svd
 from .scale import energy, magnitude, scaled, unscaled
 from .svd import TOLERANCE, TruncatedSVD, decompose, fix_signs
 
@@ -69,7 +70,8 @@ def l1_approximation(
     A, B = starting_point(W, rank, seed, math.ldexp(largest, exponent))
     A, B = descended(W, A, B, iterations)
     certificate = _certificate(W, torch.addmm(W, B, A, alpha=-1), start, exponent)
-    U, S, Vh = product_svd(A, B)
+    U, S, Vh = (tensor.float() for tensor in product_svd(B, A))
+    U, Vh = fix_signs(U, Vh)
     return TruncatedSVD(U, unscaled(S, exponent), Vh, certificate)
 
 
@@ -121,15 +123,6 @@ def mean_absolute(E: Tensor) -> float:
     """Mean of `|E|`."""
     # several times as fast as the norm of order 1
     return float(E.abs().mean())
-
-
-def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), S (r,), Vh (r, n), fp32, of `B·A`, from thin QRs and a small core."""
-    left, R = torch.linalg.qr(B.double())
-    right, T = torch.linalg.qr(A.double().mT)
-    u, S, vh = thin_svd(R @ T.mT)
-    U, Vh = fix_signs((left @ u).float(), (vh @ right.mT).float())
-    return U, S.float(), Vh
 
 
 def _certificate(W: Tensor, E: Tensor, start: float, exponent: int) -> Certificate:

@@ -20,6 +20,7 @@ from ..checkpoint.source.load import check_model_directory, load_base, load_toke
 from ..checkpoint.source.no_foreign_code import through_transformers
 from ..data.prompts import TEMPLATES, Template
 from ..errors import CheckpointError
+from ..live.record import record_of
 
 CAUSAL, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -108,7 +109,8 @@ def _tokenizer_place(path: Path, model: Any, base: str | os.PathLike[str] | None
     """The directory or hub id that a tokenizer comes from: the nearest to the source that has one."""
     if not path.is_dir():
         return path if looks_like_path(path) else str(path)
-    recorded = getattr(getattr(model, "pissa", None), "base", None)
+    record = record_of(model)
+    recorded = record.base if record is not None else None
     configs = getattr(model, "peft_config", {}).values()
     named = [config.base_model_name_or_path for config in configs]
     for place in (path, base, *named, recorded):

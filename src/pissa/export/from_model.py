@@ -14,23 +14,18 @@ from ..checkpoint.factors import PREFIX
 from ..checkpoint.read import SavedAdapter
 from ..errors import PissaError
 from ..live.adalora import layer_scale
+from ..live.factors import MAGNITUDE, AdapterFactors, Layout, halves
+from ..live.marks import config_with_ranks, is_marked_offset, marks, not_plain_lora
 from ..live.offset import put_back_second_halves
+from ..live.record import record_of
 from ..live.state import (
     INITIAL,
-    MAGNITUDE,
-    AdapterFactors,
-    Layout,
     active_adapter_name,
     adapter_factors,
     adapter_layers,
     adapter_layouts,
-    config_with_ranks,
-    halves,
     has_initial_adapter,
-    is_marked_offset,
     is_offset,
-    marks,
-    not_plain_lora,
 )
 
 FSDP_WRAPPER = "_fsdp_wrapped_module."
@@ -55,7 +50,7 @@ def from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None, adapt
     others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}
     if is_marked_offset(config):
         config = config_with_ranks(config, 0.5)
-    record: Any = getattr(model, "pissa", None)
+    record = record_of(model)
     base = record.base if record is not None and record.residual else config.base_model_name_or_path
     gaps = {n: c.rounding for n, c in record.certificates.items()} if record is not None and record.quantized else {}
     method = record.method if record is not None else None

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..checkpoint.disk.write import output_file
 from ..checkpoint.scales import scale_of
 from ..errors import ConfigError, MissingExtraError, PissaError
-from ..live.state import check_always_on
+from ..live.marks import check_always_on
 
 SUFFIX = ".gguf"
 PREFIX = "base_model.model."

@@ -19,12 +19,13 @@ from ..checkpoint.source.load import load_config
 from ..errors import CheckpointError, ConfigError, PissaError
 from ..live.adalora import lora_config
 from ..live.conversion import NESTING, nesting
-from ..live.state import active_adapter_name, config_with_ranks, is_marked_offset, set_marks, without_marks
+from ..live.marks import config_with_ranks, is_marked_offset, set_marks, without_marks
+from ..live.state import active_adapter_name
 from ..live.targets import pattern_keys
 from .files import LoraExport, write_lora
 from .from_model import from_live
 from .gguf_lora import check_gguf_target, write_gguf_lora
-from .low_rank import LowRank, concatenated, joined, truncate
+from .low_rank import LowRank, truncate
 
 Format = Literal["peft", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -137,9 +138,8 @@ def _base_config(model_or_dir: Any, base: Any) -> Any:
 def _lossless(saved: SavedAdapter) -> LoraExport:
     doubled = any(factors.A0 is not None for factors in saved.factors.values())
     config = config_with_ranks(saved.config, 2.0) if doubled else deepcopy(saved.config)
-    parts = {
-        name: LowRank(*concatenated(f), magnitude=f.magnitude, E=joined(f.E, f.E0)) for name, f in saved.factors.items()
-    }
+    changes = {name: factors.change() for name, factors in saved.factors.items()}
+    parts = {name: LowRank(f.A, f.B, magnitude=f.magnitude, E=f.E) for name, f in changes.items()}
     return _as_export(saved, parts, config, LOSSLESS if doubled else None)
 
 

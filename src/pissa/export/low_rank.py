@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..live.state import AdapterFactors
+from ..decompose.product import product_svd
+from ..live.factors import AdapterFactors
 
 
 @dataclass(frozen=True)
@@ -24,32 +25,19 @@ class LowRank:
     E: Tensor | None = None
 
 
-def concatenated(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
-    """[A ; A0] (…, 2r, in) and [B | −B0] (…, out, 2r); A and B alone for a LoRA baseline."""
-    if factors.A0 is None or factors.B0 is None:
-        return factors.A.clone(), factors.B.clone()
-    return torch.cat([factors.A, factors.A0], dim=-2), torch.cat([factors.B, -factors.B0], dim=-1)
-
-
-def joined(E: Tensor | None, E0: Tensor | None) -> Tensor | None:
-    """[E ; E0] (2r,), or E alone."""
-    return torch.cat([E, E0]) if E is not None and E0 is not None else E
-
-
 def optimal_low_rank(factors: AdapterFactors) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of ΔW from two thin QRs and a 2r × 2r core, in fp64.
+    """The SVD of ΔW, in fp64, without forming it.
 
     Returns:
         U (…, out, k), S (…, k) descending, Vh (…, k, in), k = min(2r, out, in). What rounding in fp64 alone
         could have made of a smaller singular value is 0.
     """
-    A, B = (tensor.double() for tensor in concatenated(factors))
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.mT), full_matrices=False)
-    size = torch.linalg.matrix_norm(R_B) * torch.linalg.matrix_norm(R_A)
-    noise = torch.finfo(S.dtype).eps * max(A.shape[-2:] + B.shape[-2:]) * factors.scale * size[..., None]
-    return Q_B @ U, torch.where(noise < S, S, 0.0), Vh @ Q_A.mT
+    change = factors.change()
+    A, B = change.A.double(), change.B.double()
+    U, S, Vh = product_svd(B, A, scale=change.scale)
+    size = torch.linalg.matrix_norm(B) * torch.linalg.matrix_norm(A)
+    noise = torch.finfo(S.dtype).eps * max(A.shape[-2:] + B.shape[-2:]) * change.scale * size[..., None]
+    return U, torch.where(noise < S, S, 0.0), Vh
 
 
 def truncate(factors: AdapterFactors, rank: int | None, tolerance: float) -> LowRank:

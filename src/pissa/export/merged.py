@@ -21,14 +21,15 @@ from ..checkpoint.disk.write import check_free, output_directory
 from ..checkpoint.read import base_place, read_adapter
 from ..checkpoint.residual import unshared
 from ..checkpoint.stream.merge import merge_saved
-from ..decompose.dora import rescaled
 from ..errors import PissaError
-from ..live.layers import TRANSPOSED, Place, combine_each, place_of
+from ..live.factors import merged_weight
+from ..live.layers import TRANSPOSED, Place, place_of
+from ..live.marks import check_always_on
 from ..live.quantized import quantized_layers
-from ..live.state import adapter_factors, adapter_layers, check_always_on, is_offset, place_at, without_wrappers
-from ..split import STORAGE_DTYPES, combine
+from ..live.record import record_of
+from ..live.state import adapter_factors, adapter_layers, is_offset, place_at, without_wrappers
+from ..split import STORAGE_DTYPES
 from .from_model import exportable
-from .low_rank import concatenated
 
 TOKENS = ".token_adapter."
 """What PEFT puts into the names of an embedding some of whose rows are trained."""
@@ -69,7 +70,7 @@ def export_merged(
         if hasattr(merged_config, "quantization_config"):
             del merged_config.quantization_config
         _save_plain(plain, merged_config, state, partial)
-        record: Any = getattr(model, "pissa", None)
+        record = record_of(model)
         if record is not None:
             write_card(partial, merged_card(record.base, record.method))
         if not isinstance(model_or_dir, PeftModel):
@@ -112,12 +113,7 @@ def merged_state(model: PeftModel) -> dict[str, Tensor]:
                     f"cannot merge into {name}, which is stored as {tensor.dtype}: load the base unquantised"
                 )
             f = f.folded()
-            A, B = concatenated(f) if is_offset(model, adapter) else (f.A, f.B)
-            matrices = place.matrices()
-            if f.magnitude is None:
-                merged = combine_each(matrices, A, B, f.scale)
-            else:
-                merged = rescaled(combine(matrices.float(), A, B, f.scale), f.magnitude).to(matrices.dtype)
+            merged = merged_weight(place.matrices(), f.change() if is_offset(model, adapter) else f)
             tensor = _stored(place, merged)
         elif kind == "weight" and name in quantized:
             place = place_of(quantized[name])

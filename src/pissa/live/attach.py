@@ -18,11 +18,12 @@ from .adalora import layer_scale
 from .conversion import settle_names
 from .identity import base_sample
 from .layers import combine_each
+from .marks import set_marks
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import bitsandbytes_config, declare_quantized, quantized_layer
-from .record import AdaptationRecord
+from .record import Record, Undo, keep_record
 from .runtime import keep_slow_path
-from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_magnitude, set_marks
+from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_magnitude
 from .ties import declare_untied, shared_weights
 from .tokens import fill_tokens
 from .undo import undone_on_failure
@@ -32,6 +33,7 @@ def attach(
     model: nn.Module,
     lora_config: LoraConfig,
     initial: Mapping[str, tuple[Tensor, ...]],
+    record: Record,
     *,
     subtract: bool,
     trained: Mapping[str, tuple[Tensor, ...]] | None = None,
@@ -45,6 +47,7 @@ def attach(
         model: the base; its targets' weights are replaced by residuals where `subtract` is set.
         lora_config: the configuration of adapter "default".
         initial: name of what is adapted -> (A0 (…, r, in), B0 (…, out, r)), for AdaLoRA with E0 (r,) as the third.
+        record: what is known of the model, put on it as `model.pissa` with what `restore` needs beside it.
         subtract: whether `s·B0·A0` is taken out of the weights and kept as `pissa_init`; else the base stays as it is.
         trained: the factors that "default" gets; None for the initial ones.
         magnitudes: those that it gets where it is a DoRA adapter; None for the norms of the weights' rows.
@@ -54,13 +57,14 @@ def attach(
     Whatever fails, the model is given back as it was.
     """
     with undone_on_failure(model):
-        return _attach(model, lora_config, initial, subtract, trained, magnitudes, packed, ready)
+        return _attach(model, lora_config, initial, record, subtract, trained, magnitudes, packed, ready)
 
 
 def attach_offset(
     model: nn.Module,
     lora_config: LoraConfig,
     initial: Mapping[str, tuple[Tensor, ...]],
+    record: Record,
     *,
     trained: Mapping[str, tuple[Tensor, ...]] | None = None,
     magnitudes: Mapping[str, Tensor] | None = None,
@@ -72,7 +76,7 @@ def attach_offset(
         lora_config: of rank r; the adapter gets twice the rank at the same scale.
     """
     factors = concatenated(trained or initial, initial)
-    adapted = attach(model, offset_config(lora_config), factors, subtract=False, magnitudes=magnitudes)
+    adapted = attach(model, offset_config(lora_config), factors, record, subtract=False, magnitudes=magnitudes)
     freeze_second_halves(adapted)
     return adapted
 
@@ -81,6 +85,7 @@ def _attach(
     model: nn.Module,
     lora_config: LoraConfig,
     initial: Mapping[str, tuple[Tensor, ...]],
+    record: Record,
     subtract: bool,
     trained: Mapping[str, tuple[Tensor, ...]] | None,
     magnitudes: Mapping[str, Tensor] | None,
@@ -90,7 +95,7 @@ def _attach(
     shared = shared_weights(model, list(initial)) if (subtract or packed) and not ready else {}
     ties, tied_before = declare_untied(model, shared) if shared else ({}, None)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    base = getattr(model, "name_or_path", None) or None
+    base = record.base if record.residual is not None else getattr(model, "name_or_path", None) or None
     if not ready and (sample := base_sample(model, initial)) is not None:
         set_marks(lora_config, base=sample)
     if packed:
@@ -127,9 +132,9 @@ def _attach(
             B0 = B0 * E0[0] if E0 else B0
             place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
     keep_slow_path(adapted)
-    adapted.pissa = AdaptationRecord(  # pyright: ignore[reportArgumentType]
-        None, {}, shared, ties, tied_before, trainable, quantized=bool(packed), base=base
-    )
+    quantized = record.quantized or bool(packed)
+    undo = Undo(shared, ties, tied_before, trainable)
+    keep_record(adapted, replace(record, base=base, quantized=quantized, undo=undo))
     return adapted
 
 

@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from .state import layers_by_path, marks, module_path, set_marks
+from .marks import marks, set_marks
+from .state import layers_by_path, module_path
 
 NESTING = "parameters"
 """The mark that lists an adapter's bare parameters, of several in one module the innermost first."""

@@ -34,7 +34,9 @@ from torch.optim.optimizer import (
 )
 
 from ..errors import PissaError
-from .state import TRAINABLE, adapter_layers, config_with_ranks, parameters_of, place_at, set_marks
+from .factors import AdapterFactors
+from .marks import config_with_ranks, set_marks
+from .state import TRAINABLE, adapter_layers, parameters_of, place_at
 
 FROZEN = "_pissa_frozen_half"
 """A parameter's attribute: (dimension that is cut in halves, stacks along it, the second halves as they must stay)."""
@@ -59,11 +61,9 @@ def offset_config(lora_config: LoraConfig) -> LoraConfig:
 def concatenated(
     trained: Mapping[str, tuple[Tensor, ...]], initial: Mapping[str, tuple[Tensor, ...]]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Name -> ([A ; A0] (…, 2r, in), [B | −B0] (…, out, 2r))."""
-    return {
-        name: (torch.cat([A, initial[name][0]], dim=-2), torch.cat([B, -initial[name][1]], dim=-1))
-        for name, (A, B) in trained.items()
-    }
+    """Name -> ([A ; A0] (…, 2r, in), [B | −B0] (…, out, 2r)), from A (…, r, in) and B (…, out, r)."""
+    changes = {name: AdapterFactors(A, B, 1.0, *initial[name]).change() for name, (A, B) in trained.items()}
+    return {name: (change.A, change.B) for name, change in changes.items()}
 
 
 def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:

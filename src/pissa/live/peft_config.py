@@ -12,7 +12,7 @@ from ..config import PissaConfig
 from .adalora import adalora_config
 from .conversion import NESTING
 from .layers import LINEAR, TRANSPOSED
-from .state import set_marks
+from .marks import set_marks
 from .targets import Target, pattern_keys, peft_targets
 
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from torch import nn
 
 from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate
 
 
-@dataclass
-class AdaptationRecord:
-    """What `adapt` did to a model; kept on it as `model.pissa`."""
+@dataclass(frozen=True)
+class Undo:
+    """What `restore` needs to give the base back as it was."""
 
-    config: PissaConfig | None
-    """What was asked for; None for a model that was loaded."""
-    certificates: dict[str, Certificate]
-    """Module name -> certificate of its split."""
-    untied: dict[str, str] = field(default_factory=dict)
+    untied: Mapping[str, str] = field(default_factory=dict)
     """Target whose weight was shared -> the module that keeps the shared weight."""
-    ties: dict[str, str] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
     """The ties among weights that transformers knew of, and that were undone for that."""
     tie_word_embeddings: bool | None = None
     """The base configuration's value, where untying changed it."""
     trainable: frozenset[str] = frozenset()
     """The base's parameters that required a gradient."""
+
+
+@dataclass
+class Record:
+    """What `adapt` did to a model, or what its directory says of a loaded one; kept on it as `model.pissa`."""
+
+    config: PissaConfig | None = None
+    """What was asked for; None for a model that was loaded."""
+    certificates: dict[str, Certificate] = field(default_factory=dict)
+    """Module name -> certificate of its split."""
     method: str | None = None
     """Name of the method, where it is known."""
     quantization: Quantization | None = None
@@ -34,3 +43,16 @@ class AdaptationRecord:
     """Directory or hub id of the base."""
     residual: str | None = None
     """The directory to which the residual was saved, or from which it was loaded."""
+    undo: Undo = field(default_factory=Undo)
+    """Filled in when the record is put on a model."""
+
+
+def record_of(model: object) -> Record | None:
+    """What is known of an adapted model; None for any other, such as one from plain PEFT."""
+    found = getattr(model, "pissa", None)
+    return found if isinstance(found, Record) else None
+
+
+def keep_record(model: nn.Module, record: Record) -> None:
+    """Put a record on a model as `model.pissa`."""
+    model.pissa = record  # pyright: ignore[reportArgumentType] -- a plain attribute, not a module

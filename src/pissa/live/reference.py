@@ -18,16 +18,10 @@ from torch import nn
 
 from ..errors import PissaError
 from .layers import combine_each, place_named, place_of
+from .marks import PRESERVING_INITIALISATIONS
 from .quantized import bits_of, dense_layer, undeclare_quantized
-from .state import (
-    INITIAL,
-    PRESERVING_INITIALISATIONS,
-    adapter_factors,
-    adapter_layers,
-    base_layer,
-    has_initial_adapter,
-    place_at,
-)
+from .record import Record, record_of
+from .state import INITIAL, adapter_factors, adapter_layers, base_layer, has_initial_adapter, place_at
 
 
 @contextmanager
@@ -72,30 +66,30 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
     _check(model)
     layers = adapter_layers(model)
     originals = _original_weights(base, layers) if base is not None else {}
-    record = getattr(model, "pissa", None)
-    untied = record.untied if record is not None else {}
-    if has_initial_adapter(model) or (record is not None and record.quantized):
+    record = record_of(model) or Record()
+    undo = record.undo
+    if has_initial_adapter(model) or record.quantized:
         for name, weight in _base_weights(model, layers, originals):
             if bits_of(base_layer(layers[name])) is not None:
                 _make_dense(layers[name], weight)
-            elif name not in untied:
+            elif name not in undo.untied:
                 place_at(layers[name]).put(weight)
-        if record is not None and record.quantized:
+        if record.quantized:
             undeclare_quantized(model.get_base_model())
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.set_adapter([])  # else unloading keeps the trained copy
     runtime: Any = model
     plain = runtime.unload()
-    for name, kept in untied.items():
+    for name, kept in undo.untied.items():
         plain.get_submodule(name).weight = plain.get_submodule(kept).weight
-    if record is not None and record.ties:
-        plain.all_tied_weights_keys.update(record.ties)
-    if record is not None and record.tie_word_embeddings is not None:
-        plain.config.tie_word_embeddings = record.tie_word_embeddings
-    if record is not None:
+    if undo.ties:
+        plain.all_tied_weights_keys.update(undo.ties)
+    if undo.tie_word_embeddings is not None:
+        plain.config.tie_word_embeddings = undo.tie_word_embeddings
+    if record_of(model) is not None:
         for name, parameter in plain.named_parameters():
-            parameter.requires_grad_(name in record.trainable)
+            parameter.requires_grad_(name in undo.trainable)
     return plain
 
 

@@ -1,107 +1,28 @@
-"""An adapted model's adapter as plain tensors.
-
-What training changed is, per module,
-
-    ΔW = s · (B·A − B0·A0)
-
-with the trained factors A, B and the initial ones A0, B0. Whatever loads, saves or exports an adapter moves this
-record; the model it came from is not needed.
-"""
+"""A live model's adapters: where PEFT keeps them, and their tensors out of it and into it (`factors.py`)."""
 
 from __future__ import annotations
 
 import re
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..errors import PissaError
-from .adalora import layer_scale, set_rank, set_singular_values, singular_values
-from .layers import ATTENTION, CONVOLUTION, EMBEDDING, LINEAR, TRANSPOSED, Kind, Place, kind_of, kind_of_parameter
-from .runtime import OUT_PROJ, foreign, holes, mend, with_holes
+from .adalora import layer_scale, set_singular_values, singular_values
+from .factors import MAGNITUDE, WRAPPED, AdapterFactors, Layout, halves
+from .layers import CONVOLUTION, LINEAR, TRANSPOSED, Place, kind_of, kind_of_parameter
+from .marks import is_marked_offset
+from .runtime import OUT_PROJ, foreign, holes, mend
 
 TRAINABLE = "default"
+"""The adapter that is trained."""
 INITIAL = "pissa_init"
-MARKS = "pissa"
-MAGNITUDE = "lora_magnitude_vector"
-WRAPPED = ".base_layer"
-"""The ending of a path inside one of PEFT's wrappers."""
-PRESERVING_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
-"""What PEFT may have done at initialisation without changing the base's weights."""
-
-
-@dataclass(frozen=True)
-class AdapterFactors:
-    """One weight's adapter, or that of a stack of experts, which is the leading dimension then. For a LoRA baseline,
-    whose initial product is zero, A0 and B0 are None."""
-
-    A: Tensor
-    """(…, r, in)."""
-    B: Tensor
-    """(…, out, r)."""
-    scale: float
-    A0: Tensor | None = None
-    """(…, r, in): A at step 0."""
-    B0: Tensor | None = None
-    """(…, out, r): B at step 0."""
-    magnitude: Tensor | None = None
-    """(out,): of DoRA, the norms of the adapted weight's rows; else None."""
-    E: Tensor | None = None
-    """(r,): of AdaLoRA, the values between B and A; else None."""
-    E0: Tensor | None = None
-    """(r,): E at step 0."""
-
-    def folded(self) -> AdapterFactors:
-        """The same adapter without a vector of its own between the factors: B·diag(E) for B."""
-        if self.E is None:
-            return self
-        B0 = self.B0 * self.E0 if self.B0 is not None and self.E0 is not None else None
-        return replace(self, B=self.B * self.E, B0=B0, E=None, E0=None)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How PEFT stores one weight's adapter."""
-
-    path: str
-    """Of PEFT's layer in the wrapped model: the module's name, below it `base_layer` for one wrapped again."""
-    kind: Kind
-    shape: tuple[int, ...]
-    """Of the weight as it is stored."""
-    dilation: tuple[int, ...] = ()
-    """Of a convolution: what the kernels in PEFT's files have holes for, see `runtime.py`."""
-
-    @property
-    def magnitude_key(self) -> str:
-        """The name of DoRA's magnitudes in PEFT's files."""
-        return f"{self.path}.{MAGNITUDE}"
-
-    def keys(self, adapter: str | None = None) -> tuple[str, str]:
-        """The names of A and B in PEFT's files, without their common beginning; with an adapter's name, in a model."""
-        ending = "" if self.kind is EMBEDDING else ".weight"  # PEFT holds these two as bare parameters
-        inserted = f".{adapter}" if adapter else ""
-        A, B = (f"{self.path}.{side}{inserted}{ending}" for side in self.kind.sides)
-        return A, B
-
-    def tensors(self, A: Tensor, B: Tensor, E: Tensor | None = None) -> dict[str, Tensor]:
-        """Factors A (…, r, in) and B (…, out, r), for AdaLoRA with E (r,), as PEFT's files hold them."""
-        if E is not None:
-            return {f"{self.path}.lora_A": A, f"{self.path}.lora_B": B, f"{self.path}.lora_E": E.reshape(-1, 1)}
-        A_stored, B_stored = self.kind.pack(A, B, self.shape)
-        if self.dilation:
-            A_stored = with_holes(A_stored, self.dilation)
-        entries = dict(zip(self.keys(), (A_stored, B_stored), strict=True))
-        if self.kind is ATTENTION:
-            rank, width = A.shape
-            below = f"{self.path}{OUT_PROJ}.lora"
-            entries |= {f"{below}_A.weight": A.new_zeros(rank, width), f"{below}_B.weight": A.new_zeros(width, rank)}
-        return entries
+"""The adapter as it was at step 0, frozen and inactive, where the weights are residuals."""
 
 
 def adapter_layers(model: PeftModel) -> dict[str, LoraLayer]:
@@ -181,76 +102,6 @@ def is_offset(model: nn.Module, adapter: str) -> bool:
     return is_marked_offset(getattr(model, "peft_config", {}).get(adapter))
 
 
-def is_marked_offset(config: Any) -> bool:
-    """Whether an adapter's configuration says placement "offset"."""
-    return marks(config).get("placement") == "offset"
-
-
-def marks(config: Any) -> dict[str, Any]:
-    """What pissa notes in an adapter's own configuration, so that it is not lost when PEFT or Trainer saves it.
-
-    "placement": "offset", where the adapter's second half is frozen; "residual": the format, where the adapter fits
-    only a quantised residual; "parameters": see `conversion.py`; "base": see `identity.py`. `auto_mapping` is the one
-    field of a PeftConfig that holds any dict.
-    """
-    mapping = getattr(config, "auto_mapping", None) or {}
-    return mapping.get(MARKS, {}) if isinstance(mapping, dict) else {}
-
-
-def set_marks(config: Any, **values: Any) -> None:
-    """Note something in an adapter's configuration, see `marks`; None takes a note away."""
-    noted = {key: value for key, value in {**marks(config), **values}.items() if value is not None}
-    rest = {key: value for key, value in (config.auto_mapping or {}).items() if key != MARKS}
-    config.auto_mapping = {**rest, MARKS: noted} if noted else rest or None
-
-
-def without_marks(config: LoraConfig) -> LoraConfig:
-    """A copy of the configuration as plain PEFT would have it."""
-    result = deepcopy(config)
-    rest = {key: value for key, value in (config.auto_mapping or {}).items() if key != MARKS}
-    result.auto_mapping = rest or None
-    return result
-
-
-def not_plain_lora(config: Any, *, initial_known: bool) -> str | None:
-    """Why an adapter is something else than `s·B·A` added to the base's own weights, with or without DoRA's magnitudes
-    or AdaLoRA's values; None where it is just that.
-
-    Args:
-        config: PEFT's configuration of the adapter.
-        initial_known: whether the initial factors are at hand, so that it does not matter what the base's weights
-            were replaced by.
-    """
-    if str(getattr(config.peft_type, "value", config.peft_type)) not in ("LORA", "ADALORA"):
-        return f"is of type {getattr(config.peft_type, 'value', config.peft_type)}; pissa handles LORA and ADALORA"
-    if config.lora_bias:
-        return "trains biases inside the adapter (lora_bias), which a plain LoRA cannot express"
-    how = config.init_lora_weights
-    if how not in PRESERVING_INITIALISATIONS and not initial_known:
-        return (
-            f"was initialised by PEFT as {how!r}, which changed the base's weights and kept no record of it; "
-            "convert it with PEFT (path_initial_model_for_weight_conversion), or adapt with pissa.adapt"
-        )
-    return None
-
-
-def check_always_on(config: Any, what: str) -> None:
-    """Refuse an adapter that acts on some tokens alone where it would act on all.
-
-    Args:
-        config: PEFT's configuration of the adapter.
-        what: what would, for the message.
-
-    Raises:
-        PissaError: it is an activated LoRA (aLoRA).
-    """
-    if getattr(config, "alora_invocation_tokens", None):
-        raise PissaError(
-            f"the adapter acts only after its invocation tokens (alora_invocation_tokens), and {what} would apply it "
-            "to every token; load it with PEFT, as it is or exported without --merged and --to"
-        )
-
-
 def active_adapter_name(model: PeftModel) -> str:
     """The one adapter that is being trained or used."""
     names = [name for name in model.peft_config if name != INITIAL]
@@ -310,35 +161,6 @@ def set_magnitude(layer: Any, adapter: str, magnitude: Tensor, *, trainable: boo
     getattr(layer, MAGNITUDE)[adapter].weight = nn.Parameter(value, requires_grad=trainable)
 
 
-def halves(factors: AdapterFactors) -> AdapterFactors:
-    """Trained and initial factors out of `[A ; A0]` and `[B | −B0]`."""
-    r = factors.A.shape[-2] // 2
-    return AdapterFactors(
-        factors.A[..., :r, :].contiguous(),
-        factors.B[..., :r].contiguous(),
-        factors.scale,
-        factors.A[..., r:, :].contiguous(),
-        -factors.B[..., r:].contiguous(),
-        factors.magnitude,
-        factors.E[:r] if factors.E is not None else None,
-        factors.E[r:] if factors.E is not None else None,
-    )
-
-
-def config_with_ranks(source: LoraConfig, factor: float) -> LoraConfig:
-    """A copy of the configuration with every rank multiplied by `factor` and every alpha such that the scales stay."""
-    result = deepcopy(source)
-    if isinstance(result, AdaLoraConfig):
-        set_rank(result, round(result.init_r * factor))
-        return result
-    alpha_factor = factor**0.5 if source.use_rslora else factor
-    result.r = round(source.r * factor)
-    result.lora_alpha = _whole(source.lora_alpha * alpha_factor)
-    result.rank_pattern = {key: round(rank * factor) for key, rank in (source.rank_pattern or {}).items()}
-    result.alpha_pattern = {key: _whole(a * alpha_factor) for key, a in (source.alpha_pattern or {}).items()}
-    return result
-
-
 def set_factors(
     layer: LoraLayer, adapter: str, A: Tensor, B: Tensor, E: Tensor | None = None, *, trainable: bool
 ) -> None:
@@ -366,7 +188,3 @@ def base_layer(layer: LoraLayer) -> Any:
 def _pair(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     A, B = (parameter.detach() for parameter in parameters_of(layer, adapter))
     return place_at(layer).kind.unpack(A, B, layer.r[adapter])
-
-
-def _whole(alpha: float) -> Any:
-    return int(alpha) if float(alpha).is_integer() else alpha

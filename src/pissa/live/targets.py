@@ -23,12 +23,12 @@ from ..decompose.components import slots_drawn
 from ..decompose.scale import magnitude
 from ..errors import ConfigError, TargetError, WeightError
 from ..split import STORAGE_DTYPES
+from .factors import WRAPPED, Layout
 from .layers import CONVOLUTION, LINEAR, TRANSPOSED
 from .quantized import bits_of, check_quantizable
 from .runtime import holes, why_not
 from .selection import Target as Target
 from .selection import listed, select_weights
-from .state import WRAPPED, Layout
 
 
 def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = True) -> list[Target]:

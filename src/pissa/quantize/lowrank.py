@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..decompose.certificate import Certificate
-from ..decompose.lapack import symmetric_eigen, thin_svd
+from ..decompose.lapack import symmetric_eigen
+from ..decompose.product import product_svd
 from ..decompose.scale import unscaled
 from ..decompose.svd import fix_signs, truncated_svd
 from .metric import Metric
@@ -131,9 +132,7 @@ def extrapolated(newest: LowRank, previous: LowRank, momentum: float) -> LowRank
 
 
 def singular_triplets(L: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), S (r,), Vh (r, in) of `left·right`, from thin QRs and a small core; signs as `truncated_svd`'s."""
-    left, R = torch.linalg.qr(L.left.double())
-    right, T = torch.linalg.qr(L.right.double().mT)
-    u, S, vh = thin_svd(R @ T.mT)
-    U, Vh = fix_signs((left @ u[:, :rank]).float(), (vh[:rank] @ right.mT).float())
-    return U, S[:rank].float(), Vh
+    """U (out, r), S (r,), Vh (r, in) of `left·right`, fp32; signs as `truncated_svd`'s."""
+    U, S, Vh = product_svd(L.left, L.right, rank=rank)
+    U, Vh = fix_signs(U.float(), Vh.float())
+    return U, S.float(), Vh

@@ -22,6 +22,7 @@ from ..checkpoint.residual import SavedResidual, residual_at, residual_state
 from ..checkpoint.source.load import load_base, load_tokenizer
 from ..data.text import calibration_batches
 from ..export import gap_figures
+from ..live.record import record_of
 from ..live.targets import resolve_targets
 from ..provenance import fingerprint
 from .directory import RunDirectory, read_record
@@ -82,7 +83,9 @@ def prepare(
     seconds = time.perf_counter() - start
     if recipe.quantization is not None:
         mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
-    return Prepared(adapted, mark, _figures(seconds, adapted.pissa.certificates))
+    record = record_of(adapted)
+    assert record is not None
+    return Prepared(adapted, mark, _figures(seconds, record.certificates))
 
 
 def _prepared_before(ready: SavedResidual, recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:

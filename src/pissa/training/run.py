@@ -33,6 +33,7 @@ from ..data.rows import examples_from_rows
 from ..errors import ConfigError, Interrupted, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
+from ..live.record import record_of
 from ..provenance import hardware, package_versions
 from .adviser import advise, probe_data
 from .card import model_card
@@ -175,7 +176,9 @@ def _train(
             held.enter_context(only_writer(directory, settings, checkpoint))
             advised = {"advice": advice} if advice is not None else {}
             write_record(directory, {"settings": settings, "fingerprints": fingerprints, "split": split, **advised})
-            if recipe.quantization is not None and prepared.split is not None and prepared.model.pissa.residual is None:
+            record = record_of(prepared.model)
+            unsaved = record is not None and record.residual is None
+            if recipe.quantization is not None and prepared.split is not None and unsaved:
                 save_residual(prepared.model, directory.residual, tokenizer=tokenizer)
         log = StepLog(directory.log, progress=progress, label=label or recipe.method)
         trainer = _run(prepared.model, tokenizer, encoded, recipe, arguments, checkpoint, log, callbacks)

@@ -32,7 +32,9 @@ from ..data.encode import IGNORED
 from ..errors import ConfigError, MissingExtraError, OutputError, TrainingError
 from ..export import export_state, write_lora
 from ..live.adalora import penalty
-from ..live.state import MAGNITUDE, TRAINABLE, active_adapter_name, is_offset
+from ..live.factors import MAGNITUDE
+from ..live.record import record_of
+from ..live.state import TRAINABLE, active_adapter_name, is_offset
 from .directory import RunDirectory
 from .optimizer import parameter_groups
 from .sampler import LengthGroupedBatches
@@ -92,7 +94,7 @@ def check_trainer() -> None:
 
 def _needs_whole_layers(model: Any) -> bool:
     """Whether a model's layers or its adapter's frozen half would not survive sharding."""
-    record = getattr(model, "pissa", None)
+    record = record_of(model)
     values_apart = isinstance(getattr(model, "peft_config", {}).get(TRAINABLE), AdaLoraConfig)
     return (record is not None and record.quantized) or is_offset(model, TRAINABLE) or values_apart
 
@@ -259,7 +261,7 @@ class ResponseTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
-            record: Any = getattr(model, "pissa", None)
+            record = record_of(model)
             if record is not None and record.quantized:
                 write_trained(model, directory, final=self.state_directory / directory.name)
                 return None

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...decompose.dora import rescaled
 from ...errors import CheckpointError
+from ...live.factors import AdapterFactors, merged_weight
 from ...live.layers import Place, combine_each, place_named
-from ...live.state import AdapterFactors, check_always_on, is_marked_offset
+from ...live.marks import check_always_on, is_marked_offset
 from ..card import merged_card, write_card
 from ..companions import copy_companions
 from ..disk.header import KIND_OF
@@ -121,7 +121,7 @@ class _Merge:
         name = self.keys[key]
         kind, factors = self._place(name).kind, self.factors[name]
         stored = self.source.read(self._tensor(key)).to(job_dtype(self.model, name, self.dtype))
-        merged = merged_weight(kind.matrices(stored), factors, offset=self.offset, ready=self.residual is not None)
+        merged = trained_weight(kind.matrices(stored), factors, offset=self.offset, ready=self.residual is not None)
         return kind.stored(merged, stored.shape)
 
     def _place(self, name: str) -> Place:
@@ -170,7 +170,7 @@ class _Merge:
         copy_companions(self.source.path, self.source.others, self.path, directory)
 
 
-def merged_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bool) -> Tensor:
+def trained_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bool) -> Tensor:
     """What a weight became in training, (…, out, in) in W's dtype.
 
     Args:
@@ -179,15 +179,11 @@ def merged_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: bo
         offset: whether the base's weight was left in place, and the initial adapter's negative trained beside it.
         ready: whether W is the residual already.
     """
-    A, B, scale = factors.A, factors.B, factors.scale
     if factors.A0 is not None and factors.B0 is not None and not ready:
         if offset:
-            A, B = torch.cat([A, factors.A0], dim=-2), torch.cat([B, -factors.B0], dim=-1)
-        else:
-            W = combine_each(W, factors.A0, factors.B0, -scale)
-    if factors.magnitude is not None:
-        return rescaled(combine_each(W.float(), A, B, scale), factors.magnitude).to(W.dtype)
-    return combine_each(W, A, B, scale)
+            return merged_weight(W, factors.change())
+        W = combine_each(W, factors.A0, factors.B0, -factors.scale)
+    return merged_weight(W, factors)
 
 
 def _readable(source: Source, model: nn.Module) -> Source:

@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 
 from ...config import PissaConfig, Quantization
 from ...errors import CheckpointError, ConfigError
+from ...live.factors import Layout
+from ...live.marks import set_marks
 from ...live.peft_config import peft_config
 from ...live.quantized import bitsandbytes_config, quantized_layer, require_bitsandbytes
-from ...live.state import INITIAL, Layout, set_marks
+from ...live.state import INITIAL
 from ...live.targets import Target, layouts_of, resolve_targets
 from ...quantize.formats import Packed
 from ...quantize.int8 import PackedInt8
