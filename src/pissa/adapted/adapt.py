@@ -31,6 +31,7 @@ from ..live.runtime import warn_of_peft
 from ..live.splits import scored_splits, splits_of
 from ..live.targets import resolve_targets
 from ..live.tokens import check_tokens
+from ..live.trial import check_by_peft
 from ..quantize.formats import Packed
 from ..split import derive_seed
 from .guards import guard
@@ -85,6 +86,8 @@ def adapt(
     if config.rank_budget is not None:
         targets = with_planned_ranks(targets, config, moments)
         moments = moments if config.quantization is not None else None
+    lora_config = peft_config(model, targets, config)
+    check_by_peft(model, lora_config)
     warn_of_peft(model, {target.name: target.kind for target in targets}, config.dropout)
     factors: dict[str, tuple[Tensor, ...]] = {}
     certificates: dict[str, Certificate] = {}
@@ -109,9 +112,7 @@ def adapt(
         }
     record = Record(config, certificates, config.title, config.quantization)
     attach_placed = attach_offset if config.placement == "offset" and not config.starts_at_zero else attach
-    adapted = attach_placed(
-        model, peft_config(model, targets, config), factors, record, subtract=not config.starts_at_zero, packed=packed
-    )
+    adapted = attach_placed(model, lora_config, factors, record, subtract=not config.starts_at_zero, packed=packed)
     guard(adapted)
     return adapted
 

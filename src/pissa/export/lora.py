@@ -139,7 +139,7 @@ def _lossless(saved: SavedAdapter) -> LoraExport:
     doubled = any(factors.A0 is not None for factors in saved.factors.values())
     config = config_with_ranks(saved.config, 2.0) if doubled else deepcopy(saved.config)
     changes = {name: factors.change() for name, factors in saved.factors.items()}
-    parts = {name: LowRank(f.A, f.B, magnitude=f.magnitude, E=f.E) for name, f in changes.items()}
+    parts = {name: LowRank(f.A.clone(), f.B.clone(), magnitude=f.magnitude, E=f.E) for name, f in changes.items()}
     return _as_export(saved, parts, config, LOSSLESS if doubled else None)
 
 

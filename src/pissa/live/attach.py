@@ -26,6 +26,7 @@ from .runtime import keep_slow_path
 from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_magnitude
 from .ties import declare_untied, shared_weights
 from .tokens import fill_tokens
+from .trial import REFUSALS, refusal
 from .undo import undone_on_failure
 
 
@@ -104,9 +105,12 @@ def _attach(
     with warnings.catch_warnings():
         # PEFT looks for the keys among modules alone, though it finds those of bare parameters as well
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
-        if subtract:
-            adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
+        try:
+            adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
+            if subtract:
+                adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
+        except REFUSALS as error:
+            raise refusal(error) from error
     settle_names(adapted)
     fill_tokens(adapted)
     layers = adapter_layers(adapted)

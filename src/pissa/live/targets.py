@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,9 +27,11 @@ from ..split import STORAGE_DTYPES
 from .factors import WRAPPED, Layout
 from .layers import CONVOLUTION, LINEAR, TRANSPOSED
 from .quantized import bits_of, check_quantizable
+from .reads import read_elsewhere
 from .runtime import holes, why_not
 from .selection import Target as Target
 from .selection import listed, select_weights
+from .trial import forbidden_by_peft
 
 
 def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = True) -> list[Target]:
@@ -55,7 +58,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
             "unload) first, or load the base again"
         )
     modules = dict(model.named_modules())
-    found = select_weights(model, modules, config)
+    found = _called_ones(model, select_weights(model, modules, config), config)
     _check_carried(model, modules, found, config)
     _check_parametrized(found)
     _check_shared(model, modules, list(dict.fromkeys(target.module_name for target in found)))
@@ -89,6 +92,25 @@ def layouts_of(targets: Sequence[Target]) -> dict[str, Layout]:
         dilation = holes(place.module) if place.kind is CONVOLUTION else ()
         layouts[target.name] = Layout(path, place.kind, place.shape, dilation)
     return layouts
+
+
+def _called_ones(model: nn.Module, targets: list[Target], config: PissaConfig) -> list[Target]:
+    """Only targets whose adapter would do something: whose layer is called wherever its weight is used.
+
+    What "all-linear" finds beside these is left out with a warning; what is named is refused.
+    """
+    wrong = {name: f"{name} (read by {where} without a call)" for name, where in read_elsewhere(model, targets).items()}
+    forbidden = forbidden_by_peft(model, [t.name for t in targets if not t.kind.bare])
+    wrong |= {name: f"{name} ({reason})" for name, reason in forbidden.items()}
+    if not wrong:
+        return targets
+    what = f"{listed([*wrong.values()], 20)}: an adapter there would be passed by"
+    left = [target for target in targets if target.name not in wrong]
+    endings = ", ".join(sorted({name.rpartition(".")[2] for name in wrong}))
+    if config.target_modules != "all-linear" or not left:
+        raise TargetError(f"cannot adapt {what}; name {endings} in exclude_modules, or narrow target_modules")
+    warnings.warn(f"not adapted: {what} (exclude_modules with {endings} silences this)", stacklevel=4)
+    return left
 
 
 def _check_carried(

@@ -27,6 +27,7 @@ from ...live.peft_config import peft_config
 from ...live.quantized import bitsandbytes_config, quantized_layer, require_bitsandbytes
 from ...live.state import INITIAL
 from ...live.targets import Target, layouts_of, resolve_targets
+from ...live.trial import check_by_peft
 from ...quantize.formats import Packed
 from ...quantize.int8 import PackedInt8
 from ...quantize.nested import NESTED_BLOCK, NestedScales
@@ -112,6 +113,7 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     model = build(source)
     names = checkpoint_names(model, source)
     targets = resolve_targets(model, config, loaded=False)
+    check_by_peft(model, peft_config(model, targets, config))
     chosen = DTYPES[dtype] if dtype is not None else loading_dtype(source)
     sources = _sources(model, names, targets, source)
     layouts = layouts_of(targets)

@@ -1,0 +1,93 @@
+"""PEFT's own checks, run before anything is split.
+
+PEFT checks while it wraps, layer by layer, which is after all the splits. So it first wraps a copy of the model that
+has modules and no memory: whatever it would refuse later, it refuses now.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from ..errors import TargetError
+from .quantized import bits_of
+
+REFUSALS = (ValueError, TypeError, NotImplementedError)
+"""How PEFT says that it cannot adapt something."""
+
+
+def forbidden_by_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Modules that PEFT refuses for what they are called in a model of this type -> its reason."""
+    check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    found = {}
+    for name in names if check is not None else ():
+        try:
+            check(None, LoraConfig(), model, name.rpartition(".")[2])
+        except REFUSALS as error:
+            found[name] = _first_sentence(error)
+    return found
+
+
+def check_by_peft(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse, by PEFT's own words, a configuration that it could not carry out on this model.
+
+    Args:
+        model: a base with or without values; it is left alone.
+        config: of the adapter.
+
+    Raises:
+        TargetError: PEFT refuses it.
+    """
+    twin = _without_memory(model)
+    if twin is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            get_peft_model(twin, copy.deepcopy(config), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+        except REFUSALS as error:
+            raise refusal(error) from error
+
+
+def refusal(error: Exception) -> TargetError:
+    """What PEFT said, as our error."""
+    return TargetError(
+        f"PEFT cannot adapt this model so: {_first_sentence(error)} Name other target_modules, or name the modules in "
+        "exclude_modules"
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
+
+
+def _without_memory(model: nn.Module) -> Any:
+    """A copy of a model whose tensors are on the meta device; None where it cannot be copied."""
+    held = [
+        (module, *item)
+        for module in model.modules()
+        for item in (*module._parameters.items(), *module._buffers.items())
+    ]
+    memo: dict[int, Any] = {}
+    for module, _, tensor in held:
+        if tensor is None:
+            continue
+        if bits_of(module) is not None:  # PEFT looks at how it is quantised
+            memo[id(tensor)] = tensor
+        elif isinstance(tensor, nn.Parameter):
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        else:
+            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # locks, open files, handles of other libraries: what PEFT says is heard when it wraps
+        return None
