@@ -27,7 +27,9 @@ def forbidden_by_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Modules that PEFT refuses for what they are called in a model of this type -> its reason."""
     check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
     found = {}
-    for name in names if check is not None else ():
+    for name in names:
+        if check is None:
+            break
         try:
             check(None, LoraConfig(), model, name.rpartition(".")[2])
         except REFUSALS as error:
@@ -71,23 +73,19 @@ def _first_sentence(error: Exception) -> str:
 
 def _without_memory(model: nn.Module) -> Any:
     """A copy of a model whose tensors are on the meta device; None where it cannot be copied."""
-    held = [
-        (module, *item)
-        for module in model.modules()
-        for item in (*module._parameters.items(), *module._buffers.items())
-    ]
     memo: dict[int, Any] = {}
-    for module, _, tensor in held:
-        if tensor is None:
-            continue
-        if bits_of(module) is not None:  # PEFT looks at how it is quantised
-            memo[id(tensor)] = tensor
-        elif isinstance(tensor, nn.Parameter):
-            empty = torch.empty_like(tensor, device="meta")
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        else:
-            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    for module in model.modules():
+        tensors: list[Any] = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        memo |= {id(tensor): _empty(tensor, keep=bits_of(module) is not None) for tensor in tensors}
     try:
         return copy.deepcopy(model, memo)
     except Exception:  # locks, open files, handles of other libraries: what PEFT says is heard when it wraps
         return None
+
+
+def _empty(tensor: Any, *, keep: bool) -> Any:
+    """A tensor like this on the meta device; itself where PEFT looks at how it is quantised."""
+    if keep:
+        return tensor
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
