@@ -27,10 +27,10 @@ RUN_KEYS = {
 }
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    """A tiny model's directory."""
-    directory = tmp_path / "model"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model's directory; nobody writes into it."""
+    directory = tmp_path_factory.mktemp("model")
     tiny_llama().save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return str(directory)
@@ -68,12 +68,16 @@ def test_demo_writes_what_it_promises_and_never_does_it_twice(
     monkeypatch.setattr(
         "pissa.training.prepare.adapt", lambda *_, **__: pytest.fail("a finished run was adapted again")
     )
+    monkeypatch.setattr(demo, "_check_export", lambda *_: results["export"])
     assert demo.run_demo(out, model=model, quick=True)["runs"] == results["runs"]
     with pytest.raises(OutputError, match="other settings"):
         demo.run_demo(out, model=model, quick=True, seed=1)
 
 
-def test_demo_takes_real_data(model: str, tmp_path: Path) -> None:
+def test_demo_takes_real_data(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # with a fresh process, which the first test has already
+    export = {"rank": 8, "max_abs_logit_difference": 0.0, "max_abs_logit": 1.0, "directory": "pissa"}
+    monkeypatch.setattr(demo, "_check_export", lambda *_: export)
     rows, _ = make_problems(0, 20, 1)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"question": r["instruction"], "answer": r["output"]}) + "\n" for r in rows))

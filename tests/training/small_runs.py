@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from pissa.cli.main import run as run_command_line
 from pissa.training.recipe import Recipe
 from pissa.training.run import RunResult, train
 from tiny import logits_of
@@ -63,8 +65,8 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def command(base: Path, data: Path, out: Path, settings: Recipe) -> list[str]:
-    """`pissa train` with these settings, as a command."""
+def arguments(base: Path, data: Path, out: Path, settings: Recipe) -> list[str]:
+    """Those of `pissa` that train with these settings."""
     usual = Recipe()
     given = {
         name: value
@@ -72,7 +74,21 @@ def command(base: Path, data: Path, out: Path, settings: Recipe) -> list[str]:
         if value != getattr(usual, name) and not isinstance(value, bool)
     }
     where = ["train", str(base), "--data", str(data), "--out", str(out)]
-    return [sys.executable, "-W", "ignore", "-m", "pissa", *where, *flags(given)]
+    return [*where, *flags(given)]
+
+
+def command(base: Path, data: Path, out: Path, settings: Recipe) -> list[str]:
+    """`pissa train` with these settings, as a command."""
+    return [sys.executable, "-W", "ignore", "-m", "pissa", *arguments(base, data, out, settings)]
+
+
+def in_process(given: Sequence[str], capsys: pytest.CaptureFixture[str]) -> subprocess.CompletedProcess[str]:
+    """What `pissa` with these arguments says and exits with, run in the test's own process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_command_line([*given])
+    said = capsys.readouterr()
+    return subprocess.CompletedProcess(given, int(stopped.value.code or 0), said.out, said.err)
 
 
 def finish(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:

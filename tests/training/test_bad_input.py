@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import command, finish, listing, log_of, plain_logits, recipe, result_tensors, rows, run, write_rows
+from small_runs import (
+    arguments,
+    in_process,
+    listing,
+    log_of,
+    plain_logits,
+    recipe,
+    result_tensors,
+    rows,
+    run,
+    write_rows,
+)
 
 from pissa.checkpoint.disk.write import TEMPORARY_PREFIX
 from pissa.errors import CheckpointError, ConfigError, OutputError, PissaError
@@ -316,10 +327,12 @@ def test_a_disk_that_is_really_full_is_one_line_until_there_is_room(
     assert same_tensors(result_tensors(out), result_tensors(undisturbed))
 
 
-def test_the_command_says_it_in_one_line_with_exit_code_2(base: Path, tmp_path: Path) -> None:
+def test_the_command_says_it_in_one_line_with_exit_code_2(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_rows(tmp_path / "data.jsonl")
     data.write_text(data.read_text() + "{\n")
-    done = finish(command(base, data, tmp_path / "out", recipe()))
+    done = in_process(arguments(base, data, tmp_path / "out", recipe()), capsys)
     assert done.returncode == 2 and not done.stdout and not (tmp_path / "out").exists()
     assert done.stderr.count("pissa: ") == 1 and "Traceback" not in done.stderr
     assert f"{data}:21 is not JSON" in done.stderr.splitlines()[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import command, finish, log_of, plain_logits, recipe, result_tensors, run, write_rows
+from small_runs import arguments, in_process, log_of, plain_logits, recipe, result_tensors, run, write_rows
 from transformers import AutoModelForCausalLM
 
 from pissa import export_lora, export_merged, load, reference
@@ -89,13 +89,16 @@ def test_the_logged_loss_is_the_data_s_and_the_penalty_still_acts(base_directory
     assert deviation(5.0) < 0.7 * deviation(0.0)
 
 
-def test_the_command_line_knows_the_methods(base_directory: Path, tmp_path: Path) -> None:
+def test_the_command_line_knows_the_methods(
+    base_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_rows(tmp_path / "data.jsonl")
     settings = recipe(component="scored", scored_examples=5, loraplus_ratio=2.0, max_steps=1)
-    done = finish([*command(base_directory, data, tmp_path / "run", settings), "--json"])
+    done = in_process([*arguments(base_directory, data, tmp_path / "run", settings), "--json"], capsys)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["settings"]["component"] == "scored"
-    wrong = finish([*command(base_directory, data, tmp_path / "no", recipe(method="cura")), "--quantize", "nf4"])
+    given = [*arguments(base_directory, data, tmp_path / "no", recipe(method="cura")), "--quantize", "nf4"]
+    wrong = in_process(given, capsys)
     assert wrong.returncode == 2 and "method 'cura' cannot be quantised" in wrong.stderr
     assert len(wrong.stderr.strip().splitlines()) == 1 and not (tmp_path / "no").exists()
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from killed import in_child, kill_at_change, signal_at_step
 from small_runs import (
+    arguments,
     command,
-    finish,
+    in_process,
     listing,
     log_of,
     plain_logits,
@@ -440,9 +441,11 @@ def test_bf16_keeps_what_is_trained_in_fp32_and_is_recorded(base_directory: Path
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
-def test_the_command_trains_prints_and_continues(base_directory: Path, tmp_path: Path) -> None:
+def test_the_command_trains_and_prints(
+    base_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = write_rows(tmp_path / "data.jsonl"), tmp_path / "run"
-    done = finish([*command(base_directory, data, out, recipe(max_steps=2)), "--json"])
+    done = in_process([*arguments(base_directory, data, out, recipe(max_steps=2)), "--json"], capsys)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["losses"] == [record["loss"] for record in log_of(out)]
