@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,11 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage that runs is ended as well
     sizes = TINY if options.tiny else FULL
-    stages = [stage for stage in STAGES if options.only is None or stage.name in options.only]
+    stages = [
+        replace(stage, limit=sizes.patience * stage.limit)
+        for stage in STAGES
+        if options.only is None or stage.name in options.only
+    ]
+    budget = sizes.patience * options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out.resolve() / RESULTS.name
     begin = {"sizes": sizes.name, **provenance(options.device)}
-    document = run_pass(stages, out, begin, sizes=sizes.name, device=options.device, budget=options.seconds)
+    document = run_pass(stages, out, begin, sizes=sizes.name, device=options.device, budget=budget)
     text = table(document)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -52,6 +52,8 @@ class Sizes:
     """Timed training steps, after one that is not."""
     checked: ModelShape
     """The model whose function is compared before and after saving, loading and exporting."""
+    patience: float
+    """Factor on the stages' limits and on the whole budget: a CPU that others use as well is no GPU."""
     product: int
     """Side of the square bf16 matrices whose product gives the device's rate."""
 
@@ -71,6 +73,7 @@ FULL = Sizes(
     length=2048,
     steps=3,
     checked=ModelShape(2048, 5632, 4, 16, 8, 32000),
+    patience=1.0,
     product=8192,
 )
 
@@ -89,6 +92,7 @@ TINY = Sizes(
     length=16,
     steps=1,
     checked=ModelShape(64, 128, 2, 4, 2, 128),
+    patience=5.0,
     product=128,
 )
 

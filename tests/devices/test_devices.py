@@ -30,6 +30,7 @@ def test_property_holds(name: str, device: torch.device) -> None:
         pytest.skip(str(reason))
 
 
+@pytest.mark.timeout(1200)
 def test_properties_hold_on_a_stand_in_for_a_gpu() -> None:
     if not hasattr(backend, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} takes no backend written in Python")
@@ -38,7 +39,7 @@ def test_properties_hold_on_a_stand_in_for_a_gpu() -> None:
         [sys.executable, str(HERE / "stand_in.py")],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1100,
         check=False,
         env={**os.environ, "PYTHONPATH": paths},
     )
