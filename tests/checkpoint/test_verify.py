@@ -6,10 +6,8 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from streaming import BASES, CONFIG, CONFIGS, contents, llama_on_disk, on_disk
 
@@ -116,33 +114,6 @@ def test_residual_and_adapter_are_the_base_within_what_is_stated(name: str, tmp_
     assert found.errors == pytest.approx(stated, rel=1e-3, abs=1e-7)
 
 
-def reseal(out: Path, change: Any) -> None:
-    """Change a manifest and give it its digest again, as someone would who knows how."""
-    document = json.loads((out / "pissa.json").read_text())
-    change(document)
-    (out / "pissa.json").write_text(sealed({k: v for k, v in document.items() if k != "sha256"}))
-
-
-def test_a_wrong_split_under_a_right_seal_is_found_against_the_base(made: tuple[Path, Path], copy: Path) -> None:
-    base, _ = made
-    module = "model.layers.0.mlp.up_proj"
-    reseal(copy, lambda document: document["modules"][module].update(scale=1.01))
-    with pytest.raises(CheckpointError, match=rf"{module}: residual \+ adapter is off by"):
-        verify(copy, base)
-    reseal(copy, lambda document: document["modules"][module].update(scale=1.0))
-    reseal(
-        copy, lambda document: document["copies"].update({"model.norm.weight": "model.layers.0.input_layernorm.weight"})
-    )
-    verify(copy)
-    tensors = load_file(base / "model.safetensors")
-    same = torch.equal(tensors["model.norm.weight"], tensors["model.layers.0.input_layernorm.weight"])
-    assert same  # both are ones: a copy is told by its bytes
-    verify(copy, base)
-    reseal(copy, lambda document: document["copies"].update({"model.norm.weight": "lm_head.weight"}))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is not a copy of the base's lm_head\.weight"):
-        verify(copy, base)
-
-
 def test_another_base_is_refused_by_its_tensors(made: tuple[Path, Path], tmp_path: Path) -> None:
     base, out = made
     other = llama_on_disk(tmp_path / "other", seed=1)
@@ -166,9 +137,13 @@ def test_what_cannot_be_verified_is_said(made: tuple[Path, Path], tmp_path: Path
         (tmp_path / "pissa.json").write_text(text, encoding="utf-8")
         with pytest.raises(CheckpointError, match="was changed"):
             verify(tmp_path)
+    with (tmp_path / "pissa.json").open("wb") as file:
+        file.truncate(40 << 30)  # a file with holes
+    with pytest.raises(CheckpointError, match="could be read"):
+        verify(tmp_path)
     for files in ({"../secret": {"size": 1, "sha256": ""}}, {"/etc/passwd": {"size": 1, "sha256": ""}}):
         (tmp_path / "pissa.json").write_text(sealed({"files": files}))
-        with pytest.raises(CheckpointError, match="names files outside its directory"):
+        with pytest.raises(CheckpointError, match="not the plain name of a file in the directory"):
             verify(tmp_path)
 
 

@@ -46,7 +46,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 LORA = {"adapter_model.safetensors", "adapter_config.json", "pissa.json"}
 CARD = {"README.md", "results.json"}
 STATE = {"run.json", "log.jsonl", "checkpoint-4", "checkpoint-6"}
-CONTINUES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+CONTINUES = {"checkpoint.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 KINDS: dict[str, dict[str, Any]] = {
     "pissa": {"method": "pissa"},

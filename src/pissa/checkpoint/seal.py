@@ -87,8 +87,9 @@ def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def is_unsealed_name(name: str) -> bool:
-    """Whether a file is none of the seal's business: the manifest itself, and hidden ones such as .gitattributes."""
-    return name == MANIFEST or name.startswith(".")
+    """Whether a file, by its name from the directory on, is none of the seal's business: the directory's own manifest,
+    and hidden files such as .gitattributes. A manifest further below is a file like any other."""
+    return name == MANIFEST or name.rpartition("/")[2].startswith(".")
 
 
 def _text(document: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..checkpoint.disk.write import TEMPORARY_PREFIX, explained
 from ..errors import OutputError
+from ..outside.documents import Unreadable, parse_object, wrong_fields
 
 SAME_REQUEST_SECONDS = 1.0
 STEP_KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
@@ -41,6 +43,17 @@ def make_progress(console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
         console=console or Console(stderr=True),
     )
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of `log.jsonl`."""
+
+    step: int
+    loss: float
+    grad_norm: float | None = None
+    learning_rate: float = 0.0
+    tokens_per_second: float = 0.0
 
 
 class StepLog(TrainerCallback):
@@ -135,15 +148,18 @@ class StopAtStepEnd(TrainerCallback):
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of `log.jsonl`; a last line that was cut off by a crash is left out."""
+    """The records of `log.jsonl` up to the first that is damaged, such as a line that a crash cut off."""
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = parse_object(line)
+        except Unreadable:
             break
+        if next(wrong_fields(record, StepRecord), None) is not None:
+            break
+        records.append(record)
     return records
 
 

@@ -37,6 +37,7 @@ from ..live.record import record_of
 from ..provenance import hardware, package_versions
 from .adviser import advise, probe_data
 from .card import model_card
+from .checkpoints import check_checkpoint
 from .directory import (
     RunDirectory,
     absolute,
@@ -153,6 +154,7 @@ def _train(
     tokenizer = load_tokenizer(model)
     encoded = _encoded(data, tokenizer, recipe)
     checkpoint = directory.last_checkpoint
+    check_checkpoint(directory, checkpoint)
     if progress is not None and checkpoint is not None:
         progress.console.print(f"continuing from {checkpoint}", markup=False)
     scored = _scored_batches(encoded, recipe, tokenizer.pad_token_id) if recipe.component == "scored" else None

@@ -35,6 +35,7 @@ from ..live.adalora import penalty
 from ..live.factors import MAGNITUDE
 from ..live.record import record_of
 from ..live.state import TRAINABLE, active_adapter_name, is_offset
+from .checkpoints import list_files
 from .directory import RunDirectory
 from .optimizer import parameter_groups
 from .sampler import LengthGroupedBatches
@@ -249,6 +250,7 @@ class ResponseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with explained(partial):
+                list_files(partial / name)
                 durable_rename(partial / name, state / name)
             shutil.rmtree(partial, ignore_errors=True)
             rotate_checkpoints(output_dir=str(state), save_total_limit=KEPT_CHECKPOINTS, use_mtime=False)

@@ -32,8 +32,9 @@ from ..manifest import MANIFEST, Manifest
 from ..residual import RESIDUAL, certificate_of
 from ..seal import is_intact, plain_file, tensor_file, write_sealed
 from ..source.reader import Source
+from .contents import base_tensors, copies, module_entries
 from .identity import check_base_unchanged, modification_times
-from .plan import Job, StreamPlan
+from .plan import StreamPlan
 
 WORK = ".pissa-init"
 RUN = "run.json"
@@ -206,24 +207,14 @@ class Workspace:
     def _manifest(
         self, plan: StreamPlan, source: Source, done: dict[str, dict[str, Any]], files: dict[str, Any]
     ) -> dict[str, Any]:
-        modules, tensors, copies = {}, {}, {}
-        for job in sorted(plan.jobs, key=lambda job: job.name):
-            record = done[job.name]
-            for name in job.sources:
-                entry = source.entries[name]
-                tensors[name] = {"dtype": entry.kind, "shape": list(entry.shape), "sha256": record["base"][name]}
-            if job.target is None or job.layout is None or job.config is None:
-                copies |= dict.fromkeys(job.outputs, job.sources[0])
-            else:
-                rank, alpha = job.target.rank, job.target.alpha
-                modules[job.name] = {
-                    "tensors": [*job.sources],
-                    "dtype": str(job.dtype).removeprefix("torch."),
-                    "rank": rank,
-                    "scale": job.config.scale(rank, alpha),
-                    **_place(job),
-                    **record["certificate"],
-                }
+        certificates = {job.name: done[job.name].get("certificate", {}) for job in plan.jobs}
+        modules = {name: {**entry, **certificates[name]} for name, entry in module_entries(plan).items()}
+        digests = {name: digest for record in done.values() for name, digest in record["base"].items()}
+        entries = {name: source.entries[name] for name in base_tensors(plan)}
+        tensors = {
+            name: {"dtype": entry.kind, "shape": list(entry.shape), "sha256": digests[name]}
+            for name, entry in entries.items()
+        }
         return {
             "layout": RESIDUAL,
             "base": self.identity["base"],
@@ -232,7 +223,7 @@ class Workspace:
             "dtype": str(plan.dtype).removeprefix("torch."),
             "threads_per_matrix": 1,
             "modules": modules,
-            "copies": copies,
+            "copies": copies(plan),
             "base_tensors": tensors,
             "files": files,
             "run": self.identity,
@@ -313,17 +304,6 @@ class Workspace:
 def _config(plan: StreamPlan) -> PissaConfig:
     """The configuration, as the first module that is adapted has it."""
     return next(job.config for job in plan.jobs if job.config is not None)
-
-
-def _place(job: Job) -> dict[str, Any]:
-    """Where a split's weight and factors lie, for `verify`."""
-    assert job.target is not None and job.layout is not None and job.config is not None
-    described: dict[str, Any] = {"kind": job.target.kind.title, "weight": job.target.weight_key}
-    if not job.config.starts_at_zero:
-        described["factors"] = list(job.layout.keys())
-        if job.layout.dilation:
-            described["dilation"] = list(job.layout.dilation)
-    return described
 
 
 def _is_intact(path: Path, file: FileLayout) -> bool:

@@ -224,7 +224,8 @@ def _check_fields(row: dict[str, Any]) -> None:
         DataError: naming the field.
     """
     try:
-        fields = [part[1:] for part in Formatter().parse(row["prompt_template"]) if part[1] is not None]
+        parts = Formatter().parse(row["prompt_template"])
+        fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
     except ValueError as error:
         raise DataError(f"{row['where']}: the prompt_template is no template ({error}); give FastChat's") from error
     odd = [name for name, spec, conversion in fields if name not in FIELDS or spec or conversion]
