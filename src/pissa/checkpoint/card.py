@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -209,6 +210,6 @@ def write_card(directory: Path, text: str) -> None:
 
 def with_tags(text: str, tags: Iterable[str]) -> str:
     """A card of ours with more tags before its own."""
-    card = ModelCard(text)
+    card: Any = ModelCard(text)
     card.data.tags = list(dict.fromkeys([*tags, *(card.data.tags or [])]))
     return str(card)
