@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import pissa
 from pissa import PissaConfig, Quantization, adapt, export_lora, quantization_preset, reference, restore, save_residual
-from pissa.checkpoint.residual import residual_at, residual_state
+from pissa.checkpoint.residual import residual_state
+from pissa.checkpoint.saved_residual import residual_at
 from pissa.checkpoint.source.load import load_base
 from pissa.errors import CheckpointError, OutputError, PissaError
 from pissa.live.layers import weight_matrix

@@ -16,7 +16,7 @@ from ..live.quantized import keep_unpacked, quantized_layers
 from ..live.record import Record
 from ..live.state import TRAINABLE
 from .read import SavedAdapter, base_place, fitted, read_adapter
-from .residual import SavedResidual
+from .saved_residual import SavedResidual
 from .source.load import load_base
 
 
@@ -39,8 +39,9 @@ def attach_saved(
     Raises:
         CheckpointError: the adapter or the base is missing, incomplete, or they do not fit each other.
     """
-    saved = read_adapter(path)
-    model, residual = _base_or_residual(path, saved, base)
+    given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
+    saved = read_adapter(path, given)
+    model, residual = _base_or_residual(path, saved, base, given)
     adapters = fitted(path, saved, model)
     if residual is None and is_other_base(saved.sample, model, adapters):
         raise CheckpointError(
@@ -88,10 +89,12 @@ def _tensors(*factors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _base_or_residual(
-    path: str | os.PathLike[str], saved: SavedAdapter, base: str | os.PathLike[str] | nn.Module | None
+    path: str | os.PathLike[str],
+    saved: SavedAdapter,
+    base: str | os.PathLike[str] | nn.Module | None,
+    given: str | os.PathLike[str] | None,
 ) -> tuple[Any, SavedResidual | None]:
     """The model to attach an adapter to, and where it is the residual already, what its directory says."""
-    given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
     place, residual = base_place(path, saved, given)
     model: Any = load_base(place) if base is None or isinstance(base, str | os.PathLike) else base
     keep_unpacked(model)

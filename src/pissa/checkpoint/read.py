@@ -6,7 +6,8 @@ An adapter directory comes in four layouts, and each says by itself which one it
                a run's checkpoint of AdaLoRA with [E ; E0]; `pissa.json` says so, or, in placement "offset", the
                adapter's configuration
     on disk    the rank-r adapter for a residual that `save_residual` wrote; its configuration and `pissa.json` name it
-    residual   the rank-r adapter, and `pissa_init/` beside it, as PEFT would save them
+    residual   the rank-r adapter, and `pissa_init/` beside it, as PEFT would save them; or beside the residual's
+               weights, as others publish them, which the adapter's configuration names or the caller gives
     LoRA       any other PEFT LoRA
 
 From the first and third the residual is `W − s·B0·A0`, computed by the function that split it: same bits, never an SVD.
@@ -32,7 +33,7 @@ from ..live.runtime import UNDILATED, holes, is_dilated, taps, with_holes
 from ..live.state import INITIAL
 from .factors import CONFIG, read_factors
 from .manifest import read_manifest
-from .residual import SavedResidual, find_residual, residual_at
+from .saved_residual import SavedResidual, find_residual, residual_at
 from .source.hub import adapter_directory, first_line
 
 LOSSLESS = "lossless"
@@ -79,7 +80,7 @@ def base_place(
         base = saved.residual.path if saved.residual is not None else saved.base
     if base is None:
         raise CheckpointError(f"{path} does not record its base; pass it: load(path, base=…)")
-    residual = residual_at(Path(base)) if base and not is_marked_offset(saved.config) else None
+    residual = residual_at(base) if base and not is_marked_offset(saved.config) else None
     if marks(saved.config).get("residual") and residual is None:
         raise CheckpointError(
             f"{path} holds an adapter for a quantised residual, and {base or 'the model given'} is not that residual; "
@@ -88,8 +89,13 @@ def base_place(
     return base, residual
 
 
-def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
+def read_adapter(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> SavedAdapter:
     """Read an adapter directory of any layout, or a hub id's, without its base.
+
+    Args:
+        path: the directory or hub id.
+        base: what the adapter was trained on, where its configuration names something else. It is only looked at where
+            it is a residual, whose initial adapter says what training changed.
 
     Raises:
         CheckpointError: it is no PEFT LoRA, or incomplete, or of a kind that a plain LoRA cannot express.
@@ -98,12 +104,13 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     config = _read_config(directory)
     factors, layouts, others = read_factors(directory, config)
     manifest = read_manifest(directory) or {}
-    base = manifest.get("base") or config.base_model_name_or_path
+    recorded = manifest.get("base") or config.base_model_name_or_path
     residual = None
     if not is_marked_offset(config):  # whose base is the base, were it a residual to others
-        residual = find_residual(directory, manifest, config.base_model_name_or_path)
+        residual = residual_at(base) if base else None
+        residual = residual or find_residual(directory, manifest, config.base_model_name_or_path)
     if residual is not None:
-        base = residual.base
+        recorded = residual.base
     beside = [directory / INITIAL] + ([residual.path / INITIAL] if residual is not None else [])
     if manifest.get("layout") == LOSSLESS or is_marked_offset(config):
         config = config_with_ranks(config, 0.5)
@@ -119,7 +126,7 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     gaps = residual.gaps if residual is not None else {}
     sample = manifest.get("base_sample") or marks(config).get("base")
     method = manifest.get("method") or (residual.method if residual is not None else None)
-    return SavedAdapter(factors, layouts, config, base, others, residual, gaps, sample, method)
+    return SavedAdapter(factors, layouts, config, recorded, others, residual, gaps, sample, method)
 
 
 def _with_initial(

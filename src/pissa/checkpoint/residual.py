@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..decompose.certificate import Certificate
 from ..errors import PissaError
 from ..live.marks import set_marks
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
@@ -34,34 +33,13 @@ from ..provenance import package_versions
 from .card import residual_adapter_card, residual_card, write_card
 from .disk.write import check_free, output_directory, write_json
 from .factors import WEIGHTS
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST
+from .saved_residual import RESIDUAL
 from .seal import described, write_sealed
 
-RESIDUAL = "residual"
 ADAPTER = "adapter for a residual"
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"
 LONGEST_FLOAT = len(repr(-2.2250738585072014e-308))
-
-
-@dataclass(frozen=True)
-class SavedResidual:
-    """What a residual's directory says of itself."""
-
-    path: Path
-    """Where it lies."""
-    base: str | None
-    """Directory or hub id of the base that was split."""
-    certificates: dict[str, Certificate]
-    """Module name -> certificate of its split."""
-    config: dict[str, Any] | None = None
-    """The fields of the PissaConfig by which it was split, as far as they are known."""
-    method: str | None = None
-    """Name of the method, where it is known."""
-
-    @property
-    def gaps(self) -> dict[str, float]:
-        """Module name -> `‖W − Q − s·B0·A0‖ / ‖W‖` where the residual is quantised; empty where it is not."""
-        return {n: c.rounding for n, c in self.certificates.items() if c.quantization_error is not None}
 
 
 def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
@@ -168,35 +146,6 @@ def write_trained(
     config: Any = model.peft_config[adapter or active_adapter_name(model)]
     beside = None if named is not None or relative == RESIDUAL else place
     write_card(directory, residual_adapter_card(config, record.base, record.method, beside))
-
-
-def residual_at(path: Path) -> SavedResidual | None:
-    """The residual that a directory holds; None where it holds something else."""
-    manifest = read_manifest(path) if path.is_dir() else None
-    if manifest is None or manifest.get("layout") != RESIDUAL:
-        return None
-    certificates = {name: certificate_of(module) for name, module in manifest.get("modules", {}).items()}
-    return SavedResidual(path, manifest.get("base"), certificates, manifest.get("config"), manifest.get("method"))
-
-
-def certificate_of(module: Mapping[str, Any]) -> Certificate:
-    """A certificate from what a manifest says of a module."""
-    known = {field.name for field in fields(Certificate)}
-    return Certificate(**{"seconds": 0.0, **{key: value for key, value in module.items() if key in known}})
-
-
-def find_residual(directory: Path, manifest: dict[str, Any], named: str | None) -> SavedResidual | None:
-    """The residual that an adapter is for: the directory that the initial adapter lies in; where its manifest says
-    (relative to itself, so that a run can be moved as a whole); else the base that its configuration names, where that
-    is one."""
-    if directory.name == INITIAL and (found := residual_at(directory.parent)) is not None:
-        return found
-    relative = manifest.get("residual")
-    if relative is not None:
-        found = residual_at(Path(os.path.normpath(directory / relative)))
-        if found is not None:
-            return found
-    return residual_at(Path(named)) if named else None
 
 
 def residual_state(plain: PreTrainedModel) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..adapted.load import load
 from ..checkpoint.factors import CONFIG
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.read import read_adapter
-from ..checkpoint.residual import residual_at
+from ..checkpoint.saved_residual import residual_at
 from ..checkpoint.source.hub import looks_like_path
 from ..checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from ..checkpoint.source.no_foreign_code import through_transformers
@@ -51,8 +51,10 @@ def load_subject(
     Raises:
         CheckpointError: there is no such thing, or it is incomplete, or no tokenizer is found.
     """
+    split = residual_at(source, ask=True)
+    source = split.path if split is not None else source
     path = Path(source)
-    adapter = path.is_dir() and ((path / CONFIG).is_file() or residual_at(path) is not None)
+    adapter = path.is_dir() and ((path / CONFIG).is_file() or split is not None)
     if path.is_dir() and not adapter and not (path / "config.json").is_file():
         raise CheckpointError(_nothing_in(path))
     if base is not None and not adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -51,8 +52,9 @@ def export_lora(
         tolerance: in place of `rank`: per module, the smallest rank whose relative error is at most this.
         format: "peft", a directory that PEFT and vLLM load, or "gguf", one file that llama.cpp loads beside a GGUF of
             the base.
-        base: with format "gguf", whose names need the base's config.json: its directory or hub id, where a saved run
-            does not record it.
+        base: directory or hub id. Of a residual that others made, where an adapter was trained on it and does not say
+            so: the export is for the base that the residual was made of. With format "gguf", whose names need the
+            base's config.json: that of the base, where a saved run does not record it.
         state: of a live model whose parameters are shards: its whole state dict, from which the tensors are taken.
 
     Returns:
@@ -78,8 +80,14 @@ def export_lora(
     if out is not None:
         check_free(out)
     live = isinstance(model_or_dir, PeftModel)
-    saved = from_live(model_or_dir, state) if live else read_adapter(model_or_dir)
+    saved = from_live(model_or_dir, state) if live else read_adapter(model_or_dir, base)
     saved = without_values(saved)
+    if saved.residual is not None and saved.residual.quantized_by_others:
+        warnings.warn(
+            f"{saved.residual.path} is quantised and does not say how far it is, with its initial adapter, from "
+            f"{saved.base}; this export for that base is off from what was trained by just that",
+            stacklevel=2,
+        )
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
     if format == "gguf" and out is not None:

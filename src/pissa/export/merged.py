@@ -74,7 +74,7 @@ def export_merged(
         if record is not None:
             write_card(partial, merged_card(record.base, record.method))
         if not isinstance(model_or_dir, PeftModel):
-            place, _ = base_place(model_or_dir, read_adapter(model_or_dir), base)
+            place, _ = base_place(model_or_dir, read_adapter(model_or_dir, base), base)
             copy_companions(*base_files(place), model_or_dir, partial)
 
 

@@ -18,7 +18,8 @@ from rich.progress import Progress
 from ..adapted.adapt import adapt
 from ..adapted.load import load
 from ..calibrate.moments import Moment, second_moments
-from ..checkpoint.residual import SavedResidual, residual_at, residual_state
+from ..checkpoint.residual import residual_state
+from ..checkpoint.saved_residual import SavedResidual, residual_at
 from ..checkpoint.source.load import load_base, load_tokenizer
 from ..data.text import calibration_batches
 from ..export import gap_figures

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.factors import CONFIG
-from ..checkpoint.residual import SavedResidual, residual_at
+from ..checkpoint.saved_residual import SavedResidual, residual_at
 from ..config.kinds import module_names
 from ..errors import ConfigError
 from ..live.state import INITIAL
@@ -27,7 +26,7 @@ PLAIN = {"pissa": ("pissa", "qpissa", "loftq")}
 
 def ready_split(source: str) -> SavedResidual | None:
     """The residual in a directory that holds its initial adapter too; None for any other source."""
-    found = residual_at(Path(source))
+    found = residual_at(source, ask=True)
     return found if found is not None and (found.path / INITIAL / CONFIG).is_file() else None
 
 
@@ -37,6 +36,11 @@ def recipe_of_split(ready: SavedResidual, recipe: Recipe) -> Recipe:
     Raises:
         ConfigError: a setting was given and the split was made with another.
     """
+    if ready.quantized_by_others:
+        raise ConfigError(
+            f"{ready.path} is quantised, and does not say how far residual and initial adapter are from "
+            f"{ready.base or 'its base'}, so that no result could say it: train that, with --quantize nf4"
+        )
     usual, settings = Recipe(), _settings(ready)
     wanted = {**{name: getattr(usual, name) for name in FIXED}, **settings}
     given = {name: getattr(recipe, name) for name in wanted}
@@ -62,7 +66,7 @@ def _settings(ready: SavedResidual) -> dict[str, Any]:
     if config is None:
         return {}
     settings = {name: config[name] for name in SPLIT if name in config}
-    for name in ("target_modules", "exclude_modules"):
+    for name in {"target_modules", "exclude_modules"} & settings.keys():
         settings[name] = module_names(settings[name] if isinstance(settings[name], str) else tuple(settings[name]))
     quantization = config.get("quantization")
     return {**settings, "quantize": quantization["format"] if quantization else None}

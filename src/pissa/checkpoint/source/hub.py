@@ -46,6 +46,33 @@ def adapter_directory(adapter: str | os.PathLike[str]) -> Path:
     return _download(os.fspath(adapter), "*.safetensors")
 
 
+def in_cache(model: str, name: str) -> Path | None:
+    """The directory of a repository in the hub's cache, where that holds a file of this name; the hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, name)
+    except HFValidationError:
+        return None
+    return Path(found).parents[name.count("/")] if isinstance(found, str) else None
+
+
+def is_in_hub(model: str, name: str) -> bool:
+    """Whether the hub's repository has a file of this name; the cache remembers the answer. False where it cannot be
+    asked: what needs the repository then says so itself."""
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        if try_to_load_from_cache(model, name) is _CACHED_NO_EXIST:
+            return False
+        hf_hub_download(model, name)
+    except (HfHubHTTPError, OSError, ValueError):
+        return False
+    return True
+
+
 def looks_like_path(source: str | os.PathLike[str]) -> bool:
     """Whether a source can only be a path: hub ids are `name` or `org/name`."""
     text = os.fspath(source)

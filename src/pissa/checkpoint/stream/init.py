@@ -31,6 +31,7 @@ from ..disk.journal import Journal
 from ..disk.outputs import Commits, Outputs
 from ..disk.write import explained
 from ..manifest import MANIFEST, read_manifest
+from ..saved_residual import check_is_base
 from ..source.reader import Source, open_source
 from .identity import identity
 from .plan import DTYPES, Job, StreamPlan, make_plan
@@ -115,6 +116,7 @@ def init_checkpoint(
     start = time.perf_counter()
     out = Path(os.path.realpath(out))
     threads = max(1, torch.get_num_threads())
+    check_is_base(source)
     with open_source(source) as base:
         workspace = Workspace(out, identity(source, base, config, dtype))
         finished = workspace.finished()

@@ -30,7 +30,7 @@ from ..disk.outputs import Outputs
 from ..disk.write import output_directory, write_json
 from ..factors import PREFIX
 from ..read import SavedAdapter, base_place, fitted, read_adapter
-from ..residual import SavedResidual
+from ..saved_residual import SavedResidual
 from ..source.reader import Source, open_source
 from ..source.skeleton import Names, build, checkpoint_names
 from .dequantized import Dequantized
@@ -55,7 +55,7 @@ def merge_saved(path: str | os.PathLike[str], out: str | os.PathLike[str], base:
             they do not fit each other.
         OutputError: `out` cannot be written.
     """
-    saved = read_adapter(path)
+    saved = read_adapter(path, base)
     check_always_on(saved.config, "a merged model")
     place, residual = base_place(path, saved, base)
     with open_source(place) as source:

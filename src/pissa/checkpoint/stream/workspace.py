@@ -29,7 +29,7 @@ from ..disk.layout import INDEX, FileLayout
 from ..disk.resumable import Resumable, differences
 from ..disk.write import TEMPORARY_PREFIX, explained, flush, flush_tree, write_json
 from ..manifest import MANIFEST, Manifest
-from ..residual import RESIDUAL, certificate_of
+from ..saved_residual import RESIDUAL, certificate_of
 from ..seal import is_intact, plain_file, tensor_file, write_sealed
 from ..source.reader import Source
 from .contents import base_tensors, copies, module_entries

@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from ...checkpoint.disk.resumable import as_recorded
 from ...checkpoint.disk.write import explained, write_json
+from ...checkpoint.saved_residual import check_is_base
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from ...errors import ConfigError, Interrupted, MissingExtraError
 from ...provenance import hardware, package_versions
@@ -78,6 +79,7 @@ def compare(
     directory = ComparisonDirectory(Path(out))
     model = absolute(model)
     check_model_directory(model)
+    check_is_base(model)
     task = make_task(data, plan, validation=validation, test=test)
     settings = {"model": model, "data": data, "validation": validation, "test": test, "plan": plan.as_dict()}
     scorer = make_scorer(task, load_tokenizer(model), plan)

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from ...checkpoint.disk.write import explained, output_files, write_json
+from ...checkpoint.saved_residual import check_is_base
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from ...data.conversation import Example, row_of
 from ...data.encode import token_ids
@@ -127,6 +128,7 @@ def run_demo(
     task = _task(data, plan, seed)
     base = str(model or smollm2())
     check_model_directory(base)
+    check_is_base(base)
     with make_progress() as progress:
         tokenizer = load_tokenizer(base)
         untouched = load_base(base, dtype=torch.float32).eval()

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from rich.progress import Progress
 from torch import nn
 
+from ...checkpoint.saved_residual import check_is_base
 from ...config import PissaConfig, Quantization
 from ...errors import ConfigError
 from ...provenance import hardware, package_versions
@@ -70,6 +71,7 @@ def inspect(
     if held_out is not None and calibration is None:
         raise ConfigError("held-out text is for methods with calibration; give --calibration FILE")
     quieten()
+    check_is_base(source)
     model = load_model(source)
     head: dict[str, Any] = {"model": source, "parameters": sum(p.numel() for p in model.parameters())}
     common: dict[str, Any] = {"target_modules": target_modules, "max_layers": max_layers, "progress": progress}
