@@ -35,7 +35,7 @@ from pissa.data.conversation import Example
 from pissa.data.encode import Collator, Encoded, encode
 from pissa.data.read import read_examples
 from pissa.data.rows import examples_from_rows
-from pissa.data.text import texts_of
+from pissa.data.text_files import texts_of
 from pissa.errors import TrainingError
 from pissa.evaluation.loss import held_out_loss
 from pissa.lab.demo.arithmetic import make_problems

@@ -23,7 +23,8 @@ from torch import Tensor
 from pissa.calibrate.moments import second_moments
 from pissa.checkpoint.source.load import load_base, load_tokenizer
 from pissa.config import PissaConfig
-from pissa.data.text import calibration_batches, texts_of
+from pissa.data.text import calibration_batches
+from pissa.data.text_files import texts_of
 from pissa.evaluation.perplexity import perplexity
 from pissa.lab.inspection.variants import Variant, variant
 from pissa.lab.models import smollm2

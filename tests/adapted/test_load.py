@@ -21,8 +21,8 @@ from families import FAMILIES, logits
 from pissa import PissaConfig, adapt, export_lora, load, reference, restore, save_residual
 from pissa.adapted.save import save_pretrained
 from pissa.checkpoint.read import read_adapter
-from pissa.checkpoint.source.hub import looks_like_path
 from pissa.checkpoint.source.load import check_model_directory, load_base, load_tokenizer
+from pissa.checkpoint.source.names import looks_like_path
 from pissa.config import METHODS, Method
 from pissa.errors import CheckpointError
 from pissa.live.state import INITIAL, TRAINABLE, adapter_factors

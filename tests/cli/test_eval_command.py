@@ -37,12 +37,15 @@ def test_a_figure_with_its_interval_or_one_json_document(
     ("arguments", "complaint"),
     [
         (["--task", "gsm9k", "--data", "D"], "no task is called 'gsm9k'; allowed: gsm8k, math, humaneval, mbpp"),
-        (["--task", "glue/sst3", "--data", "D"], "allowed: glue/cola"),
+        (
+            ["--task", "glue/sst3", "--data", "D"],
+            "allowed: gsm8k, math, humaneval, mbpp, mt-bench, perplexity, glue/cola",
+        ),
         (["--task", "gsm8k", "--data", "none.jsonl"], "there is no file none.jsonl"),
-        (["--task", "humaneval", "--data", "D"], "nothing was run. Add --allow-code-execution"),
-        (["--task", "mt-bench", "--data", "D"], "needs a judge: give --judge-url"),
+        (["--task", "humaneval", "--data", "DATA"], "nothing was run. Add --allow-code-execution"),
+        (["--task", "mt-bench", "--data", "DATA"], "needs a judge: give --judge-url"),
         (["--task", "gsm8k", "--data", "DATA", "--window", "5"], "gsm8k has no use for window"),
-        (["--task", "gsm8k", "--data", "DATA", "--limit", "0"], "limit is 0; give at least 1"),
+        (["--task", "gsm8k", "--data", "DATA", "--limit", "0"], "--limit is 0; give a whole number of at least 1"),
         (
             ["--task", "gsm8k", "--data", "DATA", "--template", "alpacca"],
             "template is 'alpacca'; allowed: auto, chat, alpaca",
@@ -56,7 +59,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(
 ) -> None:
     out = tmp_path / "out"
     given = [data if argument == "DATA" else argument for argument in arguments]
-    assert exit_code("eval", "/no/such/model", *given, "--out", str(out)) == 2
+    assert exit_code("eval", "M", *given, "--out", str(out)) == 2
     printed = capsys.readouterr()
     assert complaint in printed.err and printed.out == ""
     assert printed.err.startswith("pissa: ") and printed.err.count("\n") == 1

@@ -56,7 +56,7 @@ def test_without_a_format_the_plain_split_is_shown(model: str, capsys: pytest.Ca
     [
         (["--rank", "two"], "give a whole number"),
         (["--methods", "ours-5"], "say --quantize"),
-        (["--quantize", "nf3"], "format is 'nf3'"),
+        (["--quantize", "nf3"], "--quantize is 'nf3'; allowed: nf4, int8, gptq; did you mean nf4?"),
         ([*NF4, "--methods", "best"], "no quantisation is called 'best'"),
         ([*NF4, "--methods", "ours-1+gptq"], "needs calibration text"),
         ([*NF4, "--norm", "max"], "allowed: nuclear, frobenius"),

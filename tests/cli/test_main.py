@@ -50,9 +50,12 @@ def test_train_and_export_print_one_json_document(
     ("arguments", "complaint"),
     [
         (["--frobnicate"], "No such option"),
-        (["fly"], "No such command"),
+        (["fly"], "fly is no command; allowed: init, train"),
         (["train"], "Missing"),
-        (["train", "M", "--data", "D", "--out", "O", "--rank", "many"], "Invalid value for '--rank'"),
+        (
+            ["train", "M", "--data", "D", "--out", "O", "--rank", "many"],
+            "--rank is 'many'; give a whole number",
+        ),
         (["export", "/no/such/run", "OUT"], "/no/such/run is not a directory"),
         (["export", "RUN", "OUT", "--merged", "--rank", "2"], "takes neither --rank nor --tolerance"),
         (["export", "RUN", "OUT", "--rank", "2", "--base", "B"], "leave --base out, or add --merged"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pissa.data.text import calibration_batches, texts_of
+from pissa.data.text import calibration_batches
+from pissa.data.text_files import texts_of
 from pissa.errors import ConfigError, DataError
 from tiny import BOS, tiny_tokenizer
 

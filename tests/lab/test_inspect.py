@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from pissa.errors import ConfigError, DataError
 from pissa.lab.inspection.inspect import inspect
 from pissa.lab.inspection.layers import block_of, kind_of
 from pissa.lab.inspection.measure import inspect_quantized, inspect_split
+from pissa.lab.inspection.settings import InspectionSettings
 from pissa.lab.inspection.tables import inspection_table
 from pissa.lab.inspection.text import read_calibration
-from pissa.lab.inspection.variants import PUBLISHED, variant, variants
+from pissa.lab.inspection.variants import variant, variants
 from pissa.live.layers import weight_matrix
+from pissa.training.recipe import Recipe
 from tiny import CORPUS, same_tensors, snapshot, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -150,15 +153,17 @@ def test_an_encoder_without_a_head_can_be_inspected(tmp_path: Path, text: Path) 
     }
     BertModel(BertConfig(vocab_size=384, **size)).save_pretrained(tmp_path / "bert")
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
-    document = inspect(
-        str(tmp_path / "bert"),
-        [2],
-        [variant("ours-1+gptq", block_size=32)],
-        calibration=text,
+    asked = InspectionSettings(
+        rank=(2,),
+        quantize="nf4",
+        methods=("ours-1+gptq",),
+        block_size=32,
+        calibration=str(text),
         length=16,
         windows=10,
-        norms=["nuclear"],
+        norm="nuclear",
     )
+    document = inspect(str(tmp_path / "bert"), asked)
     assert {r["norm"] for r in document["rows"]} == {"nuclear", "output"}
     assert "attention.output.dense" in document["rows"][0]["by_kind"]
     assert json.loads(json.dumps(document)) == document
@@ -166,8 +171,8 @@ def test_an_encoder_without_a_head_can_be_inspected(tmp_path: Path, text: Path) 
 
 def test_figures_and_table(directory: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    chosen = variants(["qlora", "ours-1"], calibrated=False, block_size=32)
-    document = inspect(directory, [4], chosen, norms=["nuclear"], figures=tmp_path / "figures")
+    asked = InspectionSettings((4,), quantize="nf4", methods=("qlora", "ours-1"), block_size=32, norm="nuclear")
+    document = inspect(directory, replace(asked, figures=str(tmp_path / "figures")))
     files = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert files == ["reduction.png", "singular_values.png"]
     assert all((tmp_path / "figures" / name).stat().st_size > 10_000 for name in files)
@@ -178,15 +183,27 @@ def test_figures_and_table(directory: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_inspected_is_refused(directory: str, text: Path) -> None:
     with pytest.raises(ConfigError, match="plain split at one rank"):
-        inspect(directory, [4], calibration=text)
-    with pytest.raises(ConfigError, match="ranks"):
-        inspect(directory, [0], [variant("qlora", block_size=32)])
+        InspectionSettings((4,), calibration=str(text))
+    for ranks in ((0,), (), (4, True), "4,x", 4):
+        with pytest.raises(ConfigError, match=r"rank is .*; give a whole number of at least 1, or several"):
+            InspectionSettings(ranks)  # pyright: ignore[reportArgumentType]
+    nf4 = InspectionSettings((4,), quantize="nf4", methods=("qlora",), block_size=32)
     with pytest.raises(ConfigError, match="give --calibration"):
-        inspect(directory, [4], [variant("qlora", block_size=32)], held_out=text)
+        replace(nf4, held_out=str(text))
     with pytest.raises(DataError, match="give more text"):
-        inspect(directory, [4], [variant("qlora", block_size=32)], calibration=text, length=512, windows=400)
+        inspect(directory, replace(nf4, calibration=str(text), length=512, windows=400))
     with pytest.raises(ConfigError, match="rank exceeds"):
-        inspect(directory, [33], [variant("qlora", block_size=32)])
+        inspect(directory, replace(nf4, rank=(33,)))
+
+
+def test_modules_mean_what_they_mean_in_training(directory: str) -> None:
+    """A name with a dot is a name ending, not a regular expression that matches nothing."""
+    counts = {}
+    for given in ("self_attn.q_proj", "q_proj", r".*\.self_attn\.q_proj", "self_attn.q_proj, v_proj"):
+        asked = InspectionSettings((2,), target_modules=given)
+        assert asked.target_modules == Recipe(target_modules=given).target_modules
+        counts[given] = len(inspect(directory, asked)["layers"])
+    assert list(counts.values()) == [2, 2, 2, 4]
 
 
 @pytest.mark.slow
@@ -196,11 +213,9 @@ def test_published_and_better_reductions_on_a_real_encoder(pissa_data: Path) -> 
     model = os.environ.get("PISSA_MINILM")
     if model is None:
         pytest.skip("needs all-MiniLM-L6-v2: set PISSA_MINILM to its directory")
-    chosen = variants(PUBLISHED, calibrated=False, double_quant=False)
     targets = r"encoder\..*\.(query|key|value|dense)"
-    means = {
-        r["method"]: r["mean"] for r in inspect(model, [12], chosen, norms=["nuclear"], target_modules=targets)["rows"]
-    }
+    asked = InspectionSettings((12,), quantize="nf4", double_quant=False, norm="nuclear", target_modules=targets)
+    means = {row["method"]: row["mean"] for row in inspect(model, asked)["rows"]}
     for method, expected in {"loftq-1": 6.9, "qpissa-1": 9.9, "loftq-5": 14.4, "qpissa-5": 18.3}.items():
         assert means[method] == pytest.approx(expected, abs=1)
     assert means["ours-5"] >= 26

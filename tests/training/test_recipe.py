@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pissa.cli import train as train_command
 from pissa.errors import ConfigError
 from pissa.training.engine import training_arguments
 from pissa.training.recipe import Recipe, read_recipe, recipe_from
-
-HELP_OF = {
-    "alpha": "rank",
-    "export_rank": "lossless",
-    "max_steps": None,
-    "target_modules": None,
-    "exclude_modules": None,
-}
-HELP_OF |= {"modules_to_save": None, "trainable_token_indices": None}
 
 
 def test_the_defaults_are_the_paper_s() -> None:
@@ -190,7 +178,7 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path: Path, content: str | 
         ({"method": "pisa"}, "did you mean pissa?"),
         ({"method": "PiSSA"}, "did you mean pissa?"),
         ({"method": None}, "method is None; allowed"),
-        ({"rank": 0, "alpha": 0, "schedule": "x"}, "rank is 0; give a whole number of at least 1; alpha is 0; give"),
+        ({"rank": 0, "alpha": 0, "schedule": "x"}, "rank is 0; give a whole number of at least 1; alpha is 0.0; give"),
         ({"dtype": "fp16"}, "dtype is 'fp16'; allowed: auto, fp32, bf16"),
         ({"schedule": "cosin"}, "schedule is 'cosin'"),
         ({"template": ["alpaca"]}, "template is ('alpaca',)"),
@@ -202,14 +190,14 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path: Path, content: str | 
         ({"rank": [1, 2]}, "rank is (1, 2)"),
         ({"rank": None}, "rank is None"),
         ({"alpha": 0}, "alpha is 0"),
-        ({"alpha": "nan"}, "alpha is 'nan'; give a positive number"),
+        ({"alpha": "nan"}, "alpha is nan; give a positive number"),
         ({"dropout": 0.05}, "allow_dropout"),
         ({"dropout": 1, "method": "lora"}, "dropout is 1"),
         ({"allow_dropout": "yes"}, "allow_dropout is 'yes'; give true or false"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1; give true or false"),
         ({"learning_rate": 0}, "learning_rate is 0"),
-        ({"learning_rate": "inf"}, "learning_rate is 'inf'"),
-        ({"learning_rate": "nan"}, "learning_rate is 'nan'"),
+        ({"learning_rate": "inf"}, "learning_rate is inf"),
+        ({"learning_rate": "nan"}, "learning_rate is nan"),
         ({"learning_rate": None}, "learning_rate is None; give a positive number, or auto"),
         ({"learning_rate": True}, "learning_rate is True; give a positive number, or auto"),
         ({"warmup_ratio": 1}, "warmup_ratio is 1"),
@@ -252,20 +240,3 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="batch_size 8 is no multiple of micro_batch_size 2 times 3 processes"):
         training_arguments(Recipe(batch_size=8, micro_batch_size=2), tmp_path)
-
-
-def test_every_setting_has_a_flag_whose_help_states_its_default() -> None:
-    signature = inspect.signature(train_command.command, eval_str=True)
-    for field in (field for field in fields(Recipe) if field.name in signature.parameters):
-        annotation = signature.parameters[field.name].annotation
-        option = next(item for item in annotation.__metadata__ if hasattr(item, "param_decls"))
-        assert signature.parameters[field.name].default is None, field.name
-        stated = re.search(r"\[(.+)\]$", option.help or "")
-        expected = HELP_OF.get(field.name, field.default)
-        if expected is None or isinstance(expected, bool):
-            continue
-        assert stated is not None, field.name
-        if isinstance(expected, str):
-            assert stated[1].startswith(expected), field.name
-        else:
-            assert float(stated[1]) == expected, field.name

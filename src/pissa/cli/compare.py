@@ -9,62 +9,42 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config.settings import settings_of
 from ..errors import ConfigError
+from ..lab.comparison.plan import Plan, read_rates, search_runs_within
+from ..training.recipe import Recipe, read_recipe, recipe_from
+from .flags import with_settings
+from .output import show
+from .places import check_file, check_model_name, check_source, check_text, check_writable
 
+CALLED = {"evaluation": "--eval", "evaluation_data": "--eval-data"}
+"""Flags that are not called like their fields."""
+PLANNED = tuple(name for name in settings_of(Plan) if name not in ("recipe", "rates"))
+SHARED = ("rank", "batch_size", "micro_batch_size", "max_length", "template", "dtype")
+"""Settings of a run that all of a comparison's runs share; any other is given in a YAML file."""
 REBUILD_TAKES = ("out", "rebuild", "report", "as_json")
 
 
+@with_settings(Plan, only=PLANNED, names=CALLED, into="planned")
+@with_settings(Recipe, only=SHARED)
 def command(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="The comparison's directory.")],
+    settings: dict[str, Any],
+    planned: dict[str, Any],
     model: Annotated[str | None, typer.Option(help="The base: a directory or a hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="To learn from: a file or a hub id, see pissa train.")] = None,
-    test: Annotated[str | None, typer.Option(help="Rows to report on. [held out of the data]")] = None,
-    validation: Annotated[str | None, typer.Option(help="Rows to choose rates by. [held out of the data]")] = None,
-    methods: Annotated[str, typer.Option(help="Separated by commas; see pissa train --method.")] = "lora,pissa",
+    test: Annotated[str | None, typer.Option(help="Rows to report on. Left out, held out of the data.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Rows to choose rates by. Left out, held out of the data.")
+    ] = None,
     lrs: Annotated[
         str, typer.Option(help="auto searches each method's own; several are a grid for all; one is fixed.")
     ] = "auto",
-    steps: Annotated[int, typer.Option(help="Of every reported run.")] = 100,
-    seeds: Annotated[int, typer.Option(help="Reported runs per method.")] = 5,
-    search_runs: Annotated[
-        int | None, typer.Option(help="Runs in the search's first rung, for each method. [6]")
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="How many steps each method's search may have, in place of --search-runs.")
     ] = None,
-    budget: Annotated[int | None, typer.Option(help="In place of that: steps of the search, for each method.")] = None,
-    rungs: Annotated[int, typer.Option(help="Of the search; half the runs, twice the steps in each.")] = 2,
-    null: Annotated[bool, typer.Option(help="Also compare LoRA with itself under other seeds.")] = True,
-    forgetting: Annotated[str | None, typer.Option(help="Text whose perplexity is measured before and after.")] = None,
-    validation_rows: Annotated[int, typer.Option(help="At most.")] = 100,
-    test_rows: Annotated[int, typer.Option(help="At most.")] = 200,
-    evaluation: Annotated[
-        str | None, typer.Option("--eval", help="Task of pissa eval to solve. [test problems, by their answers]")
-    ] = None,
-    evaluation_data: Annotated[
-        str | None, typer.Option("--eval-data", help="File with the task's problems. [the test problems]")
-    ] = None,
-    allow_code_execution: Annotated[
-        bool,
-        typer.Option("--allow-code-execution", help="Let code that the models wrote run here (humaneval, mbpp)."),
-    ] = False,
-    accuracy_problems: Annotated[
-        int | None, typer.Option(help="Problems solved by generating. [all where answers are marked]")
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Of a generated solution.")] = 256,
-    curve_points: Annotated[int, typer.Option(help="Measurements of test loss while a run trains.")] = 4,
-    curve_problems: Annotated[int, typer.Option(help="Test problems for each of them.")] = 32,
-    curve_accuracy: Annotated[bool, typer.Option("--curve-accuracy", help="Solve them too, each time.")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings of pissa train; flags win.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step. [128]")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Examples per forward pass. [4]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per example. [512]")] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help="Prompt: auto, chat, alpaca or none. [auto: chat where there is one, else alpaca]"),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Frozen weights: auto, fp32, bf16. [auto]")] = None,
-    seed: Annotated[int, typer.Option(help="Of the held-out rows, and the first of the runs.")] = 0,
-    keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep all weights and checkpoints.")] = False,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Only write results.json and the report again, from what lies in OUT.")
     ] = False,
@@ -76,57 +56,47 @@ def command(
     Every method's search has the same budget; rates are chosen on validation rows and reported on test rows. A
     comparison that was stopped goes on when the same command is given again.
     """
-    from ..lab.comparison.plan import Plan, read_rates, search_runs_within
-    from ..lab.comparison.run import compare
-    from ..lab.comparison.run import rebuild as rebuild_results
-    from ..training.recipe import read_recipe, recipe_from
-    from .output import show
-
     if rebuild:
         _refuse_unused(context)
+        from ..lab.comparison.run import rebuild as rebuild_results
+
         results = rebuild_results(out, report=report)
     else:
         if model is None or data is None:
             raise ConfigError("compare needs --model and --data (only --rebuild does without)")
-        given = {
-            "rank": rank, "batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_length": max_length,
-            "template": template, "dtype": dtype,
-        }  # fmt: skip
-        flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        recipe = read_recipe(config, **flags) if config is not None else recipe_from(flags, "the command line")
-        if budget is not None:
-            if search_runs is not None:
-                raise ConfigError("--budget and --search-runs say the same; give one of them")
-            search_runs = search_runs_within(budget, steps, rungs)
-        rates = read_rates(lrs)
-        if rates is not None and search_runs is not None:
-            raise ConfigError("--budget and --search-runs are of --lrs auto; with given rates leave them out")
-        plan = Plan(
-            methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
-            recipe=recipe,
-            steps=steps,
-            seeds=seeds,
-            rates=rates,
-            search_runs=Plan.search_runs if search_runs is None else search_runs,
-            rungs=rungs,
-            null=null,
-            validation_rows=validation_rows,
-            test_rows=test_rows,
-            evaluation=evaluation,
-            evaluation_data=evaluation_data,
-            allow_code_execution=allow_code_execution,
-            accuracy_problems=accuracy_problems,
-            new_tokens=new_tokens,
-            curve_points=curve_points,
-            curve_problems=curve_problems,
-            curve_accuracy=curve_accuracy,
-            forgetting=forgetting,
-            seed=seed,
-            keep_runs=keep_runs,
-        )
+        recipe = read_recipe(config, **settings) if config is not None else recipe_from(settings, "the command line")
+        plan = _plan(planned, recipe, lrs, budget)
+        check_model_name(model)
+        for source in (data, test, validation):
+            if source is not None:
+                check_source(source)
+        if plan.forgetting is not None:
+            check_text(plan.forgetting)
+        if plan.evaluation_data is not None:
+            check_file(plan.evaluation_data, CALLED["evaluation_data"])
+        check_writable(out)
+        from ..lab.comparison.run import compare
+
         called = shlex.join(["pissa", *sys.argv[1:]])
         results = compare(model, data, out, plan, validation=validation, test=test, command=called, report=report)
     show(results, _text(results, out / ("report.html" if report else "results.json")), as_json=as_json)
+
+
+def _plan(planned: dict[str, Any], recipe: Recipe, lrs: str, budget: int | None) -> Plan:
+    """The plan that the flags describe.
+
+    Raises:
+        ConfigError: flags that contradict each other, or a plan that cannot be.
+    """
+    if budget is not None and "search_runs" in planned:
+        raise ConfigError("--budget and --search-runs say the same; give one of them")
+    rates = read_rates(lrs)
+    if rates is not None and (budget is not None or "search_runs" in planned):
+        raise ConfigError("--budget and --search-runs are of --lrs auto; with given rates leave them out")
+    if budget is not None:
+        usual = {name: planned.get(name, getattr(Plan, name)) for name in ("steps", "rungs")}
+        planned = {**planned, "search_runs": search_runs_within(budget, **usual)}
+    return Plan(**planned, recipe=recipe, rates=rates)
 
 
 def _refuse_unused(context: typer.Context) -> None:
@@ -140,8 +110,10 @@ def _refuse_unused(context: typer.Context) -> None:
         source = context.get_parameter_source(str(option.name))
         if option.name in REBUILD_TAKES or source is None or source.name != "COMMANDLINE":
             continue
-        negated = context.params[str(option.name)] is False and option.secondary_opts
-        given.append((option.secondary_opts if negated else option.opts)[0])
+        value = context.params[str(option.name)]
+        negated = value is False and option.secondary_opts
+        name = (option.secondary_opts if negated else option.opts)[0]
+        given.append(f"--no-{name.removeprefix('--')}" if value == "false" else name)
     if given:
         raise ConfigError(
             f"--rebuild measures nothing and takes only --out, --report and --json; leave out {', '.join(given)}"

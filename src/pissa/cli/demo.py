@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from .output import show
+from .places import check_model_name, check_source, check_writable
+
 
 def command(
     out: Annotated[
@@ -15,14 +18,18 @@ def command(
     model: Annotated[str | None, typer.Option(help="A directory or hub id. [SmolLM2-135M-Instruct]")] = None,
     data: Annotated[str | None, typer.Option(help="Your data. [generated word problems]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A reduced pass of at most two minutes.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the data, its order and the initial factors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data, its order and the initial factors.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
 ) -> None:
     """Fine-tune a real language model with PiSSA and with LoRA, side by side, and show the difference."""
-    from ..lab.demo.demo import run_demo
-    from .output import show
-
     out = out or Path("runs/demo-quick" if quick else "runs/demo")
+    if model is not None:
+        check_model_name(model)
+    if data is not None:
+        check_source(data)
+    check_writable(out)
+    from ..lab.demo.demo import run_demo
+
     results = run_demo(out, model=model, data=data, quick=quick, seed=seed)
     text = (out / "report.md").read_text(encoding="utf-8")
     show(results, f"{text}\nwritten to {out}: results.json, curves.png, report.md", as_json=as_json)

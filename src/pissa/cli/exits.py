@@ -54,15 +54,18 @@ def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") 
         usage = _usage_error(error)
         if usage is None:
             raise
-        complain(usage, name)
+        if usage:
+            complain(usage, name)
         sys.exit(2)
 
 
 def _usage_error(error: Exception) -> str | None:
-    """The message of a wrong flag or argument; None for any other exception."""
+    """The message of a wrong flag or argument; None for any other exception, nothing where all is said."""
     message = getattr(error, "format_message", None)
     if message is None:
         return None
+    if not message():
+        return ""  # without any words, the help has been shown
     context = getattr(error, "ctx", None)
     hint = f"; see {context.command_path} --help" if context is not None else ""
     return f"{message().rstrip('.')}{hint}"

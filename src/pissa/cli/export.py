@@ -7,6 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checkpoint.disk.write import check_free
+from ..errors import ConfigError
+from .output import show
+from .places import check_adapter_name, check_choice, check_writable
+
 FORMATS: dict[str, Any] = {"peft": "peft", "gguf-lora": "gguf"}
 
 
@@ -31,17 +36,16 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write what training changed as a LoRA that loads on the untouched base, or as a merged model."""
-    from ..errors import ConfigError
-    from ..export import export_lora, export_merged, gap_figures
-    from ..export.vllm import needed_rank
-    from .output import show
-
     if merged and (rank is not None or tolerance is not None):
         raise ConfigError("--merged writes the whole model; it takes neither --rank nor --tolerance")
-    if to not in FORMATS:
-        raise ConfigError(f"--to is {to}; allowed: {', '.join(FORMATS)}")
-    if check not in (None, "vllm"):
-        raise ConfigError(f"--check is {check}; allowed: vllm")
+    if rank is not None and tolerance is not None:
+        raise ConfigError("--rank and --tolerance both say how small the LoRA is; give one of them")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank is {rank}; give at least 1, or leave it out for the lossless export")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(f"--tolerance is {tolerance:g}; allowed: 0 up to, not including, 1")
+    check_choice("--to", to, tuple(FORMATS))
+    check_choice("--check", check, ("vllm",))
     if merged and (to != "peft" or check):
         raise ConfigError("--merged writes a model for transformers; it takes neither --to nor --check")
     if check and to != "peft":
@@ -50,6 +54,12 @@ def command(
         raise ConfigError(
             f"--base {base} without --merged: a LoRA is made without the base; leave --base out, or add --merged"
         )
+    check_adapter_name(run)
+    check_free(out)
+    check_writable(out)
+    from ..export import export_lora, export_merged, gap_figures
+    from ..export.vllm import needed_rank
+
     if merged:
         export_merged(run, out, base=base)
         show({"out": str(out), "merged": True}, f"{out} is the merged model", as_json=as_json)
@@ -80,7 +90,6 @@ def _check_vllm(export: Any) -> None:
     Raises:
         ConfigError: with every reason and the way out.
     """
-    from ..errors import ConfigError
     from ..export.vllm import vllm_refusals
 
     refusals = vllm_refusals(export, export.config)

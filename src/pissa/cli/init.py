@@ -5,48 +5,36 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
+from ..training.recipe import QUANTIZATION_OWN, Recipe, recipe_from
+from .flags import with_settings
+from .output import show
+from .places import check_choice, check_model_name, check_writable
+
+SPLIT = (
+    "rank", "alpha", "method", "component", "random_fraction", "cur_core", "cur_rcond", "target_modules",
+    "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "tolerance", "algorithm", "seed", "quantize",
+    "quantize_method", "iterations", *QUANTIZATION_OWN,
+)  # fmt: skip
+"""The settings of a recipe that a split has."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+@with_settings(Recipe, only=SPLIT)
 def command(
     model: Annotated[str, typer.Argument(help="The base: a directory or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; new, empty, or that of the same run.")],
-    rank: Annotated[int | None, typer.Option(help="Components per adapter. [16]")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA's numerator. [rank]")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="pissa, random-pissa, cura, robust-pissa, qpissa, loftq or qlora. [pissa]"),
-    ] = None,
-    component: Annotated[str | None, typer.Option(help="Of pissa: principal, medium or minor. [principal]")] = None,
-    random_fraction: Annotated[
-        float | None, typer.Option(help="Of random-pissa: share of the components that are drawn. [1]")
-    ] = None,
-    cur_core: Annotated[str | None, typer.Option(help="Of cura: optimal or intersection. [optimal]")] = None,
-    cur_rcond: Annotated[float | None, typer.Option(help="Of cura: cut-off of its inverses. [rounding]")] = None,
-    target_modules: Annotated[
-        str | None,
-        typer.Option(help='"all-linear", names or name endings separated by commas, or one regular expression.'),
-    ] = None,
-    exclude_modules: Annotated[
-        str | None, typer.Option(help="Modules left alone: names separated by commas, or one regular expression.")
-    ] = None,
-    use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Residual in few bits: nf4 or int8.")] = None,
-    quantize_method: Annotated[
-        str | None, typer.Option(help="loftq, qpissa, or a preset such as qpissa-5. [qpissa]")
-    ] = None,
-    iterations: Annotated[int | None, typer.Option(help="Of qpissa and loftq. [10; loftq: 5]")] = None,
+    settings: dict[str, Any],
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto (as config.json says), fp32, bf16 or fp16.")
+        str, typer.Option(help="In what the weights are stored: auto (as config.json says), fp32, bf16 or fp16.")
     ] = "auto",
-    seed: Annotated[int | None, typer.Option(help="Of sketches and draws. [0]")] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="What the weights in work may take together, such as 8G. [4 times the largest one's]"),
+        typer.Option(help="What the weights in work may take together, such as 8G. Left out, 4 times the largest one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -55,22 +43,18 @@ def command(
     OUT is loaded by transformers as it is, OUT/pissa_init by PEFT, and both by pissa train. A run that was stopped goes
     on when the same command is given again; several processes (torchrun) share the work.
     """
-    names = ("rank", "alpha", "method", "target_modules", "exclude_modules", "use_rslora", "quantize")
-    names += ("quantize_method", "iterations", "seed", "component", "random_fraction", "cur_core", "cur_rcond")
-    values = locals()
-    flags = {name: values[name] for name in names if values[name] is not None}
-    from ..checkpoint.stream.init import Step, init_checkpoint
-    from ..errors import ConfigError
-    from ..training.recipe import recipe_from
-    from ..training.run import quieten
-    from .bytes_bar import bytes_bar
-    from .output import show
-
-    quieten()
-    recipe = recipe_from(flags, "the command line")
+    recipe = recipe_from(settings, "the command line")
     if not recipe.adapts:
         raise ConfigError("method full has no adapter, so there is nothing to prepare")
+    check_choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     limit = _bytes(memory) if memory is not None else None
+    check_model_name(model)
+    check_writable(out)
+    from ..checkpoint.stream.init import Step, init_checkpoint
+    from ..training.run import quieten
+    from .bytes_bar import bytes_bar
+
+    quieten()
     first = int(os.environ.get("RANK") or 0) == 0
     with bytes_bar("splitting") as bar:
 
@@ -128,8 +112,6 @@ def _summary(model: str, out: Path, result: object) -> tuple[dict[str, object], 
 
 def _bytes(text: str) -> int:
     """A size such as 8G or 8GB."""
-    from ..errors import ConfigError
-
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found is None:
         raise ConfigError(f"--memory is {text!r}; give a size such as 8G")

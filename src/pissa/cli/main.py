@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from . import compare, demo, eval, export, init, inspect, train, verify
-from .exits import interruptible, run_app
+from .. import __version__
+from .exits import run_app
+from .parser import Group
 
 app = typer.Typer(
     name="pissa",
+    cls=Group,
     help="Fine-tune pretrained models through their principal components (PiSSA).",
     no_args_is_help=True,
     add_completion=False,
@@ -16,8 +20,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _module in (init, train, eval, export, verify, inspect, compare, demo):
-    app.command(_module.__name__.rpartition(".")[2])(interruptible(_module.command))
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pissa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 def run(arguments: list[str] | None = None) -> None:

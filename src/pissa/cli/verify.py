@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..errors import CheckpointError
+from .output import show
+from .places import check_model_name
+
 
 def command(
     directory: Annotated[Path, typer.Argument(help="What pissa init wrote.")],
@@ -16,9 +20,12 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check every byte of DIRECTORY against its pissa.json, and residual + adapter against the base."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give what pissa init wrote")
+    if base is not None:
+        check_model_name(base)
     from ..checkpoint.stream.verify import verify
     from .bytes_bar import bytes_bar
-    from .output import show
 
     with bytes_bar("verifying") as bar:
         found = verify(directory, base, progress=lambda what, done, total: bar.show(what, done, total))

@@ -61,9 +61,11 @@ class AdapterSettings:
     exclude_modules: Modules = ()
     """Which modules are left alone: names, name endings or one regular expression."""
     rank_pattern: RankPattern = field(default_factory=dict)
-    """Ranks of single modules, by name ending or regular expression, where they differ from rank."""
+    """Ranks of single modules where they differ from rank, by name ending or regular expression, such as
+    q_proj=8,v_proj=4."""
     alpha_pattern: AlphaPattern = field(default_factory=dict)
-    """Alphas of single modules, by name ending or regular expression, where they differ from alpha."""
+    """Alphas of single modules where they differ from alpha, by name ending or regular expression, such as
+    q_proj=8,v_proj=4."""
     rank_budget: Count | None = None
     """How many parameters all adapters may have together. The modules then share them out so that together they capture
     most, and each gets from 1 to rank components. Left out, every module gets rank components."""
@@ -82,8 +84,8 @@ class AdapterSettings:
     modules_to_save: Names = ()
     """Modules that are trained in full beside the adapters and saved with them, as in PEFT."""
     trainable_token_indices: TokenIds = ()
-    """Tokens whose embeddings are trained in full and saved with the adapters, as in PEFT: ids, or the name of an
-    embedding module with ids."""
+    """Tokens whose embeddings are trained in full and saved with the adapters, as in PEFT: ids such as 3,7, or those of
+    one embedding module, such as embed_tokens=3+7."""
     placement: Placement = "residual"
     """"residual" replaces each weight by its residual. "offset" leaves the base as it is, also one in 4 or 8 bits, and
     trains W + s(B·A − B0·A0): one LoRA of twice the rank whose second half is frozen."""

@@ -110,21 +110,21 @@ Name = Annotated[str, Rule("give a name", bool, form="NAME")]
 File = Annotated[str, Rule("give the path of a file", bool, form="FILE")]
 Modules = Annotated[
     str | tuple[str, ...] | list[str],
-    Rule("give a name, a list of names or a regular expression", _are_names, module_names, "NAME,…|REGEX"),
+    Rule("give a name, a list of names or a regular expression", _are_names, module_names, "NAMES"),
 ]
-Names = Annotated[tuple[str, ...] | list[str], Rule("give a list of names", _are_names, listed, "NAME,…")]
+Names = Annotated[tuple[str, ...] | list[str], Rule("give a list of names", _are_names, listed, "NAMES")]
 RankPattern = Annotated[
     Mapping[str, int],
     Rule(
         "give q_proj=8,v_proj=4, or in YAML lines of the form `module: number`",
-        _are_numbers_by_name, pattern, "NAME=RANK,…",
+        _are_numbers_by_name, pattern, "PAIRS",
     ),
 ]  # fmt: skip
 AlphaPattern = Annotated[
     Mapping[str, float],
     Rule(
         "give q_proj=8,v_proj=4, or in YAML lines of the form `module: number`",
-        _are_numbers_by_name, pattern, "NAME=ALPHA,…",
+        _are_numbers_by_name, pattern, "PAIRS",
     ),
 ]  # fmt: skip
 TokenIds = Annotated[
@@ -132,6 +132,6 @@ TokenIds = Annotated[
     Rule(
         "give token ids separated by commas (3,7), those of one embedding as embed_tokens=3+7, or in YAML lines of "
         "the form `module: [ids]`",
-        _are_token_ids, token_ids, "ID,…|NAME=ID+ID,…",
+        _are_token_ids, token_ids, "IDS",
     ),
 ]  # fmt: skip

@@ -21,6 +21,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from ..errors import ConfigError
 
+BOOL = "BOOL"
+"""How --help shows a switch."""
+
 
 class Rule(NamedTuple):
     """Which values of a type are allowed; `Annotated[int, Rule(…)]` is a kind of setting."""
@@ -128,11 +131,10 @@ def form(kind: Any) -> str:
         forms = [rule.form for rule in parts[1:] if isinstance(rule, Rule) and rule.form]
         return forms[0] if forms else form(parts[0])
     if origin in (Union, UnionType):
-        return "|".join(form(part) for part in parts if part is not NoneType)
+        return next(form(part) for part in parts if part is not NoneType)
     if origin is Literal:
-        listed = "|".join(map(str, parts))
-        return listed if len(listed) < 50 else "NAME"
-    return {int: "INT", float: "NUMBER", bool: "", str: "TEXT"}.get(kind, "VALUE")
+        return "NAME" if isinstance(parts[0], str) else "INT"
+    return {int: "INT", float: "NUMBER", bool: BOOL, str: "TEXT"}.get(kind, "VALUE")
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
@@ -150,10 +152,13 @@ def read(value: Any, kind: Any) -> Any:
         readers = [rule.read for rule in get_args(kind)[1:] if isinstance(rule, Rule) and rule.read]
         return readers[0](value) if readers else read(value, get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
-        means = (read(value, part) for part in get_args(kind))
-        return next((meant for meant in means if is_allowed(meant, kind)), value)
+        means = [read(value, part) for part in get_args(kind)]
+        told = next((meant for meant in means if type(meant) is not type(value)), value)
+        return next((meant for meant in means if is_allowed(meant, kind)), told)
     if isinstance(value, list):
         return tuple(value)
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if isinstance(value, str) and str(choice) == value), value)
     if kind is bool and isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower(), value)
     if kind in (int, float) and not isinstance(value, bool):

@@ -70,16 +70,23 @@ def read_examples(source: str | Path, *, split: str = "train", subset: str | Non
             be used: the message gives their number, and file and line of the first few.
         MissingExtraError: parquet or hub data without the packages of `pissa[train]`.
     """
-    path = Path(source)
-    name = str(source)
-    if path.is_dir():
-        raise DataError(f"{name} is a folder; give one file ({ALLOWED})")
-    ending = name.lower()
-    if not path.exists():
-        if isinstance(source, str) and HUB_ID.fullmatch(name) and not ending.endswith(FILE_ENDINGS):
-            return collect(_hub_rows(name, split, subset), name)
+    check_source(source)
+    path, name = Path(source), str(source)
+    return collect(file_rows(path) if path.exists() else _hub_rows(name, split, subset), name)
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse, before anything is read, a folder and a file that is not there.
+
+    Raises:
+        DataError: with what is allowed; the id of a data set on the hub passes.
+    """
+    path, name = Path(source), str(source)
+    if not name or path.is_dir():
+        raise DataError(f"{name} is a folder; give one file ({ALLOWED})" if name else f"no data is given; {ALLOWED}")
+    on_hub = isinstance(source, str) and HUB_ID.fullmatch(name) and not name.lower().endswith(FILE_ENDINGS)
+    if not path.exists() and not on_hub:
         raise DataError(f"there is no file {name}; {ALLOWED}")
-    return collect(file_rows(path), name)
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -15,8 +15,8 @@ from ..checkpoint.factors import CONFIG
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.read import read_adapter
 from ..checkpoint.saved_residual import residual_at
-from ..checkpoint.source.hub import looks_like_path
 from ..checkpoint.source.load import check_model_directory, load_base, load_tokenizer
+from ..checkpoint.source.names import looks_like_path
 from ..checkpoint.source.no_foreign_code import through_transformers
 from ..data.prompts import TEMPLATES, Template
 from ..errors import CheckpointError

@@ -11,44 +11,11 @@ from typing import Any, ClassVar
 from ..data.prompts import TEMPLATES, Template
 from ..errors import ConfigError
 from .intervals import wilson
+from .options import Options as Options
 from .samples import SampleLog
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and in all."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a task is run; a task refuses what it has no use for, see `Task.check`."""
-
-    template: Template | None = None
-    """Prompt template; None for the task's own (`Task.template`)."""
-    batch_size: int = 16
-    """Problems at once."""
-    max_new_tokens: int | None = None
-    """Tokens after which a continuation is cut; None for the task's own (`Task.max_new_tokens`)."""
-    window: int = 512
-    """Of perplexity: tokens that the model sees at a time; of an example, tokens after which it is cut."""
-    allow_code_execution: bool = False
-    """Of humaneval and mbpp: let code that the model wrote run on this machine."""
-    judge_url: str | None = None
-    """Of mt-bench: base address of an endpoint that speaks OpenAI's chat completions."""
-    judge_model: str | None = None
-    """Of mt-bench: the judge, as the endpoint calls it."""
-    judge_key_env: str | None = None
-    """Of mt-bench: environment variable that holds the endpoint's key."""
-    judge_prompts: str | None = None
-    """Of mt-bench: the judge's instructions, a file in FastChat's format; None for our own."""
-    references: str | None = None
-    """Of mt-bench: the file of reference answers."""
-    limit: int | None = None
-    """Of perplexity of a text: windows at most. Everywhere else the limit is that of `Task.load`."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value!r}; give at least 1")
 
 
 DEFAULTS = Options()

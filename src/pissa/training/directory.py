@@ -11,7 +11,6 @@ RUN/state/           what continues the run:
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint.disk.resumable import Resumable, as_recorded
-from ..checkpoint.disk.write import write_json
+from ..checkpoint.disk.write import check_writable, write_json
 from ..checkpoint.factors import CONFIG
 from ..errors import OutputError
 from ..outside.documents import read_document
@@ -138,7 +137,7 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
         directory.resumable.check_same(before, now)
         if directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
             return _read_results(directory)
-    _check_writable(directory.path)
+    check_writable(directory.path)
     return None
 
 
@@ -226,16 +225,6 @@ def leftovers(directory: RunDirectory) -> list[Path]:
 def write_record(directory: RunDirectory, record: dict[str, Any]) -> None:
     """Write `run.json`, whole or not at all."""
     write_json(directory.record, record)
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a file, and a place where nothing can be made, before the work and not after it."""
-    places = (out.absolute(), *out.absolute().parents)
-    nearest = next(place for place in places if place.exists() or place.is_symlink())
-    if not nearest.is_dir():
-        raise OutputError(f"{nearest} is a file; name a directory for the run")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{out} cannot be written: no permission in {nearest}; choose another directory")
 
 
 def _comparable(now: dict[str, Any], before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -123,6 +123,21 @@ def check_free(out: str | os.PathLike[str]) -> None:
         raise OutputError(f"{out} already holds something; name a new or empty directory, or remove it first")
 
 
+def check_writable(out: str | os.PathLike[str]) -> None:
+    """Refuse a file, and a place where nothing can be made, before the work and not after it.
+
+    Raises:
+        OutputError: naming what is in the way.
+    """
+    out = Path(out)
+    places = (out.absolute(), *out.absolute().parents)
+    nearest = next(place for place in places if place.exists() or place.is_symlink())
+    if not nearest.is_dir():
+        raise OutputError(f"{nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: no permission in {nearest}; choose another directory")
+
+
 def durable_rename(partial: Path, final: Path) -> None:
     """Flush a directory and everything in it to the disk, then give it its name, in place of an older one."""
     flush_tree(partial)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from .files import COPIED_NAMES, COPIED_SUFFIXES
+from .names import check_adapter_name, check_model_name
 
 SMALL_FILES = [f"*{suffix}" for suffix in COPIED_SUFFIXES] + list(COPIED_NAMES)
 
@@ -19,13 +20,10 @@ def local_directory(model: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such directory or model.
     """
+    check_model_name(model)
     path = Path(model)
     if path.is_dir():
         return path
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; give the directory that holds config.json and the weights")
-    if looks_like_path(model):
-        raise CheckpointError(f"{model} does not exist; give a model's directory or a hub id such as org/name")
     snapshot = _download(os.fspath(model), "model*.safetensors")
     if not any((snapshot / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         snapshot = _download(os.fspath(model), "pytorch_model*.bin")
@@ -38,11 +36,10 @@ def adapter_directory(adapter: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such directory or repository.
     """
+    check_adapter_name(adapter)
     path = Path(adapter)
     if path.is_dir():
         return path
-    if path.exists() or looks_like_path(adapter):
-        raise CheckpointError(f"{adapter} is not a directory; give a run, a PEFT adapter directory, or a hub id")
     return _download(os.fspath(adapter), "*.safetensors")
 
 
@@ -71,12 +68,6 @@ def is_in_hub(model: str, name: str) -> bool:
     except (HfHubHTTPError, OSError, ValueError):
         return False
     return True
-
-
-def looks_like_path(source: str | os.PathLike[str]) -> bool:
-    """Whether a source can only be a path: hub ids are `name` or `org/name`."""
-    text = os.fspath(source)
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...live.quantized import keep_unpacked, remember_dtype
-from .hub import looks_like_path
+from .names import looks_like_path
 from .no_foreign_code import through_transformers
 from .reader import check_source
 

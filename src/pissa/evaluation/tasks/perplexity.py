@@ -10,7 +10,7 @@ from typing import Any
 from ...data.conversation import Example
 from ...data.encode import IGNORED, encode
 from ...data.read import read_examples
-from ...data.text import texts_of
+from ...data.text_files import texts_of
 from ...errors import ConfigError, DataError
 from ..intervals import bootstrap
 from ..loss import held_out_loss

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from ...config.settings import did_you_mean
 from ...errors import ConfigError
 from ..task import Evaluation, Options, Task
-from .glue import GLUE_TASKS, Understanding
+from .glue_tasks import GLUE_TASKS
 
-__all__ = ["Evaluation", "Options", "Task", "find_task", "task_names"]
+__all__ = ["Evaluation", "Options", "Task", "check_task_name", "find_task", "task_names"]
 
 _PLACES = {
     "gsm8k": ("gsm8k_and_math", "Gsm8k"),
@@ -30,15 +31,25 @@ def task_names() -> list[str]:
     return [*_PLACES, *(f"glue/{kind}" for kind in GLUE_TASKS)]
 
 
+def check_task_name(name: str) -> None:
+    """Refuse a name that no task has.
+
+    Raises:
+        ConfigError: naming all.
+    """
+    names = task_names()
+    if name not in names:
+        raise ConfigError(f"no task is called {name!r}; allowed: {', '.join(names)}{did_you_mean(name, names)}")
+
+
 def find_task(name: str) -> Task:
     """The task of this name.
 
     Raises:
         ConfigError: there is none.
     """
+    check_task_name(name)
     if name.startswith("glue/"):
-        return Understanding(name.removeprefix("glue/"))
-    if name not in _PLACES:
-        raise ConfigError(f"no task is called {name!r}; allowed: {', '.join(task_names())}")
+        return import_module(".glue", __package__).Understanding(name.removeprefix("glue/"))
     module, kind = _PLACES[name]
     return getattr(import_module(f".{module}", __package__), kind)()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, ClassVar
 
+from ...config.kinds import Count, CountFromTwo, CountFromZero, File, Name, Names
+from ...config.settings import Rule, check_settings, did_you_mean
 from ...errors import ConfigError
 from ...training.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
 from ..rates import FIRST
@@ -17,6 +19,11 @@ OWN = {"method": "methods", "learning_rate": "rates (--lrs)", "max_steps": "step
 """Settings of a run that a comparison chooses itself, and what it is told instead."""
 NULL_METHOD = "lora"
 NULL_SEED = 500
+Seeds = Annotated[int, Rule(f"allowed: 1 to {NULL_SEED}", lambda value: 1 <= value <= NULL_SEED)]
+SearchRuns = Annotated[
+    int, Rule(f"allowed: {FIRST} to {MOST_SEARCH_RUNS}", lambda value: FIRST <= value <= MOST_SEARCH_RUNS)
+]
+Rungs = Annotated[int, Rule("allowed: 1 to 4", lambda value: 1 <= value <= 4)]
 SEARCH_SEED = 1000
 """Added to the comparison's seed: no run shares its seed with one of another purpose."""
 
@@ -29,51 +36,56 @@ class Plan:
         ConfigError: a value out of its range, a method that the recipe does not fit, or a budget that is too small.
     """
 
-    methods: tuple[str, ...] = ("lora", "pissa")
-    """What is compared, in the order of the report."""
+    panel: ClassVar[str] = "Comparison"
+
+    methods: Names = ("lora", "pissa")
+    """What is compared, in the order of the report: methods of pissa train, separated by commas."""
     recipe: Recipe = field(default_factory=Recipe)
     """What all runs share; its method, learning rate, steps and seed are the comparison's to choose."""
-    steps: int = 100
-    """Of every run that is reported."""
-    seeds: int = 5
-    """Runs per method that are reported."""
+    steps: Count = 100
+    """How many steps every reported run has."""
+    seeds: Seeds = 5
+    """How many runs of each method are reported."""
     rates: tuple[float, ...] | None = None
     """Learning rates: None searches each method's own; several are the grid for all; a single one is fixed."""
-    search_runs: int = 6
-    """Runs per method in the search's first rung; half as many in each further one."""
-    rungs: int = 2
-    """Of the search; the last is half as long as a reported run, each earlier one half as long as the next."""
+    search_runs: SearchRuns = 6
+    """How many runs each method has in the search's first rung, and half as many in each further one. Used only when
+    the learning rates are searched."""
+    rungs: Rungs = 2
+    """How many rungs the search has; the last is half as long as a reported run, each earlier one half as long as the
+    next."""
     null: bool = True
-    """Also run one method again under as many other seeds, and compare it with itself."""
-    validation_rows: int = 100
-    """By which learning rates are chosen."""
-    test_rows: int = 200
-    """On which the runs are reported."""
-    evaluation: str | None = None
-    """The task of `pissa eval` whose problems are solved; None for the test problems, by the answers they state."""
-    evaluation_data: str | None = None
-    """File with its problems; None for the test problems, where they are of that kind."""
+    """Also run LoRA again under as many other seeds, and compare it with itself."""
+    validation_rows: Count = 100
+    """How many rows at most the learning rates are chosen by."""
+    test_rows: CountFromTwo = 200
+    """How many rows at most are reported on."""
+    evaluation: Name | None = None
+    """A task of pissa eval whose problems are solved. Left out, the test problems are, by the answers they state."""
+    evaluation_data: File | None = None
+    """File with that task's problems. Left out, the test problems, where they are of that kind."""
     allow_code_execution: bool = False
     """Let code that the models wrote run on this machine; humaneval and mbpp do nothing without it."""
-    accuracy_problems: int | None = None
-    """How many problems are solved by generating; None for all where every answer is marked, else none."""
-    new_tokens: int = 256
-    """Of a generated solution."""
-    curve_points: int = 4
-    """How often a reported run's test loss is measured while it trains; 0 for never."""
-    curve_problems: int = 32
-    """Test problems for that."""
+    accuracy_problems: CountFromZero | None = None
+    """How many problems are solved by generating. Left out, all where every answer is marked, else none."""
+    new_tokens: Count = 256
+    """How many tokens a generated solution may have."""
+    curve_points: CountFromZero = 4
+    """How often a reported run's test loss is measured while it trains; 0 is never."""
+    curve_problems: Count = 32
+    """How many test problems are measured each time."""
     curve_accuracy: bool = False
-    """Solve them too."""
-    forgetting: str | None = None
-    """Text whose perplexity is measured before and after; .txt or .jsonl, each also as .gz."""
-    seed: int = 0
-    """Of the parts of the data, and the first of the runs."""
+    """Solve them too, each time."""
+    forgetting: File | None = None
+    """Text whose perplexity is measured before and after: .txt or .jsonl, each also as .gz."""
+    seed: CountFromZero = 0
+    """Seed of the parts of the data, and the first of the runs' seeds."""
     keep_runs: bool = False
-    """Keep the runs' weights and checkpoints."""
+    """Keep the weights and checkpoints of all runs."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        check_settings(self)
+        _check_rates(self)
         _check_methods(self)
         if self.rates is not None:
             object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
@@ -187,21 +199,7 @@ def read_rates(text: str) -> tuple[float, ...] | None:
     return rates
 
 
-def _check_numbers(plan: Plan) -> None:
-    least = {"accuracy_problems": 0, "curve_points": 0, "seed": 0, "validation_rows": 1, "test_rows": 2}
-    for setting in fields(plan):
-        value = getattr(plan, setting.name)
-        if str(setting.type) not in ("int", "int | None") or value is None:
-            continue
-        bound = least.get(setting.name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-            raise ConfigError(f"{setting.name} is {value!r}; give a whole number of at least {bound}")
-    if not FIRST <= plan.search_runs <= MOST_SEARCH_RUNS:
-        raise ConfigError(f"search_runs is {plan.search_runs}; allowed: {FIRST} to {MOST_SEARCH_RUNS}")
-    if plan.seeds > NULL_SEED:
-        raise ConfigError(f"seeds is {plan.seeds}; allowed: up to {NULL_SEED}")
-    if plan.rungs > 4:
-        raise ConfigError(f"rungs is {plan.rungs}; allowed: 1 to 4")
+def _check_rates(plan: Plan) -> None:
     for rate in plan.rates or ():
         if not 0 < rate < math.inf:
             raise ConfigError(f"learning rate {rate!r}; give positive numbers")
@@ -217,7 +215,8 @@ def _check_methods(plan: Plan) -> None:
         raise ConfigError(f"the recipe sets {', '.join(given)}, which a comparison chooses; give it {instead} instead")
     unknown = [method for method in plan.methods if method not in TRAINING_METHODS]
     if unknown:
-        raise ConfigError(f"no such method: {', '.join(unknown)}; known: {', '.join(TRAINING_METHODS)}")
+        near = did_you_mean(unknown[0], TRAINING_METHODS)
+        raise ConfigError(f"no such method: {', '.join(unknown)}; known: {', '.join(TRAINING_METHODS)}{near}")
     if not plan.methods:
         raise ConfigError(f"no method to compare; known: {', '.join(TRAINING_METHODS)}")
     twice = sorted({method for method in plan.methods if plan.methods.count(method) > 1})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ...data.text import texts_of
+from ...data.text_files import texts_of
 from ...errors import DataError
 from ...evaluation.loss import HeldOutLoss, held_out_loss
 from ...evaluation.perplexity import perplexity
