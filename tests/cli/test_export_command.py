@@ -39,12 +39,12 @@ def test_gguf_lora_is_one_file(saved: Path, tmp_path: Path, capsys: pytest.Captu
 def test_check_vllm_says_the_rank_or_refuses(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("export", str(saved), str(tmp_path / "lora"), "--check", "vllm", "--json") == 0
     assert json.loads(capsys.readouterr().out)["vllm_max_lora_rank"] == 8
-    model = adapt(tiny_llama(), PissaConfig(4, alpha_pattern={"q_proj": 9.0}))
-    export_lora(model, tmp_path / "pattern")
+    model = adapt(tiny_llama(), PissaConfig(4, modules_to_save=["model.norm"]))
+    export_lora(model, tmp_path / "norm")
     before = sorted(os.listdir(tmp_path))
-    assert exit_code("export", str(tmp_path / "pattern"), str(tmp_path / "out"), "--check", "vllm") == 2
+    assert exit_code("export", str(tmp_path / "norm"), str(tmp_path / "out"), "--check", "vllm") == 2
     said = capsys.readouterr().err
-    assert "q_proj" in said and said.count("\n") == 1 and sorted(os.listdir(tmp_path)) == before
+    assert "model.norm" in said and said.count("\n") == 1 and sorted(os.listdir(tmp_path)) == before
 
 
 @pytest.mark.parametrize(

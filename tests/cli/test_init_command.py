@@ -57,7 +57,7 @@ def test_init_and_verify(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--rank", "0"], "rank is 0"),
         (["--rank", "5", "--method", "full"], "method full has no adapter"),
         (["--method", "lora"], "nothing to prepare"),
-        (["--dtype", "fp8"], "allowed: fp32, bf16, fp16"),
+        (["--dtype", "fp8"], "allowed: auto, fp32, bf16, fp16"),
         (["--memory", "lots"], "give a size such as 8G"),
         (["--target-modules", "nowhere"], "no module matches 'nowhere'"),
         (["--quantize", "nf5"], "quantize is 'nf5'"),
