@@ -23,7 +23,8 @@ from ..live.state import INITIAL
 from .factors import CONFIG
 from .manifest import read_manifest
 from .source.files import read_json
-from .source.hub import adapter_directory, in_cache, is_in_hub, looks_like_path
+from .source.hub import adapter_directory, in_cache, is_in_hub
+from .source.names import looks_like_path
 
 RESIDUAL = "residual"
 MODEL_CONFIG = "config.json"
