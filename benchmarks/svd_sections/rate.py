@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pissa import truncated_svd
-from pissa.decompose.cost import block_width
+from pissa.decompose.krylov import block_width
 
 
 def measure_rate(label: str, W: Tensor, rank: int, repeats: int) -> dict[str, Any]:

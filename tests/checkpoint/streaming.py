@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pissa import PissaConfig, Quantization
 from pissa.checkpoint.disk import journal, outputs
-from pissa.checkpoint.stream import workspace
+from pissa.checkpoint.stream import unfinished
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 QUICK = {"iterations": 1, "momentum": 0.0}
@@ -102,8 +102,8 @@ def at_change(moment: int, work: Callable[[], Any], action: Callable[[], Any]) -
     hooked(outputs.Outputs, "put")
     hooked(outputs.Outputs, "flush")
     hooked(journal.Journal, "append", tear=True)
-    hooked(workspace, "write_json")
-    hooked(workspace, "write_sealed")
+    hooked(unfinished, "write_json")
+    hooked(unfinished, "write_sealed")
     hooked(os, "replace")
     try:
         work()

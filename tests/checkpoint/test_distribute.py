@@ -22,7 +22,7 @@ from pissa import init_checkpoint
 from pissa.checkpoint.disk import outputs
 from pissa.checkpoint.disk.distribute import JOINED, Alone, Processes, assemble
 from pissa.checkpoint.disk.journal import Journal
-from pissa.checkpoint.stream.workspace import WORK
+from pissa.checkpoint.stream.unfinished import WORK
 from pissa.cli.main import run
 from pissa.errors import Interrupted, PissaError
 

@@ -27,7 +27,7 @@ from pissa import PissaConfig, Quantization, adapt, export_lora, init_checkpoint
 from pissa.checkpoint.disk.journal import read_journals
 from pissa.checkpoint.stream import init as stream
 from pissa.checkpoint.stream import work
-from pissa.checkpoint.stream.workspace import WORK
+from pissa.checkpoint.stream.unfinished import WORK
 from pissa.errors import CheckpointError, ConfigError, Interrupted, OutputError, WeightError
 from pissa.live.quantized import keep_unpacked
 from tiny import largest_difference, logits_of, same_tensors, tiny_gpt2, train_steps
@@ -303,7 +303,7 @@ def test_another_command_base_or_version_is_refused_with_what_differs(
         with pytest.raises(OutputError, match=r"base: .*base' then, .*other' now"):
             init_checkpoint(other, out, CONFIG)
         with monkeypatch.context() as patched:
-            patched.setattr("pissa.checkpoint.stream.identity.package_versions", lambda: {"torch": "0.0"})
+            patched.setattr("pissa.checkpoint.stream.run_identity.package_versions", lambda: {"torch": "0.0"})
             with pytest.raises(OutputError, match=r"versions.torch: '2.* then, '0.0' now"):
                 init_checkpoint(base, out, CONFIG)
     assert contents(out) == expected
@@ -433,7 +433,7 @@ def test_a_full_disk_is_said_and_the_run_continues(
     base = llama_on_disk(tmp_path / "base", hidden=64)
     with pytest.raises(OutputError, match=r"has 0.0 GB free and 0.1 GB are needed; make room"):
         init_checkpoint(base, small_disk / "out", CONFIG)
-    monkeypatch.setattr("pissa.checkpoint.stream.workspace.MARGIN", 0)
+    monkeypatch.setattr("pissa.checkpoint.stream.unfinished.MARGIN", 0)
     note_at_once(monkeypatch)
     blocker = small_disk / "blocker"
     saved = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from commands import exit_code
 
-from pissa.checkpoint.stream.workspace import WORK
+from pissa.checkpoint.stream.unfinished import WORK
 from pissa.cli.init import _bytes
 from pissa.errors import ConfigError
 from tiny import tiny_llama, tiny_tokenizer

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 from .chebyshev import LOWEST_TOLERANCE, filter_width
+from .krylov import block_width
 
-WIDEST = 48
-"""Columns of the widest Krylov block; wider ones gain no speed and lose polynomial degree."""
 EXACT_BELOW = 6e-7
 """Tolerances below this are below what fp32 products can certify."""
 
@@ -39,11 +38,6 @@ def choose(m: int, n: int, rank: int, tolerance: float, *, warm: bool = False) -
     if tolerance >= LOWEST_TOLERANCE and filter_width(rank) < n:
         costs["chebyshev"] = chebyshev_cost(m, n, filter_width(rank))
     return min(costs, key=costs.__getitem__)
-
-
-def block_width(rank: int) -> int:
-    """Columns of a Krylov block: narrow for a high polynomial degree, wide for the speed of the products."""
-    return min(WIDEST, max(16, rank // 2))
 
 
 def krylov_columns(rank: int, tolerance: float) -> int:

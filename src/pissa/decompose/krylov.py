@@ -24,6 +24,8 @@ from torch import Tensor
 from .orthogonal import orthonormalize
 from .ritz import Factorization, Spectrum, certify, repeated_energy, ritz_triplets
 
+WIDEST = 48
+"""Columns of the widest block; wider ones gain no speed and lose polynomial degree."""
 EXHAUSTED = 1e-5
 """New directions weaker than this, against the norm of W, are rounding noise."""
 FP32_CHECKS = 1e-4
@@ -33,6 +35,11 @@ GROWTH, GROWTH_LARGE, LARGE = 0.7, 0.4, 2048**2
 many entries that a block costs more than a check."""
 MATURE = 2
 """Blocks that must follow random columns before a certificate."""
+
+
+def block_width(rank: int) -> int:
+    """Columns of a block: narrow for a high polynomial degree, wide for the speed of the products."""
+    return min(WIDEST, max(16, rank // 2))
 
 
 class Columns:

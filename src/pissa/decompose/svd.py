@@ -30,9 +30,9 @@ from ..config import ALGORITHMS
 from ..errors import ConfigError, WeightError
 from .certificate import Certificate
 from .chebyshev import chebyshev_svd, filter_width
-from .cost import block_width, choose
+from .cost import choose
 from .gram import exact_svd, gram_svd
-from .krylov import block_krylov
+from .krylov import block_krylov, block_width
 from .precision import full_precision
 from .ritz import Factorization
 from .scale import energy, magnitude, scaled, share_a_scale, unscaled

@@ -10,8 +10,8 @@ from typing import Any
 from ..config import METHODS, AdapterSettings, PissaConfig, Quantization, quantization_preset
 from ..config.settings import check_settings, nearest, read_settings, settings_of
 from ..errors import ConfigError
-from .groups import TRAINING_METHODS as TRAINING_METHODS
-from .groups import AdapterGroup, DataGroup, QuantizationGroup, TrainingGroup
+from .recipe_groups import TRAINING_METHODS as TRAINING_METHODS
+from .recipe_groups import AdapterGroup, DataGroup, QuantizationGroup, TrainingGroup
 
 ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "qpissa": "pissa"}
 ALIASES |= {"dora": "lora-kaiming", "adalora": "lora-kaiming", "pissa+dora": "pissa", "pissa+adalora": "pissa"}

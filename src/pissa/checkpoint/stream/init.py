@@ -33,10 +33,10 @@ from ..disk.write import explained
 from ..manifest import MANIFEST, read_manifest
 from ..saved_residual import check_is_base
 from ..source.reader import Source, open_source
-from .identity import identity
 from .plan import DTYPES, Job, StreamPlan, make_plan
+from .run_identity import identity
+from .unfinished import Workspace
 from .work import Record, do
-from .workspace import Workspace
 
 POLL = 0.2
 """Seconds between two looks at signals and other processes."""

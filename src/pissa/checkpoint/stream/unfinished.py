@@ -33,8 +33,8 @@ from ..saved_residual import RESIDUAL, certificate_of
 from ..seal import is_intact, plain_file, tensor_file, write_sealed
 from ..source.reader import Source
 from .contents import base_tensors, copies, module_entries
-from .identity import check_base_unchanged, modification_times
 from .plan import StreamPlan
+from .run_identity import check_base_unchanged, modification_times
 
 WORK = ".pissa-init"
 RUN = "run.json"
