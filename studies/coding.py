@@ -32,7 +32,7 @@ def trains_code(settings: Settings) -> bool:
 
 
 def what_was_not_scored(settings: Settings) -> str | None:
-    """In words, why HumanEval and MBPP have no score, and what gives them one; None where they have."""
+    """Why HumanEval and MBPP have no score, and what gives them one, in words; None where they have."""
     if not trains_code(settings):
         lacks = settings.scale == "full" or settings.model is not None
         way = "set PISSA_DATA to the folder that holds mbpp/ and humaneval/" if lacks else "--full or --model trains it"

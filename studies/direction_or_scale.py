@@ -25,6 +25,7 @@ from torch import Tensor
 from pissa.adapted.adapt import attach, attach_offset, peft_config
 from pissa.config import PissaConfig
 from pissa.decompose.svd import truncated_svd
+from pissa.live.record import Record
 from pissa.live.targets import resolve_targets
 from pissa.split import derive_seed
 
@@ -117,9 +118,11 @@ def build(model: Any, arm: str, seed: int) -> tuple[Any, dict[str, float]]:
         for target in targets
     }
     wrap = peft_config(model, targets, config)
-    adapted = (
-        attach(model, wrap, factors, subtract=False) if arm.startswith("lora") else attach_offset(model, wrap, factors)
-    )
+    record = Record(config)
+    if arm.startswith("lora"):
+        adapted = attach(model, wrap, factors, record, subtract=False)
+    else:
+        adapted = attach_offset(model, wrap, factors, record)
     mean = {name: sum(float(pair[i].norm()) for pair in factors.values()) / len(factors) for i, name in enumerate("AB")}
     return adapted, mean
 

@@ -28,7 +28,7 @@ from .study import Settings
 VALIDATION = 256
 """Training rows that a search validates on and no run learns from."""
 TRAINING, SCORED = 2048, 512
-"""Of a default pass: rows to learn, and development rows to score, of each task at most."""
+"""A default pass learns so many rows of each task, and scores so many development rows, at most."""
 ADAPTED = r".*\.(query|key|value)(_proj)?"
 HEAD = ("classifier", "pooler")
 RANK = 8
@@ -68,7 +68,7 @@ class Inputs:
 
 
 class Given(nn.Module):
-    """In the place of embeddings: hidden states pass."""
+    """Stands in the place of the embeddings and lets hidden states pass."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
         return inputs_embeds

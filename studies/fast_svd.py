@@ -96,7 +96,7 @@ def decomposed(source: str, rank: int, blocks: int | None, seed: int, method: st
 
 @lru_cache(maxsize=256)
 def exact_svd(source: str, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one matrix, kept to compare with."""
+    """The exact SVD of one matrix, kept to compare with."""
     return torch.linalg.svd(loaded(source)[name][0], full_matrices=False)
 
 

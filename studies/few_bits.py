@@ -22,6 +22,7 @@ from pissa.adapted.adapt import attach, peft_config
 from pissa.calibrate.moments import second_moments
 from pissa.data.encode import Collator
 from pissa.lab.inspection.variants import variant
+from pissa.live.record import Record
 from pissa.live.targets import resolve_targets
 from pissa.split import split_weight
 
@@ -79,7 +80,7 @@ def build(
         for name in named:
             put_split(name, None)
     wrap = peft_config(model, targets, replace(config, quantization=None))
-    return attach(model, wrap, factors, subtract=not config.starts_at_zero, ready=True)
+    return attach(model, wrap, factors, Record(config), subtract=not config.starts_at_zero, ready=True)
 
 
 def calibration(memory: InMemory) -> list[dict[str, Tensor]]:

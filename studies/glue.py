@@ -45,7 +45,7 @@ RATES = {
 """Method -> learning rates at which its search begins."""
 METHODS = tuple(RATES)
 BLOCKS = 2
-"""Of MiniLM's six that a default pass trains: more steps say more than more blocks."""
+"""A default pass trains so many of MiniLM's six blocks: more steps say more than more blocks."""
 Row = Mapping[str, Any]
 
 

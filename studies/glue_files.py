@@ -32,7 +32,7 @@ class GlueTask:
     metrics: tuple[str, ...]
     """GLUE's, the one that the PiSSA paper shows first."""
     most: float = 1.0
-    """Of a regressed value."""
+    """The largest value, where values are regressed."""
 
 
 GLUE = {

@@ -113,7 +113,7 @@ def first_gradients(memory: InMemory, method: str, rank: int) -> dict[str, Any]:
 
 
 def in_the_plane(vectors: Tensor) -> dict[str, Any]:
-    """Of vectors (seeds, entries): norms, cosines with the others' sum, unit vectors in their two main directions."""
+    """Norms of vectors (seeds, entries), cosines with the others' sum, unit vectors in their two main directions."""
     norms = vectors.norm(dim=1, dtype=torch.float64)
     unit = vectors.double() / norms.clamp_min(1e-30)[:, None]
     gram = unit @ unit.mT

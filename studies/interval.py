@@ -30,7 +30,7 @@ class Interval:
     """One for each seed."""
 
     def __str__(self) -> str:
-        """For a line of text: `0.945 ± 0.012`, or the mean alone."""
+        """The interval in a line of text: `0.945 ± 0.012`, or the mean alone."""
         if self.high is None:
             return f"{self.mean:.4g}"
         half = self.high - self.mean
@@ -48,7 +48,7 @@ class Interval:
         return self.high is not None and self.high < 0
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The interval in JSON's own kinds."""
         return {**asdict(self), "values": list(self.values)}
 
 

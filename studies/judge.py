@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 
 def verdict_of(parts: Mapping[str, Interval]) -> Verdict:
-    """Of a claim whose parts each say that a difference is positive.
+    """The verdict on a claim whose parts each say that a difference is positive.
 
     It holds where every interval lies above 0, does not hold where none does, and holds in part in between: what the
     seeds cannot decide counts as not shown.
@@ -23,7 +23,7 @@ def verdict_of(parts: Mapping[str, Interval]) -> Verdict:
 
 
 class Counts(NamedTuple):
-    """Of a claim's parts."""
+    """How many parts of a claim were shown, contradicted and left undecided."""
 
     shown: int
     against: int

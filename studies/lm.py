@@ -37,7 +37,7 @@ from .small_lm import problems, small_lm
 from .study import Settings, model_name
 
 DATA_SEED = 7
-"""Of problems that are generated for larger models."""
+"""The seed of the problems that are generated for larger models."""
 TUNED = "lora, its own rate"
 """LoRA at the learning rate that was found for it, where "lora" has PiSSA's, as in the paper's comparisons."""
 VALIDATION = 64
@@ -65,7 +65,7 @@ class LanguageTask:
     rates: tuple[float, ...]
     """Learning rates of an adapter at which a search begins, ascending by one factor."""
     steps: int
-    """Of a run."""
+    """How many steps a run takes."""
     batch: int
     """Examples a step."""
     answer_tokens: int

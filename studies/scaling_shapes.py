@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 RANK = 16
-"""Of the whole initialisations."""
+"""The rank of the initialisations that are measured whole."""
 
 
 class Shape(NamedTuple):

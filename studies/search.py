@@ -18,7 +18,7 @@ from pissa.lab.rates import best_rate, is_on_edge, rate_beyond
 from .study import Settings
 
 SEARCH_SEED = 1000
-"""Of every search; no study's seeds begin there."""
+"""The first seed of every search; no study's seeds begin there."""
 GROWTH = 4
 """Rates by which a grid grows, at most."""
 
@@ -39,7 +39,7 @@ class Search:
         return [method for method, rate in self.best.items() if tried[method] and is_on_edge(rate, tried[method])]
 
     def as_dict(self) -> dict[str, Any]:
-        """For a study's results."""
+        """What a study's results hold of it."""
         return {"seed": SEARCH_SEED, "best": self.best, "at_edge": self.at_edge, "values": self.values}
 
     def __str__(self) -> str:

@@ -31,7 +31,7 @@ from .fit import fit
 
 VOCABULARY = 640
 SEED = 1
-"""Of the problems and of pretraining."""
+"""The seed of the problems and of pretraining."""
 COMMON, RARE = 8000, 400
 """Problems that are pretrained on, of `TRAINED` and of `UNSEEN`."""
 ADAPTED_TO = 2000

@@ -25,7 +25,7 @@ class Part:
     """One body of problems, and the methods that learn it."""
 
     settings: Settings
-    """Of the study."""
+    """The study's settings."""
     name: str
     """"problems" or "code"."""
     task: LanguageTask

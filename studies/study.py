@@ -46,7 +46,7 @@ class Settings:
     scale: Scale = "default"
     """quick: seconds, decides nothing; default: minutes on a reduced grid; full: the paper's grid."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of whatever is drawn at random; `Study.seeds` has a study's own."""
+    """The seeds of whatever is drawn at random; `Study.seeds` gives those of a study."""
     model: str | None = None
     """A directory or hub id in the place of the study's own model."""
     data: Path | None = None
@@ -153,7 +153,7 @@ class Study:
     draw: Callable[[Mapping[str, Any]], Any]
     """Results -> a matplotlib Figure."""
     minutes: float
-    """Of the default pass, on two cores."""
+    """How long the default pass takes on two cores."""
     seed_count: int = 3
     """Seeds of the default pass."""
     seed_step: int = 1

@@ -36,9 +36,9 @@ from .vision_figure import draw
 NAME = "vision"
 RANKS = (6, 8, 10)
 RANK = 8
-"""Of digits, of the convolutional network, and of the comparison at each method's own rate."""
+"""The rank for digits, for the convolutional network, and for the comparison at each method's own rate."""
 DIGIT_METHODS = ("lora", "pissa", "cura", "cura-optimal")
-"""In the default pass, at one rank: the report's three, and CURA as it is here."""
+"""What a default pass trains on digits, at one rank: the report's three, and CURA as it is here."""
 RATE = 1e-3
 RATES = (3e-4, RATE, 3e-3)
 SEARCH_RUNS = 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 INK, GRID = "#1b1f24", "#d7dbe0"
-"""Of text and axes, and of the grid, in a picture on white."""
+"""The colour of text and axes, and that of the grid, in a picture on white."""
 LIGHT = ("#0d4eae", "#d95015", "#338b6f", "#7c3370", "#484c14", "#3597ed", "#2c263c")
 DARK = ("#6289f6", "#f9630d", "#33cea4", "#ba71a5", "#ecc618", "#b8d9fe", "#fffae0")
 CIRCLE, SQUARE, TRIANGLE, DIAMOND, DOWN = "o", "s", "^", "D", "v"
@@ -43,7 +43,7 @@ class Look:
 
     @property
     def svg_dashes(self) -> str:
-        """For stroke-dasharray, at a stroke of 2."""
+        """The same dashes for stroke-dasharray in an SVG, at a stroke of 2."""
         return "none" if isinstance(self.dashes, str) else " ".join(f"{2 * part:g}" for part in self.dashes[1])
 
 

@@ -16,8 +16,6 @@ from ...errors import MissingExtraError
 from ..style import GRID, INK, LIGHT, Look
 
 WIDTH, HEIGHT = 4.7, 3.1
-TICKS = ((300, (1.0,)), (4, (1.0, 2.0, 5.0)), (0, (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)))
-"""Ticks in each decade of a logarithmic axis that spans at least so much."""
 LONGEST = 22
 """Letters of a method's name beside a figure."""
 SETTINGS: dict[str, Any] = {
@@ -42,13 +40,13 @@ class Figure:
     """A drawing, its place on the page and what it shows."""
 
     name: str
-    """Of its file, without ending."""
+    """The name of its file, without ending."""
     title: str
     caption: str
     draw: Callable[[Any], None]
     """Draws into matplotlib axes."""
     height: float = HEIGHT
-    """In inches."""
+    """How high it is, in inches."""
     legend: tuple[str, ...] = ()
     """The methods in it that are told apart by colour."""
 

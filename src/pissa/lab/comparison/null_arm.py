@@ -41,7 +41,7 @@ class NullRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the share, 95 %, for the number of resamples alone: the seeds are the same throughout."""
+        """The 95 % interval of the share. It counts resamples alone: the seeds are the same throughout."""
         return wilson(self.called, self.resamples)
 
     @property

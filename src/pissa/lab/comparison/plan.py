@@ -14,7 +14,7 @@ from ...training.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
 from ..rates import FIRST
 
 MOST_SEARCH_RUNS = 12
-"""Of rung 0: after as many the gaps are below 5 %."""
+"""Rung 0 has at most so many runs: after as many the gaps between rates are below 5 %."""
 OWN = {"method": "methods", "learning_rate": "rates (--lrs)", "max_steps": "steps", "epochs": "steps", "seed": "seed"}
 """Settings of a run that a comparison chooses itself, and what it is told instead."""
 NULL_METHOD = "lora"
@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Of all runs together."""
+        """How many steps all runs take together."""
         arms = len(self.methods) + (self.null_method is not None)
         return len(self.methods) * self.budget + arms * self.seeds * self.steps
 
@@ -132,15 +132,15 @@ class Plan:
         return replace(self.recipe, **{**unused, **own})
 
     def search_seed(self, rung: int) -> int:
-        """Of the runs of a rung; all methods share it."""
+        """The seed of the runs of a rung; all methods share it."""
         return self.seed + SEARCH_SEED * (rung + 1)
 
     def final_seeds(self) -> Iterator[int]:
-        """Of the reported runs."""
+        """The seeds of the reported runs."""
         yield from range(self.seed, self.seed + self.seeds)
 
     def null_seeds(self) -> Iterator[int]:
-        """Of the null arm."""
+        """The seeds of the null arm's runs."""
         yield from range(self.seed + NULL_SEED, self.seed + NULL_SEED + self.seeds)
 
     def as_dict(self) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def _run(record: dict[str, Any], before: float | None) -> dict[str, Any]:
 
 
 def _with_mean(record: dict[str, Any]) -> dict[str, Any]:
-    """With the test loss that is reported, the mean over problems; None for a run that diverged."""
+    """The record, and with it the test loss that is reported: the mean over problems, None for a run that diverged."""
     losses = record.get("test_losses")
     return {**record, "test_loss": fmean(losses) if losses else None}
 

@@ -29,7 +29,7 @@ class Solver:
     options: Options
 
     def correct(self, model: Any, limit: int | None = None) -> list[bool]:
-        """Of each of the first problems, whether the model solves it."""
+        """Whether the model solves each of the first problems."""
         found = self.task.run(model, self.tokenizer, list(self.problems)[:limit], self.options)
         return [bool(sample["correct"]) for sample in found.samples]
 

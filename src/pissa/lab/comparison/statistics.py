@@ -37,7 +37,7 @@ class Estimate:
 
     value: float
     standard_error: float
-    """Of seeds and problems together; of problems alone where a method has a single seed."""
+    """It counts seeds and problems together; problems alone where a method has a single seed."""
     freedom: float
     """Degrees of freedom of the standard error."""
     problems: int

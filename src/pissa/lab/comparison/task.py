@@ -28,9 +28,9 @@ class Task:
     """What is learned, by what learning rates are chosen, and what is reported."""
 
     name: str
-    """Of the data."""
+    """What reports call it: the name of the data."""
     train: list[Row]
-    """In the order of the file."""
+    """Rows to learn from, in the order of the file."""
     validation: list[Example]
     test: list[Example]
     removed: int

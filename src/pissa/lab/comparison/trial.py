@@ -30,7 +30,7 @@ from .watch import Watch, curve_of, curve_steps, finite, seconds_of
 
 TRIAL = "trial.json"
 KEPT = (TRIAL, "results.json", "state/run.json", "state/log.jsonl", "state/watch.jsonl")
-"""Of a run whose weights are not kept."""
+"""What is left of a run whose weights are not kept."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Trial:
     recipe: Recipe
     """All of its settings."""
     rung: int | None = None
-    """Of the search."""
+    """The rung of the search to which it belongs; None for a run that is reported."""
 
     @property
     def label(self) -> str:
-        """For the bar."""
+        """What the progress bar calls it."""
         place = f"rung {self.rung}" if self.rung is not None else f"seed {self.recipe.seed}"
         return f"{self.recipe.method} lr {self.recipe.learning_rate:g}, {place}"
 

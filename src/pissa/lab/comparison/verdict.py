@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the difference, at the level at which it was tested: it leaves 0 out exactly where a call is made."""
+        """The difference's interval at the level at which it was tested; it leaves out 0 where a call is made."""
         return self.estimate.interval(self.error / CAUTION)
 
     @property

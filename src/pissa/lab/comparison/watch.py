@@ -63,7 +63,7 @@ def finite(value: float) -> float | None:
 
 
 def seconds_of(path: Path) -> float:
-    """Of all steps together."""
+    """How long all steps took together."""
     return sum(record["seconds"] for record in read_log(path))
 
 

@@ -49,10 +49,10 @@ class Measurement:
     plain: dict[Measure, float]
     """The same for the plain format."""
     seconds: float
-    """Of the split."""
+    """How long the split took."""
 
     def reduction(self, measure: Measure) -> float:
-        """In percent; 0 where the plain format has no error."""
+        """By how many percent the error is below the plain format's; 0 where that has no error."""
         return 100 * (1 - self.errors[measure] / self.plain[measure]) if self.plain[measure] > 0 else 0.0
 
 

@@ -28,7 +28,7 @@ class Calibration:
     held_out: Sequence[dict[str, Tensor]]
     """Batches that the output error is measured on."""
     description: dict[str, Any]
-    """For the results: files, windows, length."""
+    """What the results say about the text: its files, how many windows, how long they are."""
 
 
 def read_calibration(

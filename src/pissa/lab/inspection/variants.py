@@ -37,7 +37,7 @@ class Variant:
         return quantization_preset("qlora", format=q.format, double_quant=q.double_quant, block_size=q.block_size)
 
     def config(self, rank: int, seed: int) -> PissaConfig:
-        """For `split_weight`, at this rank."""
+        """The settings with which `split_weight` makes this variant, at this rank."""
         method = "lora-kaiming" if self.quantization.method == "qlora" else "pissa"
         return PissaConfig(rank=rank, method=method, quantization=self.quantization, seed=seed)
 
