@@ -15,8 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from pissa import PissaConfig, adapt, export_lora
-from pissa.lab.models import smollm2
+from pissa import PissaConfig, adapt, export_lora, smollm2
 
 PAIRS = [
     {"prompt": f"What is {i} plus {i}?", "chosen": f" The answer is {2 * i}.", "rejected": f" I like the number {i}."}

@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 from pissa import export_lora, export_merged
-from pissa.export.vllm import needed_rank, vllm_refusals
 
 
 def main() -> None:
@@ -23,8 +22,7 @@ def main() -> None:
     parser.add_argument("--base")
     options = parser.parse_args()
     lossless = export_lora(options.run, options.out / "lossless")
-    print(f"lossless: rank {lossless.config.r}; vLLM takes it with --max-lora-rank {needed_rank(lossless.config)}")
-    print("\n".join(vllm_refusals(lossless, lossless.config)))
+    print(f"lossless: rank {lossless.config.r}; `pissa export --check vllm` says what vLLM makes of it")
     small = export_lora(options.run, options.out / "small", tolerance=0.1)
     print(f"small: rank {small.config.r}, largest relative error {max(small.errors.values()):.3f}")
     export_lora(options.run, options.out / "llama-cpp.gguf", format="gguf", base=options.base)

@@ -14,8 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pissa import PissaConfig, adapt, reference
-from pissa.lab.models import smollm2
+from pissa import PissaConfig, adapt, reference, smollm2
 
 TEXTS = [f"Question: What is {i} plus {i}? Answer: {i} plus {i} is {2 * i}." for i in range(2, 18)]
 

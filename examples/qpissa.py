@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pissa import export_merged
-from pissa.lab.models import smollm2
-from pissa.training.recipe import Recipe
-from pissa.training.run import train
+from pissa import Recipe, export_merged, smollm2, train
 
 
 def main() -> None:

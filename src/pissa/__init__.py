@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from .decompose.certificate import Certificate as Certificate
     from .decompose.svd import truncated_svd as truncated_svd
     from .errors import PissaError as PissaError
+    from .evaluation.options import EvaluationOptions as EvaluationOptions
     from .evaluation.run import evaluate as evaluate
     from .export import export_lora as export_lora
     from .export import export_merged as export_merged
+    from .lab.comparison.plan import ComparisonPlan as ComparisonPlan
     from .lab.comparison.run import compare as compare
+    from .lab.models import smollm2 as smollm2
+    from .live.offset import freeze_second_halves as freeze_second_halves
     from .live.reference import reference as reference
     from .live.reference import restore as restore
     from .quantize.error import reduction_ratio as reduction_ratio
@@ -64,7 +68,11 @@ _HOMES = {
     "Recipe": "training.recipe",
     "train": "training.run",
     "evaluate": "evaluation.run",
+    "EvaluationOptions": "evaluation.options",
     "compare": "lab.comparison.run",
+    "ComparisonPlan": "lab.comparison.plan",
+    "freeze_second_halves": "live.offset",
+    "smollm2": "lab.models",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -6,7 +6,16 @@ The command line turns them into exit code 2 without a traceback; whatever else 
 
 
 class PissaError(Exception):
-    """Base of all errors that pissa raises on purpose."""
+    """Base of all errors that pissa raises on purpose: the user's input is wrong, and one line says how to mend it.
+
+    Example:
+        >>> from pissa import PissaConfig, PissaError
+        >>> try:
+        ...     PissaConfig(rank=0)
+        ... except PissaError as error:
+        ...     print(error)
+        rank is 0; give a whole number of at least 1
+    """
 
 
 class ConfigError(PissaError, ValueError):

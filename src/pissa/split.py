@@ -44,7 +44,16 @@ GPU_BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class Split:
-    """A weight (out, in) as a frozen residual and an initial adapter."""
+    """A weight (out, in) as a frozen residual and an initial adapter; `split_weight` makes it.
+
+    Example:
+        >>> import torch
+        >>> from pissa import PissaConfig, split_weight
+        >>> split = split_weight(torch.eye(8), PissaConfig(rank=2))
+        >>> change = split.scale * split.B @ split.A  # what the adapter adds to the residual
+        >>> torch.allclose(split.residual + change, torch.eye(8), atol=1e-5)
+        True
+    """
 
     A: Tensor
     """(r, in), fp32: `lora_A`."""
@@ -96,9 +105,11 @@ def split_weight(
 
     Args:
         W: (out, in), fp32, bf16 or fp16; never modified.
-        config: rank, alpha, method, quantization, seed; patterns are the caller's to resolve
-        (`PissaConfig.for_module`). moment: (in, in) second moment `E[xᵀx]` of the layer's input, for a quantisation
-        that minimises output error. gradient: (out, in), of the loss with respect to W, for component "scored".
+        config: rank, alpha, method, quantization and seed; whoever has patterns resolves them first, by
+            `PissaConfig.for_module`.
+        moment: (in, in), the second moment `E[xᵀx]` of the layer's input, for a quantisation that minimises output
+            error.
+        gradient: (out, in), of the loss with respect to W, for component "scored".
         name: the weight's name, for messages and so that random draws differ from weight to weight.
 
     Returns:
@@ -109,6 +120,16 @@ def split_weight(
             moment is not one.
         ConfigError: the rank exceeds the smaller side of W, the gradient that is needed is missing, or a moment or
             gradient that nothing would use.
+
+    Example:
+        >>> import torch
+        >>> from pissa import PissaConfig, split_weight
+        >>> W = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+        >>> split = split_weight(W, PissaConfig(rank=4))
+        >>> tuple(split.A.shape), tuple(split.B.shape), tuple(split.residual.shape)
+        ((4, 32), (48, 4), (48, 32))
+        >>> torch.allclose(split.restore(), W, atol=1e-5)
+        True
     """
     return split_one(Weight(W, config, name, moment, gradient))
 

@@ -19,8 +19,8 @@ from pissa.cli.flags import with_settings
 from pissa.cli.parser import COMMANDS, Command, load_command
 from pissa.config.kinds import Count, Share
 from pissa.config.settings import MISSING, settings_of
-from pissa.evaluation.options import Options
-from pissa.lab.comparison.plan import Plan
+from pissa.evaluation.options import EvaluationOptions
+from pissa.lab.comparison.plan import ComparisonPlan
 from pissa.lab.inspection.settings import InspectionSettings
 from pissa.training.recipe import read_recipe, recipe_from
 
@@ -46,7 +46,9 @@ SAME = {
 NEEDED = {"cur_rcond": {"method": "cura"}, "block_size": {"quantize": "nf4"}, "double_quant": {"quantize": "nf4"}}
 
 
-@pytest.mark.parametrize("owner", [Recipe, PissaConfig, Quantization, Options, Plan, InspectionSettings])
+@pytest.mark.parametrize(
+    "owner", [Recipe, PissaConfig, Quantization, EvaluationOptions, ComparisonPlan, InspectionSettings]
+)
 def test_every_setting_is_explained_in_sentences(owner: type) -> None:
     texts = {name: setting.doc for name, setting in settings_of(owner).items()}
     assert set(texts) == {field.name for field in fields(owner)}

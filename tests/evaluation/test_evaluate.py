@@ -14,13 +14,13 @@ from pissa.checkpoint.stream.init import init_checkpoint
 from pissa.errors import CheckpointError, ConfigError, Interrupted, OutputError
 from pissa.evaluation.load import load_subject
 from pissa.evaluation.run import evaluate
-from pissa.evaluation.task import Options
+from pissa.evaluation.task import EvaluationOptions
 from pissa.evaluation.tasks import generative
 from pissa.training.recipe import Recipe
 from pissa.training.run import train
 from tiny import logits_of, tiny_llama, tiny_tokenizer
 
-SMALL = Options(batch_size=2, max_new_tokens=4, template="alpaca")
+SMALL = EvaluationOptions(batch_size=2, max_new_tokens=4, template="alpaca")
 
 
 @pytest.fixture
@@ -77,7 +77,9 @@ def test_another_evaluation_is_refused(model: str, data: Path, tmp_path: Path) -
     out = tmp_path / "out"
     evaluate(model, "gsm8k", data, out, SMALL)
     with pytest.raises(OutputError, match=r"another evaluation \(limit: None then, 2 now"):
-        evaluate(model, "gsm8k", data, out, Options(limit=2, batch_size=2, max_new_tokens=4, template="alpaca"))
+        evaluate(
+            model, "gsm8k", data, out, EvaluationOptions(limit=2, batch_size=2, max_new_tokens=4, template="alpaca")
+        )
     tiny_llama(seed=1).save_pretrained(model)
     for _ in ("finished", "not finished"):
         with pytest.raises(OutputError, match="model changed since"):
@@ -88,7 +90,7 @@ def test_another_evaluation_is_refused(model: str, data: Path, tmp_path: Path) -
     with pytest.raises(OutputError, match="not an evaluation"):
         evaluate(model, "gsm8k", data, tmp_path / "full", SMALL)
     with pytest.raises(ConfigError, match="gsm8k has no use for window"):
-        evaluate(model, "gsm8k", data, None, Options(window=4))
+        evaluate(model, "gsm8k", data, None, EvaluationOptions(window=4))
 
 
 def test_weights_that_are_not_finite_give_no_figure(model: str, data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pissa.errors import ConfigError, DataError
 from pissa.evaluation.generate import generate
 from pissa.evaluation.run import evaluate
 from pissa.evaluation.samples import SampleLog
-from pissa.evaluation.task import Options
+from pissa.evaluation.task import EvaluationOptions
 from pissa.evaluation.tasks.judge import Judge, rating_of
 from pissa.evaluation.tasks.mtbench import conversation_prompt
 from pissa.evaluation.tasks.registry import find_task
@@ -76,14 +76,14 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def options(endpoint: Endpoint, questions: Path, **more: Any) -> Options:
+def options(endpoint: Endpoint, questions: Path, **more: Any) -> EvaluationOptions:
     settings = {
         "references": str(questions.with_name("references.jsonl")),
         "batch_size": 2,
         "max_new_tokens": 5,
         **more,
     }
-    return Options(judge_url=endpoint.url, judge_model="grader", **settings)
+    return EvaluationOptions(judge_url=endpoint.url, judge_model="grader", **settings)
 
 
 def lively() -> Any:
@@ -217,7 +217,7 @@ def test_instructions_of_fastchat_s_format_are_taken(endpoint: Endpoint, questio
 def test_what_is_missing_is_named_before_the_work(endpoint: Endpoint, questions: Path) -> None:
     task = find_task("mt-bench")
     with pytest.raises(ConfigError, match="needs a judge: give --judge-url"):
-        task.check(Options())
+        task.check(EvaluationOptions())
     with pytest.raises(ConfigError, match=r"grader\.example"):
         Judge("grader.example", "m")
     with pytest.raises(DataError, match=r"1 questions of math.*give --references"):

@@ -13,12 +13,12 @@ from pissa.data.prompts import ALPACA
 from pissa.errors import ConfigError, DataError
 from pissa.evaluation.generate import Continuation
 from pissa.evaluation.sandbox import Limits, run_program
-from pissa.evaluation.task import Options
+from pissa.evaluation.task import EvaluationOptions
 from pissa.evaluation.tasks import generative, programs
 from pissa.evaluation.tasks.programs import code_of, program_of
 from pissa.evaluation.tasks.registry import find_task
 
-ALLOWED = Options(allow_code_execution=True)
+ALLOWED = EvaluationOptions(allow_code_execution=True)
 ADD = {
     "task_id": "Mine/0",
     "prompt": 'def add(a, b):\n    """Sum of two numbers."""\n',
@@ -113,7 +113,7 @@ def test_nothing_runs_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(programs, "run_program", lambda *_: pytest.fail("it ran"))
     for name in ("humaneval", "mbpp"):
         with pytest.raises(ConfigError, match=r"nothing was run\. Add --allow-code-execution"):
-            find_task(name).run(None, None, [ADD], Options())
+            find_task(name).run(None, None, [ADD], EvaluationOptions())
     with pytest.raises(ConfigError, match="gsm8k has no use for allow_code_execution"):
         find_task("gsm8k").check(ALLOWED)
 

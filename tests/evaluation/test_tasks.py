@@ -22,7 +22,7 @@ from pissa.evaluation.loss import held_out_loss
 from pissa.evaluation.perplexity import perplexity
 from pissa.evaluation.samples import SampleLog
 from pissa.evaluation.tasks import generative
-from pissa.evaluation.tasks.registry import Options, find_task, task_names
+from pissa.evaluation.tasks.registry import EvaluationOptions, find_task, task_names
 from tiny import tiny_llama, tiny_tokenizer
 
 
@@ -53,7 +53,7 @@ def test_every_task_of_the_registry_is_there() -> None:
 def test_gsm8k_generates_greedily_and_keeps_a_sample_for_each_problem(problems: Path) -> None:
     task, tokenizer = find_task("gsm8k"), tiny_tokenizer()
     loaded = task.load(problems, limit=5)
-    found = task.run(lively(), tokenizer, loaded, Options(batch_size=2, max_new_tokens=6))
+    found = task.run(lively(), tokenizer, loaded, EvaluationOptions(batch_size=2, max_new_tokens=6))
     prompts = [prompt_text(problem, tokenizer, "alpaca") for problem in loaded]
     written = generate(lively(), tokenizer, prompts, batch_size=1, max_new_tokens=6)
     assert [s["generated"] for s in found.samples] == written
@@ -86,7 +86,9 @@ def test_gsm8k_is_the_share_of_right_answers_whatever_marks_them(monkeypatch: py
 def test_a_problem_is_put_in_the_template_that_is_asked_for(template: Any) -> None:
     tokenizer = tiny_tokenizer()
     problem = Example((Message("user", "1 + 1?"), Message("assistant", "#### 2")))
-    found = find_task("gsm8k").run(lively(), tokenizer, [problem], Options(template=template, max_new_tokens=2))
+    found = find_task("gsm8k").run(
+        lively(), tokenizer, [problem], EvaluationOptions(template=template, max_new_tokens=2)
+    )
     assert found.samples[0]["prompt"] == prompt_text(problem, tokenizer, template)
 
 
@@ -102,25 +104,25 @@ def test_perplexity_of_a_text_is_that_of_its_windows(tmp_path: Path) -> None:
     text = "How many are left now? " * 40
     (tmp_path / "text.txt").write_text(text)
     task, tokenizer, model = find_task("perplexity"), tiny_tokenizer(), tiny_llama().train()
-    found = task.run(model, tokenizer, task.load(tmp_path / "text.txt"), Options(window=30))
+    found = task.run(model, tokenizer, task.load(tmp_path / "text.txt"), EvaluationOptions(window=30))
     expected = perplexity(model, tokenizer(text)["input_ids"], window=30)
     assert model.training
     assert found.value == pytest.approx(expected.value)
     assert [s["score"] for s in found.samples] == pytest.approx(expected.losses)
     assert found.interval is not None and found.interval[0] <= found.value <= found.interval[1]
     assert not found.higher_is_better
-    few = task.run(model, tokenizer, task.load(tmp_path / "text.txt"), Options(window=30, limit=2))
+    few = task.run(model, tokenizer, task.load(tmp_path / "text.txt"), EvaluationOptions(window=30, limit=2))
     assert few.samples == found.samples[:2]
 
 
 def test_perplexity_of_examples_is_that_of_their_responses(problems: Path) -> None:
     task, tokenizer, model = find_task("perplexity"), tiny_tokenizer(), tiny_llama()
-    found = task.run(model, tokenizer, task.load(problems), Options(batch_size=3))
+    found = task.run(model, tokenizer, task.load(problems), EvaluationOptions(batch_size=3))
     expected = held_out_loss(model, tokenizer, read_examples(problems))
     assert found.value == pytest.approx(math.exp(expected.mean))
     assert [s["tokens"] for s in found.samples] == expected.tokens
     with pytest.raises(DataError, match="larger window"):
-        task.run(model, tokenizer, task.load(problems), Options(window=40))
+        task.run(model, tokenizer, task.load(problems), EvaluationOptions(window=40))
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "perplexity"])
@@ -129,7 +131,7 @@ def test_a_stopped_evaluation_goes_on_to_identical_samples(
     name: str, kept: int, problems: Path, tmp_path: Path
 ) -> None:
     task, tokenizer, model, path = find_task(name), tiny_tokenizer(), lively(), tmp_path / "samples.jsonl"
-    options = Options(batch_size=3, max_new_tokens=6 if name == "gsm8k" else None)
+    options = EvaluationOptions(batch_size=3, max_new_tokens=6 if name == "gsm8k" else None)
     whole = task.run(model, tokenizer, task.load(problems), options, log=SampleLog(path))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:kept]) + b'{"index": 6, "half')
@@ -147,4 +149,4 @@ def test_what_is_not_a_task_s_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
         task.load(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="batch_size is 0"):
-        Options(batch_size=0)
+        EvaluationOptions(batch_size=0)

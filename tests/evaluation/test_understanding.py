@@ -15,7 +15,7 @@ from pissa.errors import ConfigError, DataError
 from pissa.evaluation.load import load_subject
 from pissa.evaluation.run import evaluate
 from pissa.evaluation.samples import SampleLog
-from pissa.evaluation.task import Options
+from pissa.evaluation.task import EvaluationOptions
 from pissa.evaluation.tasks.registry import find_task
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -43,7 +43,7 @@ def test_a_head_is_scored_as_scikit_learn_scores(pairs: Path) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     task, tokenizer, model = find_task("glue/mrpc"), tiny_tokenizer(), bert(2).train()
     rows = task.load(pairs)
-    found = task.run(model, tokenizer, rows, Options(batch_size=5))
+    found = task.run(model, tokenizer, rows, EvaluationOptions(batch_size=5))
     assert model.training
     expected = []
     for row in rows:
@@ -76,7 +76,7 @@ def test_a_causal_model_is_asked_through_lm_eval(pairs: Path) -> None:
     task, tokenizer = find_task("glue/mrpc"), tiny_tokenizer()
     rows = task.load(pairs, limit=4)
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    found = task.run(model, tokenizer, rows, Options(batch_size=2))
+    found = task.run(model, tokenizer, rows, EvaluationOptions(batch_size=2))
     for row, sample in zip(rows, found.samples, strict=True):
         text = "Sentence 1: {}\nSentence 2: {}\nQuestion: Do both sentences mean the same thing?\nAnswer:".format(
             *row.texts
@@ -94,13 +94,13 @@ def test_a_causal_model_is_asked_through_lm_eval(pairs: Path) -> None:
 def test_a_classifier_s_directory_is_evaluated_and_goes_on(pairs: Path, tmp_path: Path) -> None:
     bert(2).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    results = evaluate(str(tmp_path / "model"), "glue/mrpc", pairs, tmp_path / "out", Options(batch_size=5))
+    results = evaluate(str(tmp_path / "model"), "glue/mrpc", pairs, tmp_path / "out", EvaluationOptions(batch_size=5))
     assert results["metric"] == "accuracy" and set(results["others"]) == {"f1"} and results["count"] == 12
     path = tmp_path / "out" / "samples.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:7]))
     task = find_task("glue/mrpc")
-    again = task.run(bert(2), tiny_tokenizer(), task.load(pairs), Options(batch_size=5), log=SampleLog(path))
+    again = task.run(bert(2), tiny_tokenizer(), task.load(pairs), EvaluationOptions(batch_size=5), log=SampleLog(path))
     assert again.value == results["value"] and path.read_bytes() == b"".join(lines)
 
 

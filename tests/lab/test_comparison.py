@@ -14,7 +14,7 @@ from pissa.evaluation.sandbox import Verdict
 from pissa.evaluation.task import Evaluation, accuracy
 from pissa.lab.comparison import run as comparison
 from pissa.lab.comparison.page import page_of
-from pissa.lab.comparison.plan import Plan
+from pissa.lab.comparison.plan import ComparisonPlan
 from pissa.lab.comparison.run import compare, rebuild
 from pissa.lab.comparison.trial import KEPT, TRIAL
 from pissa.training.recipe import QUANTIZED_METHODS, Recipe
@@ -54,7 +54,7 @@ def write(path: Path, count: int) -> str:
     return str(path)
 
 
-def plan(**settings: Any) -> Plan:
+def plan(**settings: Any) -> ComparisonPlan:
     """Two steps, one seed."""
     usual: dict[str, Any] = {
         "methods": ("lora", "pissa"),
@@ -68,7 +68,7 @@ def plan(**settings: Any) -> Plan:
         "accuracy_problems": 0,
         "curve_points": 0,
     }
-    return Plan(**{**usual, **settings})
+    return ComparisonPlan(**{**usual, **settings})
 
 
 @pytest.fixture(scope="module")

@@ -65,10 +65,17 @@ def adapt(
         given, up to the rounding stated in `model.pissa.certificates`.
 
     Raises:
-        TargetError, ConfigError, WeightError: see `targets.resolve_targets` and `tokens.check_tokens`; the model is
-            then unchanged.
+        TargetError, ConfigError, WeightError: a target, a rank or a token that does not fit the model, or a weight that
+            cannot be decomposed, each by name; the model is then unchanged.
         DataError: a target without a moment where others have one.
         MissingExtraError: a quantisation without bitsandbytes.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt
+        >>> model = adapt(AutoModelForCausalLM.from_pretrained("base"), PissaConfig(rank=8))
+        >>> sorted(model.peft_config)  # "pissa_init" is the adapter as it starts, kept for ever
+        ['default', 'pissa_init']
 
     Source: paper, section 3.
     """

@@ -29,6 +29,13 @@ def load(
 
     Raises:
         CheckpointError: the adapter or the base is missing, incomplete, or they do not fit each other.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt, load
+        >>> model = adapt(AutoModelForCausalLM.from_pretrained("base"), PissaConfig(rank=8))
+        >>> model.save_pretrained("saved")  # an ordinary LoRA for the base, and what continues it
+        >>> model = load("saved", "base", is_trainable=True)
     """
     adapted = attach_saved(path, base, is_trainable=is_trainable)
     guard(adapted)

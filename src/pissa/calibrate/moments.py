@@ -93,6 +93,16 @@ def second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], names
     Raises:
         TargetError: names that the model does not have.
         DataError: no batches, a layer that no token reaches, or inputs that overflow.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import second_moments
+        >>> model = AutoModelForCausalLM.from_pretrained("base")
+        >>> batches = [{"input_ids": torch.tensor([[5, 6, 7, 8]])}]
+        >>> for moment in second_moments(model, batches, ["model.layers.0.self_attn.q_proj"]):
+        ...     print(moment.names, moment.tokens, moment.matrix.shape[0] == model.config.hidden_size)
+        ('model.layers.0.self_attn.q_proj',) 4 True
     """
     batches, names = list(batches), list(dict.fromkeys(names))
     modules = dict(model.named_modules())

@@ -57,6 +57,12 @@ def save_residual(model: PeftModel, out: str | os.PathLike[str], *, tokenizer: A
     Raises:
         PissaError: the weights are the base's own, the adapters are merged, or it is not a transformers model.
         OutputError: `out` holds something already, or cannot be written.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt, save_residual
+        >>> save_residual(adapt(AutoModelForCausalLM.from_pretrained("base"), PissaConfig(rank=8)), "residual")
+        >>> model = AutoModelForCausalLM.from_pretrained("residual")  # plain PEFT then loads residual/pissa_init on it
     """
     write_residual(model, out, tokenizer=tokenizer)
     record = _record(model)

@@ -11,7 +11,7 @@ import typer
 
 from ..config.settings import settings_of
 from ..errors import ConfigError
-from ..lab.comparison.plan import Plan, read_rates, search_runs_within
+from ..lab.comparison.plan import ComparisonPlan, read_rates, search_runs_within
 from ..training.recipe import Recipe, read_recipe, recipe_from
 from .flags import with_settings
 from .output import show
@@ -19,13 +19,13 @@ from .places import check_file, check_model_name, check_source, check_text, chec
 
 CALLED = {"evaluation": "--eval", "evaluation_data": "--eval-data"}
 """Flags that are not called like their fields."""
-PLANNED = tuple(name for name in settings_of(Plan) if name not in ("recipe", "rates"))
+PLANNED = tuple(name for name in settings_of(ComparisonPlan) if name not in ("recipe", "rates"))
 SHARED = ("rank", "batch_size", "micro_batch_size", "max_length", "template", "dtype")
 """Settings of a run that all of a comparison's runs share; any other is given in a YAML file."""
 REBUILD_TAKES = ("out", "rebuild", "report", "as_json")
 
 
-@with_settings(Plan, only=PLANNED, names=CALLED, into="planned")
+@with_settings(ComparisonPlan, only=PLANNED, names=CALLED, into="planned")
 @with_settings(Recipe, only=SHARED)
 def command(
     context: typer.Context,
@@ -82,7 +82,7 @@ def command(
     show(results, _text(results, out / ("report.html" if report else "results.json")), as_json=as_json)
 
 
-def _plan(planned: dict[str, Any], recipe: Recipe, lrs: str, budget: int | None) -> Plan:
+def _plan(planned: dict[str, Any], recipe: Recipe, lrs: str, budget: int | None) -> ComparisonPlan:
     """The plan that the flags describe.
 
     Raises:
@@ -94,9 +94,9 @@ def _plan(planned: dict[str, Any], recipe: Recipe, lrs: str, budget: int | None)
     if rates is not None and (budget is not None or "search_runs" in planned):
         raise ConfigError("--budget and --search-runs are of --lrs auto; with given rates leave them out")
     if budget is not None:
-        usual = {name: planned.get(name, getattr(Plan, name)) for name in ("steps", "rungs")}
+        usual = {name: planned.get(name, getattr(ComparisonPlan, name)) for name in ("steps", "rungs")}
         planned = {**planned, "search_runs": search_runs_within(budget, **usual)}
-    return Plan(**planned, recipe=recipe, rates=rates)
+    return ComparisonPlan(**planned, recipe=recipe, rates=rates)
 
 
 def _refuse_unused(context: typer.Context) -> None:

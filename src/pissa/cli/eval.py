@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.options import Options
+from ..evaluation.options import EvaluationOptions
 from .flags import with_settings
 from .output import show
 from .places import check_file, check_model_name, check_writable
 
 
-@with_settings(Options)
+@with_settings(EvaluationOptions)
 def command(
     model: Annotated[
         str,
@@ -37,7 +37,7 @@ def command(
     """
     from ..evaluation.tasks.registry import check_task_name, find_task
 
-    options = Options(**settings)
+    options = EvaluationOptions(**settings)
     check_task_name(task)
     check_file(data, "--data")
     for name in ("judge_prompts", "references"):

@@ -90,6 +90,15 @@ def truncated_svd(
     Raises:
         WeightError: W is not a finite float matrix or batch of them, or its singular values exceed fp32's range.
         ConfigError: a rank, tolerance, algorithm or warm start that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from pissa import truncated_svd
+        >>> U, S, Vh, certificate = truncated_svd(torch.diag(torch.tensor([3.0, 1.0, 2.0])), rank=2)
+        >>> [round(value, 4) for value in S.tolist()]
+        [3.0, 2.0]
+        >>> certificate.captured_energy_loss < 1e-3
+        True
     """
     check(W, rank, tolerance, algorithm, warm_start, niter)
     W = W.detach()

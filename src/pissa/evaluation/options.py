@@ -11,11 +11,16 @@ from ..data.prompts import Template
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """How a task is run; a task refuses what it has no use for, see `Task.check`.
 
     Raises:
         ConfigError: a value out of its range.
+
+    Example:
+        >>> from pissa import EvaluationOptions
+        >>> EvaluationOptions(batch_size=32, limit=100).batch_size
+        32
     """
 
     panel: ClassVar[str] = "Evaluation"

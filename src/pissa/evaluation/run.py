@@ -19,7 +19,7 @@ from ..training.run import quieten
 from .directory import SAMPLES, begin, evaluation_directory, finish, finished
 from .load import Subject, load_subject, recorded_template
 from .samples import SampleLog
-from .task import Evaluation, Options, Task
+from .task import Evaluation, EvaluationOptions, Task
 from .tasks.registry import find_task
 
 
@@ -28,7 +28,7 @@ def evaluate(
     task: str,
     data: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
-    options: Options | None = None,
+    options: EvaluationOptions | None = None,
     *,
     base: str | None = None,
     progress: Progress | None = None,
@@ -50,9 +50,16 @@ def evaluate(
     Raises:
         PissaError: the input or the settings are wrong.
         Interrupted: Ctrl-C; what was done is kept.
+
+    Example:
+        >>> from pissa import EvaluationOptions, evaluate
+        >>> options = EvaluationOptions(limit=2, max_new_tokens=8)
+        >>> found = evaluate("base", "gsm8k", "problems.jsonl", options=options)
+        >>> found["metric"], found["count"]
+        ('exact_match', 2)
     """
     quieten()
-    options = options or Options()
+    options = options or EvaluationOptions()
     found = find_task(task)
     recorded = recorded_template(Path(model))
     usual = options.template is None and recorded is None and "template" in found.settings
@@ -92,7 +99,13 @@ def evaluate(
 
 
 def _run(
-    task: Task, subject: Subject, problems: list[Any], options: Options, log: SampleLog, bar: Progress, usual: bool
+    task: Task,
+    subject: Subject,
+    problems: list[Any],
+    options: EvaluationOptions,
+    log: SampleLog,
+    bar: Progress,
+    usual: bool,
 ) -> Evaluation:
     row = bar.add_task(task.name, total=None, note="")
 
@@ -128,7 +141,7 @@ def _results(task: Task, made: Evaluation, settings: dict[str, Any], marks: dict
     }
 
 
-def _marks(subject: Subject, data: str | os.PathLike[str], options: Options) -> dict[str, str]:
+def _marks(subject: Subject, data: str | os.PathLike[str], options: EvaluationOptions) -> dict[str, str]:
     """What tells the model and the files from others of the same name."""
     files = {"data": data, "references": options.references, "judge_prompts": options.judge_prompts}
     digests = {name: _digest(Path(path)) for name, path in files.items() if path is not None}

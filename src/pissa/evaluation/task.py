@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from ..data.prompts import TEMPLATES, Template
 from ..errors import ConfigError
 from .intervals import wilson
-from .options import Options as Options
+from .options import EvaluationOptions as EvaluationOptions
 from .samples import SampleLog
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and in all."""
 
 
-DEFAULTS = Options()
+DEFAULTS = EvaluationOptions()
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Task(ABC):
         """What the user has to know before the work begins."""
         return ()
 
-    def check(self, options: Options) -> None:
+    def check(self, options: EvaluationOptions) -> None:
         """Refuse options that this task has no use for, before anything is loaded.
 
         Raises:
@@ -75,7 +75,7 @@ class Task(ABC):
         """
         if options.template is not None and options.template not in TEMPLATES:
             raise ConfigError(f"template is {options.template!r}; allowed: {', '.join(TEMPLATES)}")
-        usual = Options()
+        usual = EvaluationOptions()
         used = {"limit", "template", *self.settings}
         idle = [f.name for f in fields(options) if f.name not in used]
         idle = [name for name in idle if getattr(options, name) != getattr(usual, name)]
@@ -95,7 +95,7 @@ class Task(ABC):
         model: Any,
         tokenizer: Any,
         problems: Sequence[Any],
-        options: Options = DEFAULTS,
+        options: EvaluationOptions = DEFAULTS,
         *,
         log: SampleLog | None = None,
         progress: Progress | None = None,
@@ -122,7 +122,7 @@ class Task(ABC):
         model: Any,
         tokenizer: Any,
         problems: Sequence[Any],
-        options: Options,
+        options: EvaluationOptions,
         log: SampleLog,
         progress: Progress | None,
     ) -> Evaluation:

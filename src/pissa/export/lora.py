@@ -65,6 +65,14 @@ def export_lora(
         PissaError: the adapter is no plain LoRA, or, in format "gguf", llama.cpp has no place for it.
         CheckpointError, OutputError: the directory cannot be read, or `out` not written.
 
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt, export_lora
+        >>> model = adapt(AutoModelForCausalLM.from_pretrained("base"), PissaConfig(rank=8))
+        >>> lora = export_lora(model, "lora")  # any PEFT loads lora/ on the base
+        >>> lora.config.r, max(lora.errors.values())  # lossless: twice the rank
+        (16, 0.0)
+
     Source: paper, appendix C; the truncation is the Eckart-Young optimum.
     """
     if rank is not None and tolerance is not None:

@@ -52,6 +52,12 @@ def export_merged(
     Raises:
         PissaError: the model is not one of transformers, or its adapter is no plain LoRA.
         CheckpointError, OutputError: what is read is incomplete, or `out` cannot be written.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt, export_merged
+        >>> export_merged(adapt(AutoModelForCausalLM.from_pretrained("base"), PissaConfig(rank=8)), "merged")
+        >>> model = AutoModelForCausalLM.from_pretrained("merged")
     """
     check_free(out)
     if not isinstance(model_or_dir, PeftModel) and merge_saved(model_or_dir, out, base):

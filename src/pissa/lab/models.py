@@ -42,9 +42,17 @@ def cache_directory() -> Path:
 def smollm2() -> Path:
     """The directory of SmolLM2-135M-Instruct; fetched and converted on first use (90 MB, about a minute).
 
+    Returns:
+        A model's directory in the cache ($PISSA_CACHE, else pissa/ in the user's cache folder), in fp32.
+
     Raises:
         CheckpointError: it cannot be downloaded, or is not the file that it should be.
         MissingExtraError: the gguf package that converts it is not installed.
+
+    Example:
+        >>> from pissa import smollm2
+        >>> smollm2().name
+        'SmolLM2-135M-Instruct'
     """
     directory = cache_directory() / NAME
     if not (directory / "config.json").is_file():

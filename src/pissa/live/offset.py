@@ -67,7 +67,24 @@ def concatenated(
 
 
 def freeze_second_halves(model: PeftModel, adapter: str = TRAINABLE) -> None:
-    """Keep the second half of every factor of an adapter as it is, whatever is trained."""
+    """Keep the second half of every factor of an adapter as it is, whatever is trained.
+
+    `adapt` does it; it has to be done again after whatever replaces parameters, such as FSDP2's `fully_shard`.
+
+    Args:
+        model: a model that was adapted with placement "offset".
+        adapter: the adapter's name.
+
+    Raises:
+        PissaError: an adapter of an odd rank, which has no halves.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt, freeze_second_halves
+        >>> base = AutoModelForCausalLM.from_pretrained("base")
+        >>> model = adapt(base, PissaConfig(rank=8, placement="offset"))
+        >>> freeze_second_halves(model)
+    """
     for name, layer in adapter_layers(model).items():
         if layer.r[adapter] % 2:
             raise PissaError(f"{name}: an offset adapter has an even rank, this one {layer.r[adapter]}")
@@ -163,7 +180,7 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
                 if id(parameter) in stepped and not hasattr(parameter, FROZEN):
                     raise PissaError(
                         "an offset adapter's parameters were replaced, as fully_shard does, so that its second half "
-                        "is no longer frozen: call pissa.live.offset.freeze_second_halves(model) after that"
+                        "is no longer frozen: call pissa.freeze_second_halves(model) after that"
                     )
                 if hasattr(parameter, SHARDED) and any(group.get("weight_decay") for group in optimizer.param_groups):
                     raise PissaError(

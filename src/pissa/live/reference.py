@@ -34,9 +34,20 @@ def reference(model: PeftModel) -> Iterator[PeftModel]:
     Args:
         model: an adapted model, trained or not, in training or evaluation mode.
 
+    Yields:
+        The same model.
+
     Raises:
         PissaError: the model has no adapter, its adapters are merged, or its weights were changed by an initialisation
             that pissa did not make, so that the base cannot be known.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt, reference
+        >>> model = adapt(AutoModelForCausalLM.from_pretrained("base"), PissaConfig(rank=8))
+        >>> with torch.no_grad(), reference(model):  # what the base says, for a KL penalty or DPO
+        ...     logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
     """
     _check(model)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -62,6 +73,12 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
 
     Raises:
         PissaError: as for `reference`, or `base` has other modules or shapes.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from pissa import PissaConfig, adapt, restore
+        >>> model = adapt(AutoModelForCausalLM.from_pretrained("base"), PissaConfig(rank=8))
+        >>> base = restore(model, AutoModelForCausalLM.from_pretrained("base"))  # the very weights, bit for bit
     """
     _check(model)
     layers = adapter_layers(model)

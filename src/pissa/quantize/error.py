@@ -46,8 +46,19 @@ def reduction_ratio(W: Tensor, split: QuantizedSplit, *, norm: Norm = "nuclear")
         split: what `split_weight` made of it with a quantisation.
         norm: "nuclear", the paper's, needs all singular values; "frobenius" is quick.
 
+    Returns:
+        Percent: 0 for the plain format's own error, 100 for none at all.
+
     Raises:
         ConfigError: the split is not quantised, or no such norm.
+
+    Example:
+        >>> import torch
+        >>> from pissa import PissaConfig, Quantization, reduction_ratio, split_weight
+        >>> W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+        >>> split = split_weight(W, PissaConfig(rank=16, quantization=Quantization("nf4")))
+        >>> reduction_ratio(W, split) > 10
+        True
     """
     if split.packed is None:
         raise ConfigError("the split is not quantised; split with PissaConfig(quantization=Quantization(...))")

@@ -98,11 +98,21 @@ def train(
         quiet: no bar at all.
         callbacks: called at every step after the run's own; what they do must leave the model as it is.
 
+    Returns:
+        The run's directory, its results and the trained model.
+
     Raises:
         PissaError: the input or the settings are wrong, before anything is written.
         OutputError: `out` holds something else, or cannot be written.
         TrainingError: the run diverged; nothing is published.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
+
+    Example:
+        >>> from pissa import Recipe, train
+        >>> recipe = Recipe(rank=8, learning_rate=2e-4, max_steps=2, batch_size=4)
+        >>> run = train("base", "rows.jsonl", "run", recipe, quiet=True)
+        >>> len(run.results["losses"]), (run.directory / "adapter_model.safetensors").is_file()
+        (2, True)
     """
     directory = RunDirectory(Path(out))
     quieten()

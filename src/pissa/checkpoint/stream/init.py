@@ -105,11 +105,20 @@ def init_checkpoint(
             the largest takes.
         progress: called after each tensor.
 
+    Returns:
+        The directory, its manifest, and what the run took.
+
     Raises:
         CheckpointError: the base cannot be read, is not whole, or was changed since the run began.
         TargetError, ConfigError, WeightError: as `adapt`.
         OutputError: `out` holds something else, another run, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, or another process ended; what was done is saved.
+
+    Example:
+        >>> from pissa import PissaConfig, init_checkpoint
+        >>> made = init_checkpoint("base", "split", PissaConfig(rank=8))
+        >>> max(module["rounding"] for module in made.manifest["modules"].values()) < 1e-6  # in fp32
+        True
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")

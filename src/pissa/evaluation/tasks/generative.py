@@ -17,7 +17,7 @@ from ...data.rows import collect, unusable_rows
 from ...errors import DataError
 from ..generate import Continuation, continuations
 from ..samples import SampleLog
-from ..task import Evaluation, Options, Progress, Task, accuracy
+from ..task import Evaluation, EvaluationOptions, Progress, Task, accuracy
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GenerativeTask(Task):
         model: Any,
         tokenizer: Any,
         problems: Sequence[Any],
-        options: Options,
+        options: EvaluationOptions,
         log: SampleLog,
         progress: Progress | None,
     ) -> Evaluation:

@@ -25,7 +25,7 @@ from ..harness import likelihoods
 from ..intervals import bootstrap, wilson
 from ..metrics import METRICS, check_metrics
 from ..samples import SampleLog
-from ..task import Evaluation, Options, Progress, Task
+from ..task import Evaluation, EvaluationOptions, Progress, Task
 from .glue_tasks import GLUE_TASKS
 
 CHUNK = 256
@@ -104,7 +104,7 @@ class Understanding(Task):
         model: Any,
         tokenizer: Any,
         problems: Sequence[GlueRow],
-        options: Options,
+        options: EvaluationOptions,
         log: SampleLog,
         progress: Progress | None,
     ) -> Evaluation:
@@ -166,7 +166,7 @@ class Understanding(Task):
             yield (row[0] if self.classes == 1 else float(row.index(max(row)))), row
 
     def _asked(
-        self, model: Any, tokenizer: Any, rows: Sequence[GlueRow], options: Options
+        self, model: Any, tokenizer: Any, rows: Sequence[GlueRow], options: EvaluationOptions
     ) -> Iterator[tuple[float, list[float]]]:
         texts = [self.question(row) for row in rows]
         for row in likelihoods(model, tokenizer, texts, self.kind.answers, batch_size=options.batch_size):

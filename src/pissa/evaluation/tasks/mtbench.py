@@ -19,7 +19,7 @@ from ...errors import ConfigError, DataError
 from ..generate import Continuation, continuations
 from ..intervals import bootstrap
 from ..samples import SampleLog
-from ..task import Evaluation, Options, Progress, Task
+from ..task import Evaluation, EvaluationOptions, Progress, Task
 from .generative import instruction_prompt, problem_rows
 from .judge import Judge, rating_of
 
@@ -73,7 +73,7 @@ class MtBench(Task):
     data_format = "MT-Bench's {question_id, category, turns}"
     settings = (*Task.settings, "judge_url", "judge_model", "judge_key_env", "judge_prompts", "references")
 
-    def check(self, options: Options) -> None:
+    def check(self, options: EvaluationOptions) -> None:
         """Also that there is a judge."""
         super().check(options)
         if not options.judge_url or not options.judge_model:
@@ -97,7 +97,7 @@ class MtBench(Task):
         model: Any,
         tokenizer: Any,
         problems: Sequence[dict[str, Any]],
-        options: Options,
+        options: EvaluationOptions,
         log: SampleLog,
         progress: Progress | None,
     ) -> Evaluation:
@@ -119,7 +119,13 @@ class MtBench(Task):
         return self._evaluation(log.in_order(), options)
 
     def _answered(
-        self, model: Any, tokenizer: Any, rows: Sequence[Any], options: Options, template: Template, log: SampleLog
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Sequence[Any],
+        options: EvaluationOptions,
+        template: Template,
+        log: SampleLog,
     ) -> Iterator[tuple[int, list[Continuation]]]:
         """Both turns of every question that is not in the log, batch by batch."""
         settings: dict[str, Any] = {
@@ -142,7 +148,7 @@ class MtBench(Task):
                     if index not in log:
                         yield index, [first[place], second[place]]
 
-    def _evaluation(self, samples: list[dict[str, Any]], options: Options) -> Evaluation:
+    def _evaluation(self, samples: list[dict[str, Any]], options: EvaluationOptions) -> Evaluation:
         def mean(rows: Sequence[dict[str, Any]], turn: int | None = None) -> float:
             given = [j["rating"] for row in rows for j in row["judgements"] if turn in (None, j["turn"])]
             given = [rating for rating in given if rating is not None]

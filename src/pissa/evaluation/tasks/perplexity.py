@@ -16,7 +16,7 @@ from ..intervals import bootstrap
 from ..loss import held_out_loss
 from ..perplexity import window_loss, windows_of
 from ..samples import SampleLog
-from ..task import Evaluation, Options, Progress, Task
+from ..task import Evaluation, EvaluationOptions, Progress, Task
 
 UNCUT = 1 << 30
 
@@ -31,7 +31,7 @@ class PerplexityTask(Task):
     data_format = "plain text (.txt, .txt.gz), or a row of training data"
 
     def load(self, data: str | Path, limit: int | None = None) -> list[str] | list[Example]:
-        """One text, or the first `limit` examples; of a text, `Options.limit` windows are read."""
+        """One text, or the first `limit` examples; of a text, `EvaluationOptions.limit` windows are read."""
         if str(data).lower().endswith((".txt", ".txt.gz")):
             return ["".join(texts_of(data))]
         if not Path(data).exists():
@@ -45,7 +45,7 @@ class PerplexityTask(Task):
         model: Any,
         tokenizer: Any,
         problems: Sequence[str | Example],
-        options: Options,
+        options: EvaluationOptions,
         log: SampleLog,
         progress: Progress | None,
     ) -> Evaluation:
@@ -78,7 +78,7 @@ def _value(samples: list[dict[str, Any]]) -> float:
 
 
 def _windows(
-    model: Any, tokenizer: Any, text: str, options: Options, log: SampleLog
+    model: Any, tokenizer: Any, text: str, options: EvaluationOptions, log: SampleLog
 ) -> tuple[Iterator[list[dict[str, Any]]], int]:
     if options.window < 2:
         raise ConfigError(f"window is {options.window!r}; give at least 2 tokens")
@@ -97,7 +97,7 @@ def _windows(
 
 
 def _examples(
-    model: Any, tokenizer: Any, examples: list[Example], options: Options, template: Any, log: SampleLog
+    model: Any, tokenizer: Any, examples: list[Example], options: EvaluationOptions, template: Any, log: SampleLog
 ) -> tuple[Iterator[list[dict[str, Any]]], int]:
     template = options.template or template
     encoded = encode(examples, tokenizer, template=template, max_length=UNCUT)

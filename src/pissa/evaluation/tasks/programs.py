@@ -16,7 +16,7 @@ from typing import Any
 from ...data.prompts import Template
 from ...errors import ConfigError
 from ..sandbox import LIMITS, gaps, run_program
-from ..task import Options
+from ..task import EvaluationOptions
 from .generative import GenerativeTask, Posed, instruction_prompt, problem_rows
 
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
@@ -34,13 +34,13 @@ class ProgramTask(GenerativeTask):
     continues: tuple[str, ...] = ()
     """Texts that end a continuation of the file."""
 
-    def check(self, options: Options) -> None:
+    def check(self, options: EvaluationOptions) -> None:
         """Also that the user lets code run."""
         super().check(options)
         if not options.allow_code_execution:
             raise ConfigError(
                 f"{self.name} runs code that the model wrote; nothing was run. Add --allow-code-execution to let it "
-                "(Options(allow_code_execution=True) in Python), confined as far as this machine can"
+                "(EvaluationOptions(allow_code_execution=True) in Python), confined as far as this machine can"
             )
 
     def warnings(self) -> tuple[str, ...]:

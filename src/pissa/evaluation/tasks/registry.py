@@ -11,10 +11,10 @@ from importlib import import_module
 
 from ...config.settings import did_you_mean
 from ...errors import ConfigError
-from ..task import Evaluation, Options, Task
+from ..task import Evaluation, EvaluationOptions, Task
 from .glue_tasks import GLUE_TASKS
 
-__all__ = ["Evaluation", "Options", "Task", "check_task_name", "find_task", "task_names"]
+__all__ = ["Evaluation", "EvaluationOptions", "Task", "check_task_name", "find_task", "task_names"]
 
 _PLACES = {
     "gsm8k": ("gsm8k_and_math", "Gsm8k"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...checkpoint.disk.resumable import as_recorded
 from ...errors import OutputError
-from .plan import Plan, null_method_of
+from .plan import ComparisonPlan, null_method_of
 from .record import ComparisonDirectory
 
 FREE = ("keep_runs", "null")
@@ -35,7 +35,7 @@ def record_to_keep(directory: ComparisonDirectory, record: dict[str, Any]) -> di
     if before is None:
         return record
     # what was started before a setting existed had its default
-    usual = as_recorded({"plan": Plan().as_dict()})
+    usual = as_recorded({"plan": ComparisonPlan().as_dict()})
     now, then = _flat(record["settings"]), {**_flat(usual), **_flat(before.get("settings", {}))}
     changed = [key for key in {**then, **now} if _differs(key, now, then)]
     directory.resumable.check_same(

@@ -29,11 +29,17 @@ SEARCH_SEED = 1000
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison's settings.
 
     Raises:
         ConfigError: a value out of its range, a method that the recipe does not fit, or a budget that is too small.
+
+    Example:
+        >>> from pissa import ComparisonPlan, Recipe
+        >>> plan = ComparisonPlan(("lora", "pissa"), Recipe(rank=8), steps=50, seeds=3)
+        >>> print(plan.describe())
+        lora, pissa | search, for each method: 6 runs of 13 steps and 3 runs of 25 steps (153 steps) | ...
     """
 
     panel: ClassVar[str] = "Comparison"
@@ -173,9 +179,9 @@ def search_runs_within(budget: int, steps: int, rungs: int) -> int:
         ConfigError: too few steps for the smallest search.
     """
     for runs in range(MOST_SEARCH_RUNS, FIRST - 1, -1):
-        if Plan(steps=steps, rungs=rungs, search_runs=runs).budget <= budget:
+        if ComparisonPlan(steps=steps, rungs=rungs, search_runs=runs).budget <= budget:
             return runs
-    least = Plan(steps=steps, rungs=rungs, search_runs=FIRST).budget
+    least = ComparisonPlan(steps=steps, rungs=rungs, search_runs=FIRST).budget
     raise ConfigError(
         f"a budget of {budget} steps per method is too small for a search over runs of {steps} steps; give at least "
         f"{least}, or name the learning rates"
@@ -199,7 +205,7 @@ def read_rates(text: str) -> tuple[float, ...] | None:
     return rates
 
 
-def _check_rates(plan: Plan) -> None:
+def _check_rates(plan: ComparisonPlan) -> None:
     for rate in plan.rates or ():
         if not 0 < rate < math.inf:
             raise ConfigError(f"learning rate {rate!r}; give positive numbers")
@@ -207,7 +213,7 @@ def _check_rates(plan: Plan) -> None:
         raise ConfigError("no learning rate is given; name some, or leave them out to have them searched")
 
 
-def _check_methods(plan: Plan) -> None:
+def _check_methods(plan: ComparisonPlan) -> None:
     usual = Recipe()
     given = [name for name in OWN if getattr(plan.recipe, name) != getattr(usual, name)]
     if given:

@@ -21,7 +21,7 @@ from ...checkpoint.disk.resumable import Resumable
 from ...errors import OutputError
 from ...outside.documents import read_document
 from ..rates import best_rates, is_on_edge
-from .plan import Plan
+from .plan import ComparisonPlan
 from .trial import TRIAL, Trial
 
 TRIAL_KEYS = ("learning_rate", "rung", "steps", "seed", "status", "validation_loss", "losses", "grad_norms", "seconds")
@@ -107,17 +107,17 @@ class ComparisonDirectory:
         """Everything together."""
         return self.path / "results.json"
 
-    def search_trial(self, plan: Plan, method: str, rate: float, rung: int) -> Trial:
+    def search_trial(self, plan: ComparisonPlan, method: str, rate: float, rung: int) -> Trial:
         """A trial of the search."""
         recipe = plan.run_recipe(method, rate, plan.rung_steps[rung], plan.search_seed(rung))
         return Trial(self.path / "search" / method / f"rung-{rung}" / f"lr-{rate:g}", "search", recipe, rung)
 
-    def final_trial(self, plan: Plan, method: str, rate: float, seed: int) -> Trial:
+    def final_trial(self, plan: ComparisonPlan, method: str, rate: float, seed: int) -> Trial:
         """A run that is reported."""
         recipe = plan.run_recipe(method, rate, plan.steps, seed)
         return Trial(self.path / "runs" / method / f"seed-{seed}", "run", recipe)
 
-    def null_trial(self, plan: Plan, method: str, rate: float, seed: int) -> Trial:
+    def null_trial(self, plan: ComparisonPlan, method: str, rate: float, seed: int) -> Trial:
         """A run of the null arm."""
         recipe = plan.run_recipe(method, rate, plan.steps, seed)
         return Trial(self.path / "null" / f"seed-{seed}", "null", recipe)

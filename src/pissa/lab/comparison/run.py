@@ -30,7 +30,7 @@ from ...training.progress import make_progress
 from ...training.run import quieten
 from ..rates import best_rates, good_rate, next_rate
 from .continuation import record_to_keep
-from .plan import Plan
+from .plan import ComparisonPlan
 from .record import ComparisonDirectory, assemble, chosen_rate, losses_of
 from .report import write_report
 from .score import Scorer, make_scorer
@@ -42,7 +42,7 @@ def compare(
     model: str,
     data: str,
     out: str | os.PathLike[str],
-    plan: Plan,
+    plan: ComparisonPlan,
     *,
     validation: str | None = None,
     test: str | None = None,
@@ -70,6 +70,14 @@ def compare(
         MissingExtraError: a report is asked for, and matplotlib, jinja2 or scipy is missing; nothing has run then.
         PissaError: the input or the settings are wrong, or `out` holds something else.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
+
+    Example:
+        >>> from pissa import ComparisonPlan, Recipe, compare
+        >>> recipe = Recipe(rank=2, batch_size=2, micro_batch_size=2)
+        >>> plan = ComparisonPlan(("lora", "pissa"), recipe, steps=2, seeds=1, rates=(1e-3,), null=False)
+        >>> found = compare("base", "rows.jsonl", "comparison", plan, quiet=True, report=False)
+        >>> sorted(found["methods"])
+        ['lora', 'pissa']
     """
     if process_count() > 1:
         raise ConfigError("a comparison runs in one process; start it without a launcher")
@@ -140,7 +148,7 @@ class _Session:
     """One call's work; `seconds` and `steps` count what it has done itself."""
 
     model: str
-    plan: Plan
+    plan: ComparisonPlan
     directory: ComparisonDirectory
     scorer: Scorer
     progress: Progress | None

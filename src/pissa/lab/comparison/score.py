@@ -14,7 +14,7 @@ from ...evaluation.loss import HeldOutLoss, held_out_loss
 from ...evaluation.perplexity import perplexity
 from ...live.state import is_offset
 from ...training.recipe import Recipe
-from .plan import Plan
+from .plan import ComparisonPlan
 from .solve import Solver, make_solver
 from .task import Task
 
@@ -94,7 +94,7 @@ class Scorer:
         return perplexity(model, self.text, window=WINDOW, count=count).value
 
 
-def make_scorer(task: Task, tokenizer: Any, plan: Plan) -> Scorer:
+def make_scorer(task: Task, tokenizer: Any, plan: ComparisonPlan) -> Scorer:
     """A scorer for a plan.
 
     Raises:

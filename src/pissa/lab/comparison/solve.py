@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...evaluation.task import Options
+from ...evaluation.task import EvaluationOptions
 from ...evaluation.task import Task as EvaluationTask
 from ...evaluation.tasks.registry import find_task
-from .plan import Plan
+from .plan import ComparisonPlan
 from .task import Task
 
 USUAL = "gsm8k"
@@ -26,7 +26,7 @@ class Solver:
     task: EvaluationTask
     tokenizer: Any
     problems: Sequence[Any]
-    options: Options
+    options: EvaluationOptions
 
     def correct(self, model: Any, limit: int | None = None) -> list[bool]:
         """Whether the model solves each of the first problems."""
@@ -34,7 +34,7 @@ class Solver:
         return [bool(sample["correct"]) for sample in found.samples]
 
 
-def make_solver(task: Task, tokenizer: Any, plan: Plan) -> Solver | None:
+def make_solver(task: Task, tokenizer: Any, plan: ComparisonPlan) -> Solver | None:
     """The solver of a plan; None where nothing is to be solved.
 
     Raises:
@@ -55,7 +55,7 @@ def make_solver(task: Task, tokenizer: Any, plan: Plan) -> Solver | None:
             )
     found = find_task(plan.evaluation or USUAL)
     generates = "max_new_tokens" in found.settings
-    options = Options(
+    options = EvaluationOptions(
         template=plan.recipe.template,
         max_new_tokens=plan.new_tokens if generates else None,
         allow_code_execution=plan.allow_code_execution,
@@ -73,13 +73,13 @@ def make_solver(task: Task, tokenizer: Any, plan: Plan) -> Solver | None:
     return _solver(found, tokenizer, task.test[:count], options)
 
 
-def _solver(task: EvaluationTask, tokenizer: Any, problems: Sequence[Any], options: Options) -> Solver:
+def _solver(task: EvaluationTask, tokenizer: Any, problems: Sequence[Any], options: EvaluationOptions) -> Solver:
     if len(problems) < 2:
         raise ConfigError("one problem makes no accuracy to compare; give at least 2, or accuracy_problems 0")
     return Solver(task, tokenizer, problems, options)
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: ComparisonPlan) -> None:
     """Refuse settings that nothing would use, and tasks without a right and wrong."""
     if plan.evaluation is None and plan.evaluation_data is not None:
         raise ConfigError("evaluation_data (--eval-data) is of a task; name it with --eval")

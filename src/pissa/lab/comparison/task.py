@@ -18,7 +18,7 @@ from ...data.read import read_examples
 from ...errors import DataError
 from ...evaluation.tasks.gsm8k_answers import extract_answer
 from ...provenance import sha256, sha256_of_file
-from .plan import Plan
+from .plan import ComparisonPlan
 
 Row = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Task:
         }
 
 
-def make_task(data: str, plan: Plan, *, validation: str | None = None, test: str | None = None) -> Task:
+def make_task(data: str, plan: ComparisonPlan, *, validation: str | None = None, test: str | None = None) -> Task:
     """Read the data and part it.
 
     Args:
@@ -99,7 +99,7 @@ def make_task(data: str, plan: Plan, *, validation: str | None = None, test: str
     return Task(Path(data).name, [row_of(row) for row in rows], kept_for_validation, kept_for_test, repeated)
 
 
-def digests(plan: Plan) -> dict[str, str]:
+def digests(plan: ComparisonPlan) -> dict[str, str]:
     """Fingerprints of the other files that a plan names."""
     files = {"evaluation_data": plan.evaluation_data, "forgetting": plan.forgetting}
     return {f"{name}_sha256": sha256_of_file(Path(path))[:16] for name, path in files.items() if path is not None}

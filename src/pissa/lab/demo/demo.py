@@ -34,7 +34,7 @@ from ...data.read import read_examples
 from ...data.rows import examples_from_rows
 from ...errors import DataError, OutputError
 from ...evaluation.loss import held_out_loss
-from ...evaluation.tasks.registry import Evaluation, Options, find_task
+from ...evaluation.tasks.registry import Evaluation, EvaluationOptions, find_task
 from ...provenance import hardware, package_versions
 from ...training.progress import make_progress
 from ...training.recipe import Recipe
@@ -219,7 +219,7 @@ def _scores(
         model,
         tokenizer,
         task.held_out,
-        Options(max_new_tokens=plan.new_tokens if task.unseen is not None else 256),
+        EvaluationOptions(max_new_tokens=plan.new_tokens if task.unseen is not None else 256),
         progress=lambda done, _: progress.update(bar, completed=done),
     )
     progress.update(bar, note=f"{match.value:.0%} right")
