@@ -14,11 +14,12 @@ from ..adapted.load import load
 from ..checkpoint.factors import CONFIG
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.read import read_adapter
+from ..checkpoint.recorded import recorded_template
 from ..checkpoint.saved_residual import residual_at
 from ..checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from ..checkpoint.source.names import looks_like_path
 from ..checkpoint.source.no_foreign_code import through_transformers
-from ..data.prompts import TEMPLATES, Template
+from ..data.prompts import Template
 from ..errors import CheckpointError
 from ..live.record import record_of
 
@@ -92,19 +93,6 @@ def _without_head(base: str | os.PathLike[str], classes: int | None) -> Any:
     """An encoder under a new head, whose weights the adapter brings."""
     check_model_directory(base)
     return through_transformers("AutoModelForSequenceClassification", base, "a classifier", num_labels=classes)
-
-
-def recorded_template(path: Path) -> Template | None:
-    """The prompt template of a run, asked of the run, of a checkpoint inside it or of anything else (None)."""
-    for place in (path / "results.json", path.parent / "run.json"):
-        try:
-            record = json.loads(place.read_text(encoding="utf-8"))
-            found = record.get("template", record["settings"]["template"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-        if found in TEMPLATES:
-            return found
-    return None
 
 
 def _tokenizer_place(path: Path, model: Any, base: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

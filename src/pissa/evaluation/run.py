@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.progress import Progress
 
+from ..checkpoint.recorded import recorded_template
 from ..errors import CheckpointError, DataError, Interrupted
 from ..provenance import fingerprint, hardware, package_versions, sha256_of_file
 from ..training.directory import absolute
 from ..training.progress import make_progress
 from ..training.run import quieten
 from .directory import SAMPLES, begin, evaluation_directory, finish, finished
-from .load import Subject, load_subject, recorded_template
+from .load import Subject, load_subject
 from .samples import SampleLog
 from .task import Evaluation, EvaluationOptions, Task
 from .tasks.registry import find_task
