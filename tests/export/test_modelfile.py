@@ -37,7 +37,8 @@ GEMMA = (
 BRACES = CHATML.replace("Be kind.", "{{ '{{ x }} and ' + '\"\"\"' }}")
 MISTRAL = (
     "{{ bos_token }}{% set system = '' %}{% if messages[0]['role'] == 'system' %}{% set system = "
-    "messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+    "messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
     "{{ (system if loop.last else '') + m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 TRANSLATED = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "braces": BRACES, "tiny": None}
