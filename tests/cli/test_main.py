@@ -58,7 +58,7 @@ def test_train_and_export_print_one_json_document(
         ),
         (["export", "/no/such/run", "OUT"], "/no/such/run is not a directory"),
         (["export", "RUN", "OUT", "--merged", "--rank", "2"], "takes neither --rank nor --tolerance"),
-        (["export", "RUN", "OUT", "--rank", "2", "--base", "B"], "leave --base out, or add --merged"),
+        (["export", "RUN", "OUT", "--rank", "2", "--base", "B"], "leave --base out, add --merged"),
         (["export", "RUN", "OUT", "--rank", "0"], "rank is 0; give at least 1"),
     ],
 )
