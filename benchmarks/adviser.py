@@ -42,10 +42,10 @@ from pissa.lab.demo.arithmetic import make_problems
 from pissa.lab.models import smollm2
 from pissa.provenance import hardware, package_versions
 from pissa.training.adviser import MULTIPLE, advise, probe_data, vertex
+from pissa.training.loss import response_loss
 from pissa.training.recipe import Recipe
 from pissa.training.run import quieten
 from pissa.training.sampler import LengthGroupedBatches
-from pissa.training.trainer import response_loss
 from studies.fit import fit
 
 STEPS, BATCH, LENGTH, TRAIN, HELD_OUT = 16, 4, 128, 400, 64

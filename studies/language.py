@@ -17,9 +17,9 @@ from pissa.data.rows import examples_from_rows
 from pissa.evaluation.loss import held_out_loss
 from pissa.lab.models import smollm2
 from pissa.provenance import sha256
+from pissa.training.loss import response_loss
 from pissa.training.recipe import Recipe
 from pissa.training.run import quieten, train
-from pissa.training.trainer import response_loss
 
 from .study import Settings
 

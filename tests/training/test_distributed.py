@@ -101,16 +101,16 @@ STOP_RANK_1_AT_STEP_5 = """
 import os
 if os.environ.get("RANK") == "1":
     import signal
-    from pissa.training.trainer import ResponseTrainer
+    from pissa.training.trainer import RunTrainer
 
-    original = ResponseTrainer.training_step
+    original = RunTrainer.training_step
 
     def training_step(self, *arguments):
         if self.state.global_step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
-    ResponseTrainer.training_step = training_step
+    RunTrainer.training_step = training_step
 """
 
 

@@ -21,8 +21,8 @@ from pissa.errors import ConfigError, MissingExtraError, TrainingError
 from pissa.live.state import TRAINABLE, adapter_factors
 from pissa.training import trainer as trainer_module
 from pissa.training.engine import training_arguments
-from pissa.training.sampler import WithBlank
-from pissa.training.trainer import ResponseTrainer, check_trainer, response_loss
+from pissa.training.loss import response_loss
+from pissa.training.trainer import RunTrainer, check_trainer
 from tiny import largest_difference, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -126,18 +126,12 @@ def test_gradient_checkpointing_does_recompute(base_directory: Path, tmp_path: P
     assert result.model.get_base_model().model.gradient_checkpointing
 
 
-def make_trainer(tmp_path: Path, model: nn.Module, tokenizer: Any) -> ResponseTrainer:
+def make_trainer(tmp_path: Path, model: nn.Module, tokenizer: Any) -> RunTrainer:
     """A trainer as `train` makes it."""
     settings = recipe()
     encoded = encode(examples_from_rows(rows()), tokenizer, template="none", max_length=64)
-    return ResponseTrainer(
-        model=model,
-        args=training_arguments(settings, tmp_path / "state"),
-        train_dataset=WithBlank(encoded, tokenizer.pad_token_id),
-        data_collator=Collator(tokenizer.pad_token_id),
-        lengths=encoded.lengths,
-        batch_size=settings.batch_size,
-    )
+    arguments = training_arguments(settings, tmp_path / "state")
+    return RunTrainer(model, arguments, encoded, tokenizer, batch_size=settings.batch_size)
 
 
 def test_the_end_is_learned_although_it_is_the_padding_too(tmp_path: Path) -> None:
@@ -193,26 +187,26 @@ def test_an_engine_that_cannot_save_the_run_whole_is_refused(engine: dict[str, A
     for name, value in engine.items():
         setattr(trainer if name.startswith("is_") else trainer.accelerator.state, name, value)
     with pytest.raises(ConfigError, match=remedy):
-        ResponseTrainer._check_engine(trainer)
+        RunTrainer._check_engine(trainer)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient norm"])
 def test_a_run_that_diverges_stops_at_the_step_and_publishes_nothing(
     base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    original = trainer_module.response_loss
+    original = RunTrainer.compute_loss
     steps = 0
 
-    def diverges(*arguments: Any) -> tuple[Tensor, int]:
+    def diverges(self: RunTrainer, *arguments: Any, **options: Any) -> Tensor:
         nonlocal steps
         steps += 1
-        loss, count = original(*arguments)
+        loss = original(self, *arguments, **options)
         if steps < 4:
-            return loss, count
+            return loss
         # the derivative of |x|^0.5 is infinite at 0, the value is not
-        return (loss * float("nan") if kind == "loss" else loss + ((loss - loss).abs() ** 0.5)), count
+        return loss * float("nan") if kind == "loss" else loss + ((loss - loss).abs() ** 0.5)
 
-    monkeypatch.setattr(trainer_module, "response_loss", diverges)
+    monkeypatch.setattr(RunTrainer, "compute_loss", diverges)
     out = tmp_path / "run"
     with pytest.raises(TrainingError) as caught:
         run(base_directory, out, recipe(save_every=2))

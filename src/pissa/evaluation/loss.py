@@ -11,7 +11,7 @@ import torch
 from ..data.conversation import Example
 from ..data.encode import Collator, Encoded, encode
 from ..data.prompts import Template
-from ..training.trainer import token_losses
+from ..training.loss import token_losses
 
 
 @dataclass(frozen=True)

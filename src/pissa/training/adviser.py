@@ -30,9 +30,9 @@ from ..data.encode import IGNORED, Collator, Encoded
 from ..errors import TrainingError
 from ..live.adalora import penalty
 from ..live.state import active_adapter_name
+from .loss import response_loss
 from .optimizer import trained_groups
 from .recipe import Recipe
-from .trainer import response_loss
 
 MULTIPLE = 1.2
 """Estimate over η*: the geometric mean of swept optimum / η* over the benchmark's calibration settings, 1.17."""

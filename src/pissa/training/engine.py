@@ -1,4 +1,4 @@
-"""A recipe as transformers' TrainingArguments: processes, batches, precision.
+"""A recipe as TRL's SFTConfig: processes, batches, precision.
 
 A batch of the recipe is that of one optimizer step, whatever the number of processes:
 
@@ -10,21 +10,30 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
 
 from ..errors import ConfigError, MissingExtraError
+from .passed_on import passed_on
 from .recipe import Recipe
+from .sampler import GROUPED
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
 
 
-def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
+def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
     """Trainer's arguments for a recipe; joins the other processes where a launcher started several.
 
     Raises:
-        ConfigError: a batch that cannot be shared evenly between the processes.
-        MissingExtraError: TensorBoard is asked for and not installed.
+        ConfigError: a batch that cannot be shared evenly between the processes, or a setting that TRL does not take.
+        MissingExtraError: TensorBoard is asked for and not installed, or TRL is not.
     """
+    try:
+        from trl.trainer.sft_config import SFTConfig
+    except ImportError as error:
+        raise MissingExtraError("training needs trl: pip install 'pissa[train]'") from error
     processes = process_count()
     per_step = recipe.micro_batch_size * processes
     if recipe.batch_size % per_step:
@@ -35,7 +44,7 @@ def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
     if recipe.log_to == "tensorboard" and find_spec("tensorboard") is None:
         raise MissingExtraError("log_to tensorboard needs that package: pip install tensorboard")
     cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    settings: dict[str, Any] = dict(
         output_dir=str(state),
         per_device_train_batch_size=recipe.micro_batch_size,
         gradient_accumulation_steps=recipe.batch_size // per_step,
@@ -47,7 +56,16 @@ def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
         max_grad_norm=recipe.max_grad_norm,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
-        optim="adamw_torch",
+        optim=recipe.optimizer,
+        neftune_noise_alpha=recipe.neftune,
+        packing=recipe.packing,
+        max_length=recipe.max_length if recipe.packing else None,
+        dataset_kwargs=None if recipe.packing else {"skip_prepare_dataset": True},
+        train_sampling_strategy="random" if recipe.packing else GROUPED,
+        # a run's own switch makes the layers recompute before they are adapted
+        gradient_checkpointing=False,
+        # the loss is the data's alone
+        router_aux_loss_coef=0.0,
         bf16=autocasts(recipe),
         logging_strategy="steps",
         logging_steps=1,
@@ -65,6 +83,10 @@ def training_arguments(recipe: Recipe, state: Path) -> TrainingArguments:
         disable_tqdm=True,
         log_level="error",
     )
+    try:
+        arguments = SFTConfig(**{**settings, **passed_on(recipe.training)})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training: {' '.join(str(error).split())}") from error
     if arguments.n_gpu > 1:
         # one process drives one GPU; DataParallel would multiply the batch
         arguments._n_gpu = 1

@@ -7,7 +7,7 @@ no second split could come out different.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def prepare(
     progress: Progress | None,
     label: str,
     batches: list[dict[str, Any]] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Prepared:
     """The model to train, as the last checkpoint left it where there is one.
 
@@ -63,6 +64,7 @@ def prepare(
         progress: a bar for the split, or None.
         label: the run's name on the bar.
         batches: of the data, where components are scored by it.
+        check: called with a base before anything is split; what it raises ends the run.
     """
     checkpoint = directory.last_checkpoint
     if (ready := ready_split(source)) is not None:
@@ -71,6 +73,8 @@ def prepare(
         return _continued(recipe, directory, device)
     base = load_base(source, dtype=storage_dtype(recipe))
     mark = {"base": fingerprint(base)}
+    if check is not None and checkpoint is None:
+        check(base)
     _checkpoint_activations(base, recipe)
     if not recipe.adapts:
         base.requires_grad_(True)

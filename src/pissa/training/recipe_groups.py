@@ -6,8 +6,9 @@ below it is its help. A new setting is a new field here, and nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 from ..config import AdapterSettings, Method
 from ..config.kinds import (
@@ -113,6 +114,12 @@ class TrainingGroup:
     """Examples per forward pass and process; batch_size is made of these by gradient accumulation."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    optimizer: Name = "adamw_torch"
+    """Any optimizer of transformers: adamw_torch_fused, adamw_8bit, paged_adamw_8bit, lion_32bit, adafactor …"""
+    neftune: Positive | None = None
+    """NEFTune: noise of this size on the embeddings while it trains (arXiv 2310.05914)."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any other field of TRL's SFTConfig or transformers' TrainingArguments, by name."""
     save_every: Count = 50
     """Steps between checkpoints."""
     log_to: Literal["jsonl", "tensorboard"] = "jsonl"
@@ -133,6 +140,8 @@ class DataGroup:
     """Subset of data on the hub that has several ("main" of "openai/gsm8k")."""
     max_length: CountFromTwo = 512
     """Tokens per example; what is longer is cut and counted."""
+    packing: bool = False
+    """Put several short examples into each row of max_length tokens; attention stays inside each of them."""
     template: Template = "auto"
     """Prompt template: chat (the tokenizer's own), alpaca or none; "auto" is chat where the tokenizer has a chat
     template, else alpaca."""

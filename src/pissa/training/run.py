@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.progress import Progress
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from ..checkpoint.disk.write import explained, output_files, write_json
 from ..checkpoint.manifest import MANIFEST
@@ -38,6 +38,7 @@ from ..provenance import hardware, package_versions
 from .adviser import advise, probe_data
 from .card import model_card
 from .checkpoints import check_checkpoint
+from .checks import check_causal, check_vocabulary
 from .directory import (
     RunDirectory,
     absolute,
@@ -56,8 +57,11 @@ from .prepare import prepare
 from .progress import StepLog, StopAtStepEnd, make_progress, read_log
 from .ready import ready_split, recipe_of_split
 from .recipe import AUTO, Recipe
-from .sampler import WithBlank
-from .trainer import ResponseTrainer
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
+
+    from .trainer import RunTrainer
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """Set by accelerate's launcher."""
@@ -153,7 +157,7 @@ def _train(
     data: str | list[dict[str, Any]],
     directory: RunDirectory,
     recipe: Recipe,
-    arguments: TrainingArguments,
+    arguments: SFTConfig,
     settings: dict[str, Any],
     progress: Progress | None,
     label: str | None,
@@ -168,7 +172,12 @@ def _train(
     if progress is not None and checkpoint is not None:
         progress.console.print(f"continuing from {checkpoint}", markup=False)
     scored = _scored_batches(encoded, recipe, tokenizer.pad_token_id) if recipe.component == "scored" else None
-    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method, scored)
+
+    def check(base: Any) -> None:
+        check_vocabulary(encoded, base, tokenizer)
+        check_causal(base)
+
+    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method, scored, check)
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]
@@ -213,24 +222,26 @@ def _run(
     tokenizer: Any,
     encoded: Encoded,
     recipe: Recipe,
-    arguments: TrainingArguments,
+    arguments: SFTConfig,
     checkpoint: Path | None,
     log: StepLog,
     callbacks: Sequence[TrainerCallback],
-) -> ResponseTrainer:
+) -> RunTrainer:
     """Train to the last step.
 
     Raises:
         KeyboardInterrupt: it was asked to stop before that; a checkpoint is saved.
     """
+    from .trainer import RunTrainer
+
     stop = StopAtStepEnd()
-    use_cache = model.config.use_cache
-    trainer = ResponseTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=WithBlank(encoded, tokenizer.pad_token_id),
-        data_collator=Collator(tokenizer.pad_token_id),
-        lengths=encoded.lengths,
+    config = model.config.get_text_config()
+    use_cache = getattr(config, "use_cache", None)
+    trainer = RunTrainer(
+        model,
+        arguments,
+        encoded,
+        tokenizer,
         batch_size=recipe.batch_size,
         loraplus_ratio=recipe.loraplus_ratio,
         callbacks=[log, *callbacks, stop],
@@ -242,7 +253,9 @@ def _run(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         stop.release()
-        model.config.use_cache = use_cache  # Trainer turns it off
+        trainer.release()
+        if use_cache is not None:
+            config.use_cache = use_cache  # Trainer turns it off
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     return trainer
@@ -342,7 +355,7 @@ def _encoded(data: str | list[dict[str, Any]], tokenizer: Any, recipe: Recipe) -
 
 
 def _advice(
-    directory: RunDirectory, model: Any, encoded: Encoded, recipe: Recipe, arguments: TrainingArguments, pad_id: int
+    directory: RunDirectory, model: Any, encoded: Encoded, recipe: Recipe, arguments: SFTConfig, pad_id: int
 ) -> dict[str, Any]:
     """The learning rate to train with and what it rests on: that of the run's record where it has one.
 

@@ -2,7 +2,8 @@
 
 The order is a function of the seed and the epoch alone, so a run that continues sees what the uninterrupted one would
 have seen, and any number of processes that share a batch see the same batch: where the last one cannot be shared
-evenly, blank rows, from which nothing is learned, fill it up.
+evenly, blank rows, from which nothing is learned, fill it up. (transformers' own sampler of this kind draws from the
+global generator, so that a run that continues would see another order.)
 """
 
 from __future__ import annotations
@@ -10,23 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ..data.encode import IGNORED, Encoded
-
-
-class WithBlank(Dataset[dict[str, list[int]]]):
-    """The rows, and after them one blank row: a single token with no label."""
-
-    def __init__(self, rows: Encoded, token: int) -> None:
-        self.rows, self.blank = rows, {"input_ids": [token], "labels": [IGNORED]}
-
-    def __len__(self) -> int:
-        return len(self.rows) + 1
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index] if index < len(self.rows) else self.blank
+GROUPED = "group_by_length"
+"""The value of train_sampling_strategy under which rows come in this order."""
 
 
 class LengthGroupedBatches(Sampler[int]):

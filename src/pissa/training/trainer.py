@@ -1,7 +1,8 @@
-"""transformers' Trainer with five things changed.
+"""TRL's SFTTrainer with six things changed.
 
-loss          the vocabulary projection is computed at response tokens only: it is a quarter of a step
-order         batches of similar length, a function of seed and epoch (`sampler.py`)
+loss          on processors too the vocabulary projection is computed at learned tokens only; adapters of the head train
+order         batches of similar length are a function of seed and epoch (`sampler.py`), so that a run continues exactly
+gradients     an adapter that the first step gives none ends the run, with its name
 checkpoints   appear whole or not at all
 adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly; those of a
               quantised residual as they are, with its name
@@ -13,22 +14,24 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from peft import AdaLoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from ..checkpoint.disk.write import TEMPORARY_PREFIX, durable_rename, explained
 from ..checkpoint.residual import write_trained
-from ..data.encode import IGNORED
+from ..data.encode import IGNORED, Encoded
 from ..errors import ConfigError, MissingExtraError, OutputError, TrainingError
 from ..export import export_state, write_lora
 from ..live.adalora import penalty
@@ -36,56 +39,32 @@ from ..live.factors import MAGNITUDE
 from ..live.record import record_of
 from ..live.state import TRAINABLE, active_adapter_name, is_offset
 from .checkpoints import list_files
+from .checks import check_packs
 from .directory import RunDirectory
+from .loss import backbone_gives, next_labels, response_loss
 from .optimizer import parameter_groups
-from .sampler import LengthGroupedBatches
+from .sampler import GROUPED, LengthGroupedBatches
 
 KEPT_CHECKPOINTS = 2
 EXTENDED = ("_get_train_sampler", "_load_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint")
 EXTENDED += ("create_optimizer", "get_decay_parameter_names")
-"""What `ResponseTrainer` overrides of Trainer although transformers does not promise to keep it."""
-
-
-def response_loss(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Summed cross-entropy over the labelled tokens, with logits computed nowhere else.
-
-    Args:
-        model: a causal language model, possibly wrapped.
-        head: its output projection, whose input is (batch, length, hidden).
-        inputs: input_ids, attention_mask and labels, each (batch, length); label t is predicted at t − 1.
-
-    Returns:
-        The sum in nats, fp32, and the number of tokens it runs over.
-    """
-    losses, _ = token_losses(model, head, inputs)
-    return losses.sum(), len(losses)
-
-
-def token_losses(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every labelled token, with logits computed nowhere else.
-
-    Args:
-        model, head, inputs: see `response_loss`.
-
-    Returns:
-        The losses in nats, fp32, and the row of the batch that each belongs to; both (tokens,).
-    """
-    labels = inputs["labels"]
-    targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
-    learned = targets != IGNORED
-    with _only_at(head, learned):
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    losses = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[learned], reduction="none")
-    return losses, learned.nonzero()[:, 0]
+EXTENDED_OF_TRL = ("create_model_card", "_send_telemetry")
+"""What `RunTrainer` overrides although neither transformers nor TRL promises to keep it."""
+WIDTH = 8
+"""A batch's width is rounded up to a multiple of this, unless pad_to_multiple_of says otherwise."""
+AGREE = 0.02
+"""Largest relative difference of the fused loss from the model's own on the first batch; bf16 stays below it."""
+ROUTER = ("output_router_logits", "router_aux_loss_coef")
 
 
 def check_trainer() -> None:
-    """Refuse a transformers whose Trainer lacks what is extended here: the extension would silently do nothing.
+    """Refuse libraries whose trainers lack what is extended here: the extension would silently do nothing.
 
     Raises:
         MissingExtraError: naming what is missing.
     """
     missing = [name for name in EXTENDED if not callable(getattr(Trainer, name, None))]
+    missing += [name for name in EXTENDED_OF_TRL if not callable(getattr(SFTTrainer, name, None))]
     if missing:
         raise MissingExtraError(
             f"Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which pissa extends; "
@@ -98,16 +77,6 @@ def _needs_whole_layers(model: Any) -> bool:
     record = record_of(model)
     values_apart = isinstance(getattr(model, "peft_config", {}).get(TRAINABLE), AdaLoraConfig)
     return (record is not None and record.quantized) or is_offset(model, TRAINABLE) or values_apart
-
-
-@contextmanager
-def _only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let the projection see the hidden states of these positions only; logits are then (positions, vocabulary)."""
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -128,27 +97,105 @@ def _torch_explained(path: Path) -> Iterator[None]:
         raise
 
 
-class ResponseTrainer(Trainer):
-    """Trains on response tokens; what it logs at each step has loss, gradient norm, learning rate and tokens/s."""
+@contextmanager
+def _left_alone(model: Any) -> Iterator[None]:
+    """Let SFTTrainer take a model without changing it.
+
+    It rounds adapters of 4- and 8-bit models to bf16, which would change what they compute; refuses an adapted head,
+    whose loss is computed otherwise here; and writes its own settings of routers into the model's configuration.
+    """
+    config = model.config.get_text_config()
+    router = {name: getattr(config, name) for name in ROUTER if hasattr(config, name)}
+    head = model.get_output_embeddings()
+    shadows: dict[str, Any] = {}
+    if isinstance(model, PeftModel):
+        shadows = {"is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
+        if hasattr(head, "base_layer"):
+            shadows["get_output_embeddings"] = lambda: head.base_layer
+    for name, value in shadows.items():
+        setattr(model, name, value)
+    try:
+        yield
+    finally:
+        for name in shadows:
+            with suppress(AttributeError):
+                delattr(model, name)
+        for name, value in router.items():
+            setattr(config, name, value)
+
+
+class RunTrainer(SFTTrainer):
+    """Trains on learned tokens; what it logs at each step has loss, gradient norm, learning rate and tokens/s."""
 
     def __init__(
-        self, *args: Any, lengths: list[int], batch_size: int, loraplus_ratio: float | None = None, **options: Any
+        self,
+        model: Any,
+        args: SFTConfig,
+        rows: Encoded,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        loraplus_ratio: float | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        """A trainer of a model, adapted or whole.
+
+        Args:
+            model: on any device.
+            args: see `training_arguments`.
+            rows: to learn.
+            tokenizer: the model's.
+            batch_size: rows of a step, over all processes.
+            loraplus_ratio: see `optimizer.py`.
+            callbacks: called at every step.
+        """
         check_trainer()
         self.loraplus_ratio = loraplus_ratio
-        super().__init__(*args, **options)
+        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._own_forward = vars(self.base).get("forward")
+        self.grouped = args.train_sampling_strategy == GROUPED and not args.packing
+        blank = [{"input_ids": [tokenizer.pad_token_id], "labels": [IGNORED]}] if self.grouped else []
+        columns = {"input_ids": rows.input_ids, "labels": rows.labels}
+        columns = {name: [*held, *(row[name] for row in blank)] for name, held in columns.items()}
+        width = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else WIDTH
+        collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, pad_to_multiple_of=width)
+        with _left_alone(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=None if args.packing or args.padding_free else collator,
+                train_dataset=Dataset.from_dict(columns),
+                processing_class=tokenizer,
+                callbacks=[*callbacks],
+            )
         self._check_engine()
+        if self.padding_free:
+            check_packs(self.model, self.data_collator)
         self.state_directory = Path(str(self.args.output_dir)).absolute()
-        # our loss is a sum over the whole accumulated batch divided by its token count
+        # the loss is a sum over the whole accumulated batch divided by its token count
         self.model_accepts_loss_kwargs = True
         shared = self.args.per_device_train_batch_size * self.args.world_size
         multiple = shared if self.args.world_size > 1 else 1
-        self.sampler = LengthGroupedBatches(lengths, batch_size, self.args.seed, multiple=multiple)
+        self.sampler = LengthGroupedBatches(rows.lengths, batch_size, self.args.seed, multiple=multiple)
+        self.fused: bool | None = None
+        self.gradients_seen = False
         self.tokens_in_step = 0
         self.step_started = time.perf_counter()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedBatches:
-        return self.sampler
+    def release(self) -> None:
+        """Take the fused head off the model again."""
+        vars(self.base).pop("forward", None)
+        if self._own_forward is not None:
+            self.base.forward = self._own_forward
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """The run writes its own card."""
+
+    def _send_telemetry(self, *_: Any, **__: Any) -> None:
+        """Nothing about a run leaves the machine."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler if self.grouped else super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         chosen: Any = self.model if model is None else model
@@ -183,15 +230,88 @@ class ResponseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        self.tokens_in_step += int(inputs["attention_mask"].sum())
-        loss, count = response_loss(model, head, inputs)
-        if num_items_in_batch is None:
-            loss = loss / max(count, 1)
+        mask = inputs.get("attention_mask")
+        self.tokens_in_step += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        if self.fused is None:
+            self.fused = self._fused_is_right(model, inputs)
+        if self.fused:
+            with self._only_learned(inputs) as chosen:
+                loss = super().compute_loss(model, chosen, num_items_in_batch=num_items_in_batch)
         else:
-            # gradients are averaged over processes, the token count is that of all of them together
-            loss = loss * self.accelerator.num_processes / num_items_in_batch
+            loss = self._plain_loss(model, inputs, num_items_in_batch)
         return loss + self._orthogonality()
+
+    def _plain_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The mean over learned tokens of the model's own logits."""
+        loss, count = response_loss(model, self._head(), inputs)
+        if num_items_in_batch is None:
+            return loss / max(count, 1)
+        # gradients are averaged over processes, the token count is that of all of them together
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def _head(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).get_output_embeddings()
+
+    @contextmanager
+    def _only_learned(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Inputs such that the fused head computes learned tokens only, which TRL does on GPUs alone."""
+        if inputs["input_ids"].device.type != "cpu" or self.label_smoother is not None:
+            yield inputs
+            return
+        targets = next_labels(inputs["labels"])
+        learned = targets != IGNORED
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        backbone: Any = self.base.base_model
+        with backbone_gives(backbone, learned):
+            yield {**others, "shift_labels": targets[learned][None]}
+
+    @torch.no_grad()
+    def _fused_is_right(self, model: Any, inputs: dict[str, Any]) -> bool:
+        """Whether the fused head computes what the model's own forward does, tried on the first batch.
+
+        It multiplies hidden states by the head's weight, so an adapted head, or a model that does something of its own
+        between the two, needs its own forward.
+        """
+        if type(self._head()) is not nn.Linear or self.base.base_model is self.base:
+            return False
+        training = model.training
+        model.eval()
+        try:
+            own, count = response_loss(model, self._head(), inputs)
+            with self._only_learned(inputs) as chosen:
+                fused = -model(**{**chosen, "use_cache": False}, fused_lm_head=True).log_probs.sum()
+        finally:
+            model.train(training)
+        agree = count == 0 or bool((fused.float() - own).abs() <= AGREE * own.abs())
+        return agree or not bool(torch.isfinite(own))
+
+    def training_step(self, *args: Any, **options: Any) -> Any:
+        """As Trainer's; after the first one every trained parameter must have a gradient.
+
+        Raises:
+            TrainingError: naming those that have none.
+        """
+        loss = super().training_step(*args, **options)
+        if not self.gradients_seen and self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            self.gradients_seen = True
+            self._check_gradients()
+        return loss
+
+    def _check_gradients(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        # which experts a batch is routed to is the router's choice
+        without = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.grad is None and "expert" not in name
+        ]
+        if without and isinstance(model, PeftModel):
+            modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in without})
+            more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+            raise TrainingError(
+                f"after the first backward pass nothing reached {', '.join(modules[:3])}{more}: the model's code does "
+                "not call these modules, so they would never be trained; leave them out with exclude_modules"
+            )
 
     def _orthogonality(self) -> Tensor | float:
         """AdaLoRA's penalty for this part of the step: its gradient alone, so that the logged loss is the data's."""

@@ -1,0 +1,117 @@
+"""Settings that go to TRL as they are: any field of SFTConfig and TrainingArguments that no setting of ours is for.
+
+In YAML they stand under `training:`, on the command line they are given as `--set NAME=VALUE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..config.settings import nearest
+from ..errors import ConfigError
+
+OURS = {
+    "output_dir": "--out",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup_ratio",
+    "warmup_ratio": "warmup_ratio",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "optim": "optimizer",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "save_steps": "save_every",
+    "seed": "seed",
+    "data_seed": "seed",
+    "max_length": "max_length",
+    "packing": "packing",
+    "neftune_noise_alpha": "neftune",
+    "report_to": "log_to",
+}
+"""SFTConfig's name -> the setting of ours that says the same."""
+FIXED = {
+    "save_strategy": "a checkpoint is written every save_every steps",
+    "save_only_model": "a checkpoint holds what continues the run",
+    "save_total_limit": "the last checkpoints are kept",
+    "load_best_model_at_end": "what is published is the last step's",
+    "logging_steps": "every step is logged",
+    "logging_strategy": "every step is logged",
+    "logging_nan_inf_filter": "a step that diverged ends the run",
+    "remove_unused_columns": "rows hold nothing that is not used",
+    "dataset_kwargs": "rows are tokenised before the trainer sees them",
+    "dataset_text_field": "rows are tokenised before the trainer sees them",
+    "completion_only_loss": "responses are learned, and texts in full",
+    "assistant_only_loss": "responses are learned, and texts in full",
+    "chat_template_path": "the tokenizer's chat template is used; put another one into the model's directory",
+    "eos_token": "set it in the tokenizer's own files",
+    "pad_token": "set it in the tokenizer's own files",
+    "model_init_kwargs": "the model is loaded before the trainer sees it",
+    "trust_remote_code": "no code that comes with a model is run",
+    "resume_from_checkpoint": "the same command continues a run",
+    "disable_tqdm": "the run has a bar of its own",
+    "push_to_hub": "what is published is the run's directory; upload it with `hf upload`",
+    "do_train": "a run trains",
+    "do_eval": "a run trains",
+    "do_predict": "a run trains",
+}
+"""SFTConfig's name -> why it cannot be set."""
+
+
+def passed_on(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, their names held against SFTConfig's.
+
+    Raises:
+        ConfigError: naming every setting that SFTConfig does not have, that one of ours is for, or that is fixed.
+    """
+    from trl.trainer.sft_config import SFTConfig
+
+    known = {field.name for field in fields(SFTConfig) if field.init}
+    wrong = []
+    for name in settings:
+        if name in OURS:
+            wrong.append(f"{name} is {OURS[name]} here")
+        elif name in FIXED:
+            wrong.append(f"{name} cannot be set: {FIXED[name]}")
+        elif name not in known:
+            near = nearest(name, known - {*OURS, *FIXED})
+            wrong.append(f"{name} is no field of SFTConfig" + (f"; did you mean {near}?" if near else ""))
+    if wrong:
+        raise ConfigError(f"training: {'; '.join(wrong)}")
+    return dict(settings)
+
+
+def named_values(given: Iterable[str]) -> dict[str, Any]:
+    """Settings of texts NAME=VALUE, each value as YAML reads it.
+
+    Raises:
+        ConfigError: a text without "=", or a value that is no YAML.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            found[name.strip().replace("-", "_")] = _number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is no YAML ({' '.join(str(error).split())})") from error
+        if not equals or not name.strip():
+            raise ConfigError(f"--set {text!r}; give NAME=VALUE, such as --set adam_beta2=0.95")
+    return found
+
+
+def _number(value: Any) -> Any:
+    """What YAML takes for text although it is a number, such as 1e-8."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

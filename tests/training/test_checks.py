@@ -1,0 +1,107 @@
+"""What would train and be wrong is refused before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import recipe, rows, run
+from torch import nn
+from transformers import BertConfig, BertLMHeadModel
+
+from pissa import PissaConfig, adapt
+from pissa.errors import ConfigError, TrainingError
+from pissa.training.checks import check_causal, check_packs
+from pissa.training.trainer import DataCollatorForLanguageModeling, RunTrainer
+from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+
+
+def bert(*, is_decoder: bool) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    return BertLMHeadModel(BertConfig(vocab_size=384, num_attention_heads=2, is_decoder=is_decoder, **sizes))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, lambda: bert(is_decoder=True)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_causal_models_pass_and_are_left_as_they_were(make: Any, frozen: bool) -> None:
+    model = make().train().requires_grad_(not frozen)
+    check_causal(model)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="BertLMHeadModel sees the tokens that it is to predict"):
+        check_causal(bert(is_decoder=False))
+
+
+def test_a_run_on_an_encoder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    bert(is_decoder=False).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="an encoder"):
+        run(tmp_path / "base", tmp_path / "out", recipe(target_modules=("query",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_without_an_embedding_is_named_before_the_split(tmp_path: Path) -> None:
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"the tokenizer has token 3\d\d .*embeddings for 300 tokens; resize"):
+        run(tmp_path / "base", tmp_path / "out", recipe())
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_documents_that_see_each_other_are_refused() -> None:
+    collate = DataCollatorForLanguageModeling(0, padding_free=True)
+    check_packs(tiny_llama(), collate)
+
+    class Leaking(nn.Module):
+        """Without positions no attention knows where a document begins."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_llama()
+            self.config = self.model.config
+            self.get_input_embeddings = self.model.get_input_embeddings
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool, **_: Any) -> Any:
+            return self.model(input_ids=input_ids, use_cache=use_cache)
+
+    with pytest.raises(ConfigError, match="packed examples see each other"):
+        check_packs(Leaking(), collate)
+
+
+def test_an_adapter_that_no_gradient_reaches_ends_the_run(
+    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def around(self: Any, x: torch.Tensor) -> torch.Tensor:
+        up = nn.functional.linear(x, self.up_proj.weight)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+
+    monkeypatch.setattr(LlamaMLP, "forward", around)
+    with pytest.raises(TrainingError, match=r"nothing reached model\.layers\.0\.mlp\.up_proj, .*exclude_modules"):
+        run(base_directory, tmp_path / "out", recipe())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*(q_proj|lm_head)"])
+def test_the_head_s_own_loss_is_used_where_it_is_adapted(targets: str, tmp_path: Path) -> None:
+    from pissa.data.encode import encode
+    from pissa.data.rows import examples_from_rows
+    from pissa.training.engine import training_arguments
+
+    model = adapt(tiny_llama(), PissaConfig(rank=2, target_modules=targets))
+    forward = vars(model.get_base_model()).get("forward")
+    encoded = encode(examples_from_rows(rows()), tiny_tokenizer(), template="none", max_length=64)
+    trainer = RunTrainer(
+        model, training_arguments(recipe(max_steps=1), tmp_path), encoded, tiny_tokenizer(), batch_size=4
+    )
+    trainer.train()
+    assert trainer.fused is (targets == "all-linear")
+    trainer.release()
+    assert vars(model.get_base_model()).get("forward") is forward
