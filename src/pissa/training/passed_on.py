@@ -5,7 +5,7 @@ In YAML they stand under `training:`, on the command line they are given as `--s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -78,7 +78,7 @@ def passed_on(settings: Mapping[str, Any]) -> dict[str, Any]:
     wrong = []
     for name in settings:
         if name in OURS:
-            wrong.append(f"{name} is {OURS[name]} here")
+            wrong.append(f"{name} has a setting of its own, {OURS[name]}")
         elif name in FIXED:
             wrong.append(f"{name} cannot be set: {FIXED[name]}")
         elif name not in known:
@@ -89,23 +89,20 @@ def passed_on(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
-def named_values(given: Iterable[str]) -> dict[str, Any]:
-    """Settings of texts NAME=VALUE, each value as YAML reads it.
-
-    Raises:
-        ConfigError: a text without "=", or a value that is no YAML.
-    """
+def named_values(given: Any) -> Any:
+    """Settings of NAME=VALUE, or of a list of such texts, each value as YAML reads it; anything else as it is."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and "=" in text for text in texts):
+        return given
     import yaml
 
     found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
+    for text in texts:
+        name, _, value = text.partition("=")
         try:
             found[name.strip().replace("-", "_")] = _number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is no YAML ({' '.join(str(error).split())})") from error
-        if not equals or not name.strip():
-            raise ConfigError(f"--set {text!r}; give NAME=VALUE, such as --set adam_beta2=0.95")
+        except yaml.YAMLError:
+            return given
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from ..config import AdapterSettings, Method
 from ..config.kinds import (
@@ -23,10 +23,21 @@ from ..config.kinds import (
     ShareBelowOne,
 )  # fmt: skip
 from ..config.quantization import BlockSize, Rounding, ScaleSearch
+from ..config.settings import Rule
 from ..data.prompts import Template
+from .passed_on import named_values
 
 TrainingMethod = Literal[
     Method, "lora", "dora", "adalora", "pissa+dora", "pissa+adalora", "qlora", "loftq", "qpissa", "full"
+]
+PassedOn = Annotated[
+    Mapping[str, Any],
+    Rule(
+        "give lines of the form `name: value`, or NAME=VALUE",
+        lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+        read=named_values,
+        form="NAME=VALUE",
+    ),
 ]
 TRAINING_METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
 
@@ -118,7 +129,7 @@ class TrainingGroup:
     """Any optimizer of transformers: adamw_torch_fused, adamw_8bit, paged_adamw_8bit, lion_32bit, adafactor …"""
     neftune: Positive | None = None
     """NEFTune: noise of this size on the embeddings while it trains (arXiv 2310.05914)."""
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: PassedOn = field(default_factory=dict)
     """Any other field of TRL's SFTConfig or transformers' TrainingArguments, by name."""
     save_every: Count = 50
     """Steps between checkpoints."""

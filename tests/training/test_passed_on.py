@@ -1,0 +1,94 @@
+"""Every field of SFTConfig is reachable by its name, or refused with the setting that says the same."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import recipe, rows, run
+from trl.trainer.sft_config import SFTConfig
+
+from pissa.errors import ConfigError
+from pissa.training.engine import training_arguments
+from pissa.training.passed_on import FIXED, OURS, named_values
+from pissa.training.recipe import Recipe, read_recipe, recipe_from
+
+
+def test_settings_reach_the_trainer(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "rank: 8\ntraining:\n  adam_beta2: 0.95\n  lr_scheduler_kwargs: {num_cycles: 0.4}\n  adam_epsilon: 1e-7\n"
+    )
+    arguments = training_arguments(read_recipe(path), tmp_path)
+    assert (arguments.adam_beta2, arguments.lr_scheduler_kwargs) == (0.95, {"num_cycles": 0.4})
+    assert float(arguments.adam_epsilon) == 1e-7
+
+
+def test_text_is_read_as_yaml_reads_it() -> None:
+    given = ["adam-beta2=0.95", "adam_epsilon=1e-7", "group=null", "betas=[1, 2]", "kind=a=b", "on=true"]
+    assert named_values(given) == {
+        "adam_beta2": 0.95, "adam_epsilon": 1e-7, "group": None, "betas": [1, 2], "kind": "a=b", "on": True,
+    }  # fmt: skip
+    assert recipe_from({"training": "adam_beta2=0.95"}).training == {"adam_beta2": 0.95}
+    for wrong in ("adam_beta2", ["a=1", "b"], 5, "a={"):
+        with pytest.raises(ConfigError, match=r"training is .*NAME=VALUE"):
+            recipe_from({"training": wrong})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"adam_beta_2": 0.9}, "adam_beta_2 is no field of SFTConfig; did you mean adam_beta2?"),
+        ({"learning_rate": 1e-3}, "learning_rate has a setting of its own, learning_rate"),
+        (
+            {"per_device_train_batch_size": 1, "bf16": True},
+            "own, micro_batch_size; bf16 has a setting of its",
+        ),
+        ({"save_strategy": "no"}, "save_strategy cannot be set: a checkpoint is written"),
+        ({"eval_strategy": "sideways"}, "sideways"),
+    ],
+)
+def test_names_and_conflicts_are_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        training_arguments(Recipe(training=settings), tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_refused_exists_and_what_stands_in_its_place_too() -> None:
+    known = {field.name for field in fields(SFTConfig)}
+    assert {*OURS, *FIXED} - known <= {"warmup_ratio", "activation_checkpointing", "gradient_checkpointing"}
+    settings = {field.name for field in fields(Recipe)}
+    assert {ours for ours in OURS.values() if not ours.startswith("--")} <= settings
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd"])
+def test_any_optimizer_of_transformers_trains(optimizer: str, base_directory: Path, tmp_path: Path) -> None:
+    losses = run(base_directory, tmp_path / "run", recipe(optimizer=optimizer, max_steps=2)).results["losses"]
+    assert len(losses) == 2
+
+
+def test_an_optimizer_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adamx"):
+        training_arguments(Recipe(optimizer="adamx"), tmp_path)
+
+
+def test_packed_rows_are_learned_as_padded_ones(base_directory: Path, tmp_path: Path) -> None:
+    """All rows in one step: the mean over their tokens is the same, however they are laid out."""
+    settings: dict[str, Any] = {"max_steps": 1, "max_length": 1024, "save_every": 1}
+    padded = run(base_directory, tmp_path / "padded", recipe(batch_size=20, micro_batch_size=20, **settings))
+    packed = run(
+        base_directory, tmp_path / "packed", recipe(packing=True, batch_size=1, micro_batch_size=1, **settings)
+    )
+    assert packed.results["losses"] == pytest.approx(padded.results["losses"], abs=1e-5)
+    assert packed.results["grad_norms"] == pytest.approx(padded.results["grad_norms"], rel=1e-4)
+    assert len(rows()) == 20
+
+
+def test_noise_on_embeddings_changes_the_loss(base_directory: Path, tmp_path: Path) -> None:
+    plain, noisy = (
+        run(base_directory, tmp_path / str(noise), recipe(neftune=noise, max_steps=1)).results["losses"]
+        for noise in (None, 500.0)
+    )
+    assert abs(plain[0] - noisy[0]) > 1e-4
