@@ -162,7 +162,7 @@ def test_what_cannot_be_estimated_is_refused(
     base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wrong in ("Auto", "automatic", True):
-        with pytest.raises(ConfigError, match=r"learning_rate is .*; give a number, or auto"):
+        with pytest.raises(ConfigError, match=r"learning_rate is .*; give a positive number, or auto"):
             recipe_from({"learning_rate": wrong})
     with pytest.raises(ConfigError, match=r"epochs is 'auto'; give a number$"):
         recipe_from({"epochs": "auto"})

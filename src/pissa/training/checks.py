@@ -87,7 +87,7 @@ def _some_ids(model: Any, count: int) -> Tensor:
 
 
 def _dependence(model: Any, inputs: dict[str, Any], chosen: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Gradients of some outputs with respect to the embedded tokens, (1, tokens, hidden); None where they have none."""
+    """Gradients of some outputs with respect to the embedded tokens, (1, tokens, hidden); None where they have none, or none that is a number."""
     embedded: list[Tensor] = []
 
     def keep(_module: Any, _args: Any, output: Tensor) -> Tensor:
@@ -105,7 +105,9 @@ def _dependence(model: Any, inputs: dict[str, Any], chosen: Callable[[Tensor], T
         # different weights, lest gradients cancel
         outputs = chosen(logits)
         weights = torch.arange(1, outputs.numel() + 1, device=outputs.device).reshape(outputs.shape).sin()
-        return torch.autograd.grad((outputs * weights).sum(), embedded[0], allow_unused=True)[0]
+        found = torch.autograd.grad((outputs * weights).sum(), embedded[0], allow_unused=True)[0]
+    # of weights that are no numbers every gradient is none either; the split names them
+    return found if found is not None and bool(found.isfinite().all()) else None
 
 
 @contextmanager

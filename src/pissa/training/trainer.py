@@ -379,7 +379,12 @@ class RunTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, PeftModel):
-            return super()._save(output_dir, state_dict)
+            # the tokenizer is the run's, not each checkpoint's
+            tokenizer, self.processing_class = self.processing_class, None
+            try:
+                return super()._save(output_dir, state_dict)
+            finally:
+                self.processing_class = tokenizer
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
