@@ -80,12 +80,11 @@ def test_an_adapter_that_no_gradient_reaches_ends_the_run(
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    def around(self: Any, x: torch.Tensor) -> torch.Tensor:
-        up = nn.functional.linear(x, self.up_proj.weight)
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+    def cut(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).detach())
 
-    monkeypatch.setattr(LlamaMLP, "forward", around)
-    with pytest.raises(TrainingError, match=r"nothing reached model\.layers\.0\.mlp\.up_proj, .*exclude_modules"):
+    monkeypatch.setattr(LlamaMLP, "forward", cut)
+    with pytest.raises(TrainingError, match=r"no gradient reached model\.layers\.0\.mlp\.up_proj, .*exclude_modules"):
         run(base_directory, tmp_path / "out", recipe())
 
 

@@ -87,7 +87,7 @@ def _some_ids(model: Any, count: int) -> Tensor:
 
 
 def _dependence(model: Any, inputs: dict[str, Any], chosen: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Gradients of some outputs with respect to the embedded tokens, (1, tokens, hidden); None where they have none, or none that is a number."""
+    """Gradients of some outputs with respect to the embedded tokens, (1, tokens, hidden); None where there are none."""
     embedded: list[Tensor] = []
 
     def keep(_module: Any, _args: Any, output: Tensor) -> Tensor:
