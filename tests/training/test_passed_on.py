@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import recipe, rows, run
+from small_runs import command, finish, recipe, rows, run, write_rows
 from trl.trainer.sft_config import SFTConfig
 
 from pissa.errors import ConfigError
@@ -21,9 +22,12 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
     path.write_text(
         "rank: 8\ntraining:\n  adam_beta2: 0.95\n  lr_scheduler_kwargs: {num_cycles: 0.4}\n  adam_epsilon: 1e-7\n"
     )
+    assert read_recipe(path, training={"adam_beta2": 0.9}).training == {
+        "adam_beta2": 0.9, "lr_scheduler_kwargs": {"num_cycles": 0.4}, "adam_epsilon": "1e-7",
+    }  # fmt: skip
     arguments = training_arguments(read_recipe(path), tmp_path)
     assert (arguments.adam_beta2, arguments.lr_scheduler_kwargs) == (0.95, {"num_cycles": 0.4})
-    assert float(arguments.adam_epsilon) == 1e-7
+    assert arguments.adam_epsilon == 1e-7
 
 
 def test_text_is_read_as_yaml_reads_it() -> None:
@@ -92,3 +96,16 @@ def test_noise_on_embeddings_changes_the_loss(base_directory: Path, tmp_path: Pa
         for noise in (None, 500.0)
     )
     assert abs(plain[0] - noisy[0]) > 1e-4
+
+
+def test_the_command_takes_any_field_several_times(base_directory: Path, tmp_path: Path) -> None:
+    settings = recipe(max_steps=1)
+    data = write_rows(tmp_path / "rows.jsonl")
+    ran = finish([
+        *command(base_directory, data, tmp_path / "out", settings), "--set", "adam_beta2=0.95", "--set", "group_x=1",
+    ])  # fmt: skip
+    assert ran.returncode == 2 and "group_x is no field of SFTConfig" in ran.stderr
+    assert not (tmp_path / "out").exists()
+    ran = finish([*command(base_directory, data, tmp_path / "out", settings), "--set", "adam_beta2=0.95", "--json"])
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["settings"]["training"] == {"adam_beta2": 0.95}

@@ -7,19 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config.settings import settings_of
+from ..training.passed_on import named_values
 from ..training.recipe import Recipe, read_recipe, recipe_from
 from .flags import with_settings
 from .output import show
 from .places import check_model_name, check_source, check_text, check_writable
 
 
-@with_settings(Recipe)
+@with_settings(Recipe, only=settings_of(Recipe).keys() - {"training"})
 def command(
     model: Annotated[str, typer.Argument(help="The base: a directory or a hub id.")],
     data: Annotated[str, typer.Option(help="What to learn: .jsonl, .jsonl.gz, .json, .parquet or a hub id.")],
     out: Annotated[Path, typer.Option(help="The run's directory; it becomes a LoRA for the base.")],
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
+    assigned: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other field of TRL's SFTConfig or transformers' TrainingArguments, such as adam_beta2=0.95; may "
+            "be given several times. In YAML they stand under training.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
 ) -> None:
     """Fine-tune MODEL on DATA with PiSSA, LoRA or in full.
@@ -27,6 +39,8 @@ def command(
     OUT becomes an ordinary LoRA for the untouched base (with --quantize for OUT/residual, with --method full a model).
     A run that was stopped goes on when the same command is given again.
     """
+    if assigned:
+        settings = {**settings, "training": named_values(assigned)}
     recipe = read_recipe(config, **settings) if config is not None else recipe_from(settings, "the command line")
     check_model_name(model)
     check_source(data)

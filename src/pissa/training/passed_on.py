@@ -86,7 +86,7 @@ def passed_on(settings: Mapping[str, Any]) -> dict[str, Any]:
             wrong.append(f"{name} is no field of SFTConfig" + (f"; did you mean {near}?" if near else ""))
     if wrong:
         raise ConfigError(f"training: {'; '.join(wrong)}")
-    return dict(settings)
+    return {name: _number(value) for name, value in settings.items()}
 
 
 def named_values(given: Any) -> Any:

@@ -118,9 +118,11 @@ def read_recipe(path: str | Path, **flags: Any) -> Recipe:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document or {}, dict):
         raise ConfigError(f"{path} holds {type(document).__name__}; give lines of the form `learning_rate: 2e-4`")
-    return recipe_from(
-        {**_named(document or {}), **{name: value for name, value in flags.items() if value is not None}}, path
-    )
+    values = {**_named(document or {}), **{name: value for name, value in flags.items() if value is not None}}
+    in_file, on_line = (document or {}).get("training"), flags.get("training")
+    if isinstance(in_file, Mapping) and isinstance(on_line, Mapping):
+        values["training"] = {**in_file, **on_line}
+    return recipe_from(values, path)
 
 
 def recipe_from(values: Mapping[str, Any], source: str | Path = "the recipe") -> Recipe:

@@ -310,7 +310,8 @@ class RunTrainer(SFTTrainer):
             more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
             raise TrainingError(
                 f"after the first backward pass no gradient reached {', '.join(modules[:3])}{more}: the model's code "
-                "does not call these modules, or cuts what they give, so they would never be trained; leave them out with exclude_modules"
+                "does not call these modules, or cuts what they give, so they would never be trained; leave them out "
+                "with exclude_modules"
             )
 
     def _orthogonality(self) -> Tensor | float:
