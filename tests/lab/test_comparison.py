@@ -249,7 +249,7 @@ def test_a_task_of_pissa_eval_is_solved_in_the_place_of_the_test_problems(
         assert (options.template, options.max_new_tokens) == ("none", 2)
         return accuracy("exact_match", [{"index": i, "correct": i == 0} for i in range(len(problems))])
 
-    monkeypatch.setattr("pissa.evaluation.tasks.solutions.Gsm8k.run", solved)
+    monkeypatch.setattr("pissa.evaluation.tasks.gsm8k_and_math.Gsm8k.run", solved)
     others = write(tmp_path / "problems.jsonl", 5)
     chosen = plan(
         methods=("lora",), steps=1, evaluation="gsm8k", evaluation_data=others, accuracy_problems=3, new_tokens=2,

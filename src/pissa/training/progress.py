@@ -147,8 +147,13 @@ class StopAtStepEnd(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of `log.jsonl` up to the first that is damaged, such as a line that a crash cut off."""
+def read_log(path: Path, kind: type = StepRecord) -> list[dict[str, Any]]:
+    """The records of a log up to the first that is damaged, such as a line that a crash cut off.
+
+    Args:
+        path: the log, one JSON object a line.
+        kind: the dataclass that a line is held against.
+    """
     if not path.is_file():
         return []
     records = []
@@ -157,15 +162,15 @@ def read_log(path: Path) -> list[dict[str, float]]:
             record = parse_object(line)
         except Unreadable:
             break
-        if next(wrong_fields(record, StepRecord), None) is not None:
+        if next(wrong_fields(record, kind), None) is not None:
             break
         records.append(record)
     return records
 
 
-def keep_up_to(path: Path, step: int) -> None:
+def keep_up_to(path: Path, step: int, kind: type = StepRecord) -> None:
     """Leave a log's lines of the steps up to this one, in one stroke."""
-    kept = [record for record in read_log(path) if record["step"] <= step]
+    kept = [record for record in read_log(path, kind) if record["step"] <= step]
     partial = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     with explained(path):
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

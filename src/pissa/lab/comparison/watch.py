@@ -12,12 +12,24 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...training.progress import keep_up_to, read_log
+
+
+@dataclass(frozen=True)
+class WatchRecord:
+    """One line of watch.jsonl."""
+
+    step: int
+    seconds: float
+    loss: Any = None
+    """What was measured; NaN and infinity are kept."""
+    accuracy: float | None = None
 
 
 class Watch(TrainerCallback):
@@ -33,7 +45,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Take out the lines of steps that are about to be done again."""
-        keep_up_to(self.path, state.global_step)
+        keep_up_to(self.path, state.global_step, WatchRecord)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -64,13 +76,13 @@ def finite(value: float) -> float | None:
 
 def seconds_of(path: Path) -> float:
     """How long all steps took together."""
-    return sum(record["seconds"] for record in read_log(path))
+    return sum(record["seconds"] for record in read_log(path, WatchRecord))
 
 
 def curve_of(path: Path) -> list[dict[str, Any]]:
     """What was measured, step by step; losses that are not finite are None, and accuracies that were not asked for."""
     return [
         {"step": record["step"], "loss": finite(record["loss"]), "accuracy": record.get("accuracy")}
-        for record in read_log(path)
+        for record in read_log(path, WatchRecord)
         if "loss" in record
     ]
