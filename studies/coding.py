@@ -11,7 +11,7 @@ from typing import Any
 from pissa.errors import DataError
 from pissa.evaluation.tasks.generative import problem_rows
 from pissa.evaluation.tasks.programs import MBPP_TEST, ProgramTask
-from pissa.evaluation.tasks.registry import Options, find_task
+from pissa.evaluation.tasks.registry import EvaluationOptions, find_task
 
 from .language import Row
 from .study import Settings
@@ -83,7 +83,7 @@ def code_problems(settings: Settings) -> dict[str, list[Any]]:
 
 def passed(settings: Settings, model: Any, tokenizer: Any, problems: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     """Task -> the share of its problems that the model's first program solves."""
-    options = Options(
+    options = EvaluationOptions(
         template="alpaca",
         max_new_tokens=settings.pick(quick=8, default=None, full=None),
         allow_code_execution=settings.allow_code_execution,

@@ -24,7 +24,7 @@ from pissa.checkpoint.source.load import load_base, load_tokenizer
 from pissa.data.encode import Collator, encode
 from pissa.data.rows import examples_from_rows
 from pissa.evaluation.loss import held_out_loss
-from pissa.evaluation.tasks.registry import Options, find_task
+from pissa.evaluation.tasks.registry import EvaluationOptions, find_task
 from pissa.lab.demo.arithmetic import make_problems
 from pissa.lab.models import smollm2
 from pissa.training.recipe import Recipe
@@ -184,7 +184,7 @@ def final_loss(losses: Sequence[float]) -> float:
 
 def share_solved(model: Any, tokenizer: Any, task: LanguageTask) -> float:
     """The share of held-out problems whose generated solution states the right answer, as task gsm8k has it."""
-    options = Options(max_new_tokens=task.answer_tokens, batch_size=32)
+    options = EvaluationOptions(max_new_tokens=task.answer_tokens, batch_size=32)
     return find_task("gsm8k").run(model, tokenizer, examples_from_rows(task.held_out), options).value
 
 

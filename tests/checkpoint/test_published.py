@@ -17,10 +17,11 @@ from pissa import PissaConfig, export_lora, export_merged, init_checkpoint, load
 from pissa.checkpoint.saved_residual import _in_hub, residual_at
 from pissa.errors import CheckpointError, ConfigError
 from pissa.evaluation.load import load_subject
-from pissa.lab.comparison.plan import Plan
+from pissa.lab.comparison.plan import ComparisonPlan
 from pissa.lab.comparison.run import compare
 from pissa.lab.demo.demo import run_demo
 from pissa.lab.inspection.inspect import inspect
+from pissa.lab.inspection.settings import InspectionSettings
 from pissa.training.recipe import Recipe
 from pissa.training.run import train
 from tiny import largest_difference, logits_of, tiny_llama, tiny_tokenizer, train_steps
@@ -138,8 +139,10 @@ def test_an_adapter_that_peft_trained_on_it_becomes_a_lora_for_the_true_base(
 
 REFUSALS: dict[str, Callable[[str, Path], object]] = {
     "init": lambda model, out: init_checkpoint(model, out, PissaConfig(4)),
-    "inspect": lambda model, out: inspect(model, [4]),
-    "compare": lambda model, out: compare(model, "rows.jsonl", out, Plan(methods=("pissa",), steps=2), quiet=True),
+    "inspect": lambda model, out: inspect(model, InspectionSettings(rank=(4,))),
+    "compare": lambda model, out: compare(
+        model, "rows.jsonl", out, ComparisonPlan(methods=("pissa",), steps=2), quiet=True
+    ),
     "demo": lambda model, out: run_demo(out, model=model),
 }
 
