@@ -346,7 +346,7 @@ def test_a_method_whose_search_diverges_everywhere_is_not_compared(
 ) -> None:
     def diverged(trial: Any, *_: Any, **options: Any) -> dict[str, Any]:
         found = {"method": trial.recipe.method, "learning_rate": trial.recipe.learning_rate, "rung": trial.rung}
-        found |= {"status": "diverged", "validation_loss": None}
+        found |= {"seed": trial.recipe.seed, "status": "diverged", "validation_loss": None, "losses": []}
         trial.directory.mkdir(parents=True)
         (trial.directory / TRIAL).write_text(json.dumps(found))
         return found

@@ -96,7 +96,7 @@ def test_a_quantised_residual_and_moments_change_what_is_worth_most() -> None:
 
 def test_what_a_budget_cannot_be_is_refused_in_one_line() -> None:
     for settings, said in (
-        ({"rank_budget": 0}, "rank_budget is 0; give a number of parameters"),
+        ({"rank_budget": 0}, "rank_budget is 0; give a whole number of at least 1"),
         ({"rank_budget": 1.5}, "rank_budget is 1.5"),
         ({"rank_budget": 10**4, "rank_pattern": {"q_proj": 2}}, "rank_budget and rank_pattern both say"),
         ({"rank_budget": 10**4, "method": "cura"}, "rank_budget weighs principal components"),

@@ -164,7 +164,7 @@ def test_what_cannot_be_estimated_is_refused(
     for wrong in ("Auto", "automatic", True):
         with pytest.raises(ConfigError, match=r"learning_rate is .*; give a positive number, or auto"):
             recipe_from({"learning_rate": wrong})
-    with pytest.raises(ConfigError, match=r"epochs is 'auto'; give a number$"):
+    with pytest.raises(ConfigError, match=r"epochs is 'auto'; give a positive number$"):
         recipe_from({"epochs": "auto"})
     # accelerate's own variable would have Trainer shard
     monkeypatch.setattr(run_module, "SHARDING", ("PISSA_TEST_SHARDS",))

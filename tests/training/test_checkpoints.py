@@ -83,7 +83,9 @@ def test_every_part_counts_and_is_named(stopped: Path, damage: str) -> None:
         kept = (checkpoint / name).read_bytes()
         DAMAGE[damage](checkpoint / name)
         (problem,) = problems(directory, checkpoint)
-        assert name in problem and "\n" not in problem
+        # a digit of the list that was flipped may be one of a file's digest: then that file is named
+        named = names if (name, damage) == (LIST, "flipped") else [name]
+        assert any(part in problem for part in named) and "\n" not in problem
         if (checkpoint / name).is_dir():
             (checkpoint / name).rmdir()
         (checkpoint / name).write_bytes(kept)
