@@ -137,8 +137,8 @@ def _base_config(model_or_dir: Any, base: Any) -> Any:
         plain: Any = model_or_dir.get_base_model()
         if isinstance(plain, PreTrainedModel):
             config, record = deepcopy(plain.config), getattr(model_or_dir, "pissa", None)
-            if record is not None and record.tie_word_embeddings is not None:  # as it was before `adapt` untied it
-                config.tie_word_embeddings = record.tie_word_embeddings
+            if record is not None and record.undo.tie_word_embeddings is not None:  # as it was before `adapt` untied it
+                config.tie_word_embeddings = record.undo.tie_word_embeddings
             return config
         raise PissaError(f"{type(plain).__name__} is no transformers model, so llama.cpp has no model to add it to")
     if base is None:
