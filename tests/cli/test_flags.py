@@ -58,7 +58,7 @@ def test_every_setting_is_explained_in_sentences(owner: type) -> None:
 
 def test_every_setting_of_a_run_is_a_flag_in_its_group_with_its_text_and_default() -> None:
     options: dict[str, Any] = {option.name: option for option in load_command("train").params}
-    settings = settings_of(Recipe)
+    settings = dict(settings_of(Recipe))
     del settings["training"]  # a mapping, whose entries are given one by one as --set NAME=VALUE
     assert set(settings) <= set(options)
     assert tuple(dict.fromkeys(options[name].rich_help_panel for name in options if name in settings)) == GROUPS

@@ -143,5 +143,5 @@ def test_files_without_header_and_spelt_out_classes_are_read(tmp_path: Path) -> 
     (tmp_path / "bad.jsonl").write_text('{"sentence": "x", "label": 7}\n')
     with pytest.raises(DataError, match=r"has label 7; allowed: 0, 1"):
         find_task("glue/sst2").load(tmp_path / "bad.jsonl")
-    with pytest.raises(ConfigError, match="no task is called 'glue/sst3'; allowed: .*glue/cola"):
+    with pytest.raises(ConfigError, match=r"no task is called 'glue/sst3'; allowed: .*glue/cola"):
         find_task("glue/sst3")

@@ -126,7 +126,7 @@ class TrainingGroup:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     optimizer: Name = "adamw_torch"
-    """Any optimizer of transformers, such as adamw_torch_fused, adamw_8bit, paged_adamw_8bit, lion_32bit or adafactor."""
+    """Any optimizer of transformers, such as adamw_torch_fused, adamw_8bit, paged_adamw_8bit or adafactor."""
     neftune: Positive | None = None
     """NEFTune: noise of this size on the embeddings while it trains (arXiv 2310.05914)."""
     training: PassedOn = field(default_factory=dict)
