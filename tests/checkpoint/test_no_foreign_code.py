@@ -19,11 +19,12 @@ from pissa.checkpoint.source.skeleton import build
 from pissa.errors import CheckpointError, PissaError
 from pissa.evaluation.load import load_subject
 from pissa.lab.load import load_any_tokenizer, load_model
-from tiny import tiny_llama, tiny_tokenizer
+from pissa.outside.limits import bounded
+from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LOADER = "src/pissa/checkpoint/source/no_foreign_code.py"
-PEFT_CONFIGURATIONS = "src/pissa/checkpoint/read.py"
+PEFT_CONFIGURATIONS = "src/pissa/checkpoint/adapter_config.py"
 """Reads adapter_config.json through PEFT's own classes, which know no code of strangers."""
 
 
@@ -127,3 +128,29 @@ def test_an_architecture_that_is_a_base_class_is_refused(hostile: Path, name: st
     edit(hostile / "config.json", architectures=[name])
     with open_source(hostile) as source, pytest.raises(CheckpointError, match="is none itself"):
         build(source)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vocab_size": 10**9},
+        {"vocab_size": 10**15},
+        {"intermediate_size": 10**10},
+        {"hidden_size": 4 * 10**7},
+        {"num_hidden_layers": 10**8},
+        {"head_dim": 4 * 10**8},
+    ],
+)
+def test_sizes_beyond_those_of_the_tensors_cost_no_memory(hostile: Path, fields: dict[str, int]) -> None:
+    edit(hostile / "config.json", **fields)
+    for load in (load_base, load_model):
+        with pytest.raises(CheckpointError) as caught, bounded(120, 4 << 30):
+            load(hostile)
+        assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
+
+
+def test_a_buffer_beyond_all_sizes_costs_no_memory(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", n_positions=10**9)
+    with pytest.raises(CheckpointError), bounded(120, 4 << 30):
+        load_base(tmp_path)

@@ -16,13 +16,12 @@ A residual on disk is loaded as it is.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from peft import AdaLoraConfig, LoraConfig
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
@@ -31,10 +30,11 @@ from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.marks import config_with_ranks, is_marked_offset, marks, not_plain_lora
 from ..live.runtime import UNDILATED, holes, is_dilated, taps, with_holes
 from ..live.state import INITIAL
+from .adapter_config import read_adapter_config
 from .factors import CONFIG, read_factors
 from .manifest import read_manifest
 from .saved_residual import SavedResidual, find_residual, residual_at
-from .source.hub import adapter_directory, first_line
+from .source.hub import adapter_directory
 
 LOSSLESS = "lossless"
 
@@ -157,17 +157,7 @@ def _adapter_directory(path: Path) -> Path:
 
 
 def _read_config(directory: Path) -> LoraConfig:
-    try:
-        document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        kind = document.get("peft_type")
-        if kind not in ("LORA", "ADALORA"):
-            raise CheckpointError(f"{directory} holds a {kind} adapter; pissa reads LoRA and AdaLoRA adapters")
-        config = (LoraConfig if kind == "LORA" else AdaLoraConfig).from_pretrained(str(directory))
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{directory / CONFIG} is not a PEFT configuration: {first_line(error)}") from error
-    assert isinstance(config, LoraConfig)
+    config = read_adapter_config(directory)
     reason = not_plain_lora(config, initial_known=True)
     if reason:
         raise CheckpointError(f"the adapter in {directory} {reason}")

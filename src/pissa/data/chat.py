@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, MissingExtraError
+from ..outside.templates import TemplateRefusedError, apply_template
 from .conversation import OPENING, REASONING, Example, Message, RowError
 
 Span = tuple[int, int]
@@ -46,18 +47,17 @@ def render(messages: Sequence[Message], tokenizer: Any, example: Example, *, pro
     Raises:
         RowError: the template refuses them.
     """
-    from jinja2.exceptions import TemplateError
-
     try:
-        return tokenizer.apply_chat_template(
+        return apply_template(
+            tokenizer,
             template_messages(messages, tokenizer),
             tools=[*example.tools] or None,
             tokenize=False,
             add_generation_prompt=prompt,
             **example.template_options,
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise RowError(f"is refused by the tokenizer's chat template ({' '.join(str(error).split())})") from error
+    except TemplateRefusedError as error:
+        raise RowError(f"is refused by the tokenizer's chat template ({error})") from error
 
 
 def template_messages(messages: Sequence[Message], tokenizer: Any) -> list[dict[str, Any]]:
@@ -79,13 +79,11 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
         tokenizer: whose template it is.
         template: of the moment; it can be changed.
     """
-    from jinja2.exceptions import TemplateError
-
     for parts in (False, True):
         probe = [Message(role, f"{role} says xyz").as_dict(parts=parts) for role in ("user", "assistant")]
         try:
-            text = tokenizer.apply_chat_template(probe, tokenize=False)
-        except (TemplateError, TypeError, ValueError, KeyError):
+            text = apply_template(tokenizer, probe, tokenize=False)
+        except TemplateRefusedError:
             continue
         if all(f"{role} says xyz" in text for role in ("user", "assistant")):
             return parts
@@ -129,10 +127,9 @@ class ChatTemplate:
         return ChatTokens(*self._ended(ids, learned), *told)
 
     def _marked(self, messages: Sequence[Message], example: Example) -> tuple[list[int], list[bool], bool, bool]:
-        from jinja2.exceptions import TemplateError
-
         try:
-            found = self.tokenizer.apply_chat_template(
+            found = apply_template(
+                self.tokenizer,
                 template_messages(messages, self.tokenizer),
                 tools=[*example.tools] or None,
                 chat_template=self.marked,
@@ -141,8 +138,8 @@ class ChatTemplate:
                 return_assistant_tokens_mask=True,
                 **example.template_options,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RowError(f"is refused by the chat template ({' '.join(str(error).split())})") from error
+        except TemplateRefusedError as error:
+            raise RowError(f"is refused by the chat template ({error})") from error
         learned = [bool(bit) for bit in found["assistant_masks"]]
         turns = [message for message in messages if message.role == "assistant"]
         if not all(turn.learned for turn in turns):

@@ -6,10 +6,10 @@ A message's other keys go to the chat template. `weight`: 0 (OpenAI), `loss`: fa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..outside.documents import parse
 from .conversation import OPENING, REASONING, ROLES, Message, RowError
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
@@ -78,7 +78,7 @@ def _from_sharegpt(turn: Turn, name: str) -> dict[str, Any]:
 def _calls_in(value: Any, name: str) -> list[Any]:
     """ShareGPT's call of functions: JSON of one {name, arguments} or a list of them."""
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
+        calls = parse(value.encode()) if isinstance(value, str) else value
     except ValueError as error:
         raise RowError(f"has a function_call in {name} that is no JSON ({error})") from error
     return list(calls) if isinstance(calls, list | tuple) else [calls]
@@ -99,7 +99,7 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
             raise RowError(f"has a tool call without the name of a function in {name}")
         if isinstance(function.get("arguments"), str):
             try:
-                function["arguments"] = json.loads(function["arguments"]) if function["arguments"].strip() else {}
+                function["arguments"] = parse(function["arguments"].encode()) if function["arguments"].strip() else {}
             except ValueError as error:
                 raise RowError(f"has a tool call in {name} whose arguments are no JSON ({error})") from error
         around = {key: value for key, value in call.items() if value is not None} if "function" in call else {}

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from ..errors import DataError, MissingExtraError
+from ..outside.documents import is_deeper
 from .conversation import Example, RowError
 from .rows import collect
 
@@ -190,7 +191,8 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
 def _parse(text: bytes) -> Any:
     """The JSON value, or a `RowError` that says why there is none."""
     try:
-        return json.loads(text.decode())
+        value = json.loads(text.decode())
+        return RowError("is nested too deeply") if is_deeper(value) else value
     except UnicodeDecodeError as error:
         return RowError(f"is not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:

@@ -11,11 +11,11 @@ raises `RowError` with the reason; whoever reads the rows gathers the reasons an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import DataError
+from ..outside.documents import parse
 from .conversation import Example, Message, RowError
 from .messages import conversation, kind, text_of
 
@@ -201,7 +201,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     tools = row.get("tools") or ()
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else ()
+            tools = parse(tools.encode()) if tools.strip() else ()
         except ValueError as error:
             raise RowError(f"has 'tools' that is no JSON ({error})") from error
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..outside.documents import parse
 
 TEXT = (".txt", ".txt.gz")
 LINES = (".jsonl", ".jsonl.gz")
@@ -68,7 +68,7 @@ def rows_of(path: Path, file: Iterable[str]) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse(line.encode())
         except ValueError as error:
             raise DataError(f"{path}:{number} is not JSON ({error})") from error
         text = row["text"] if isinstance(row, dict) and isinstance(row.get("text"), str) else "\n".join(strings_in(row))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ from ..checkpoint.source.load import check_model_directory, load_base, load_toke
 from ..checkpoint.source.names import looks_like_path
 from ..checkpoint.source.no_foreign_code import through_transformers
 from ..data.prompts import Template
+from ..data.vocabulary import guard_vocabulary
 from ..errors import CheckpointError
 from ..live.record import record_of
+from ..outside.documents import Unreadable, parse_object, read_bounded
 
 CAUSAL, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -74,6 +75,7 @@ def load_subject(
         model = model.to("cuda")
     place = _tokenizer_place(path, model, base)
     tokenizer = load_tokenizer(place, must_end=kind == CAUSAL)  # a classifier's text need not end
+    guard_vocabulary(model, tokenizer, source)
     return Subject(model, tokenizer, recorded_template(path))
 
 
@@ -81,8 +83,8 @@ def _classifies(path: Path) -> bool:
     """Whether a directory says that its model, or its adapter's, classifies sequences."""
     for name, key in (("config.json", "architectures"), (CONFIG, "task_type")):
         try:
-            said = json.loads((path / name).read_text(encoding="utf-8"))[key]
-        except (OSError, ValueError, TypeError, KeyError):
+            said = parse_object(read_bounded(path / name)).get(key)
+        except Unreadable:
             continue
         if said == "SEQ_CLS" or "ForSequenceClassification" in str(said):
             return True

@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.disk.write import explained
 from ..errors import OutputError
+from ..outside.documents import Unreadable, parse_object, wrong_fields
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What every line has, whatever the task."""
+
+    index: int
+    """Of the problem."""
 
 
 class SampleLog:
@@ -58,9 +68,12 @@ class SampleLog:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    sample = json.loads(line)
+                    sample = parse_object(line)
+                    wrong = next(wrong_fields(sample, Sample), None)
+                    if wrong is not None:
+                        raise Unreadable(wrong)
                     self.samples[sample["index"]] = sample
-                except (ValueError, TypeError, KeyError) as error:
+                except Unreadable as error:
                     raise OutputError(
                         f"{path}:{number} is not a sample of an evaluation; name another directory, or remove the file"
                     ) from error

@@ -125,8 +125,10 @@ def parse(text: bytes, *, integers_only: bool = False) -> Any:
         raise Unreadable("is nested too deeply") from error
     except (ValueError, MemoryError) as error:
         raise Unreadable(f"is not valid JSON: {' '.join(str(error).split())[:200]}") from error
-    if _is_deeper(value, DEEPEST):
+    if is_deeper(value):
         raise Unreadable("is nested too deeply")
+    if b"\\ud" in text or b"\\uD" in text:
+        _check_surrogates(value)
     return value
 
 
@@ -164,7 +166,8 @@ def wrong_fields(value: Any, kind: Any, where: str = "") -> Iterator[str]:
     elif origin is dict and isinstance(value, dict):
         for key, each in value.items():
             yield from wrong_fields(key, arguments[0], f"the name {short(key)} in {where or 'it'}")
-            yield from wrong_fields(each, arguments[1], f"{where}.{key[:80]}" if where else key[:80])
+            name = ascii(key)[1:-1][:80]
+            yield from wrong_fields(each, arguments[1], f"{where}.{name}" if where else name)
     else:
         yield f"{where or 'it'} is {short(value)} and not {_name(kind)}"
 
@@ -224,7 +227,8 @@ def _name(kind: Any) -> str:
     return "an object" if origin is dict or is_dataclass(kind) else WORDS[kind]
 
 
-def _is_deeper(value: Any, most: int) -> bool:
+def is_deeper(value: Any, most: int = DEEPEST) -> bool:
+    """Whether a JSON value has more lists and objects in each other than that."""
     level: list[Any] = [value]
     for _ in range(most):
         level = [
@@ -239,6 +243,14 @@ def _is_deeper(value: Any, most: int) -> bool:
     return True
 
 
+def _check_surrogates(value: Any) -> None:
+    """Refuse half of a surrogate pair, which would be a crash wherever it is written."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Unreadable(f"is not valid JSON: {error.reason}") from error
+
+
 def _natural(digits: str) -> int:
     if digits.startswith("-") or len(digits) > 20 or int(digits) >= 1 << 64:
         _refuse(digits)
@@ -250,8 +262,6 @@ def _refuse(token: str) -> NoReturn:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
-        text.encode()  # half of a surrogate pair is a ValueError here, and would be a crash wherever it is written
     document = dict(pairs)
     if len(document) != len(pairs):
         seen: set[str] = set()

@@ -25,11 +25,12 @@ from transformers import TrainerCallback, set_seed
 from ..checkpoint.disk.write import explained, output_files, write_json
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.residual import save_residual, write_trained
-from ..checkpoint.source.load import check_model_directory, load_tokenizer
+from ..checkpoint.source.load import check_model_directory, load_config, load_tokenizer
 from ..data.encode import Collator, Encoded, encode
 from ..data.prompts import resolve_template
 from ..data.read import read_examples
 from ..data.rows import examples_from_rows
+from ..data.vocabulary import check_known, known_to
 from ..errors import ConfigError, Interrupted, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
@@ -167,6 +168,7 @@ def _train(
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(model)
     encoded = _encoded(data, tokenizer, recipe)
+    check_known(encoded.input_ids, known_to(load_config(model)), tokenizer, model)
     checkpoint = directory.last_checkpoint
     check_checkpoint(directory, checkpoint)
     if progress is not None and checkpoint is not None:

@@ -11,10 +11,12 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import OutputError
+from ...outside.documents import Unreadable, parse_object, wrong_fields
 from ...provenance import sha256
 from .write import locked
 
@@ -98,8 +100,28 @@ def is_held(directory: Path, rank: int) -> bool:
         os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class JournalRecord:
+    """One line: what was made of which of the base's tensors."""
+
+    task: str
+    base: dict[str, str]
+    """Tensor of the base -> sha256."""
+    tensors: dict[str, str]
+    """Tensor that was written -> sha256."""
+    certificate: dict[str, Any] = field(default_factory=dict)
+    """Of a split."""
+
+
+def _is_record(text: bytes) -> bool:
+    try:
+        return next(wrong_fields(parse_object(text), JournalRecord), None) is None
+    except Unreadable:
+        return False
+
+
 def _record(line: bytes) -> dict[str, Any]:
-    return json.loads(line[DIGEST_LENGTH + 1 :])
+    return parse_object(line[DIGEST_LENGTH + 1 :])
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -116,7 +138,7 @@ def _whole_lines(path: Path) -> list[bytes]:
     lines = []
     for line in path.read_bytes().splitlines(keepends=True):
         digest, text = line[:DIGEST_LENGTH], line[DIGEST_LENGTH + 1 : -1]
-        if not line.endswith(b"\n") or digest != _digest(text):
+        if not line.endswith(b"\n") or digest != _digest(text) or not _is_record(text):
             break
         lines.append(line)
     return lines

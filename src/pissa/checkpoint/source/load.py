@@ -11,9 +11,11 @@ import torch
 
 from ...errors import CheckpointError
 from ...live.quantized import keep_unpacked, remember_dtype
+from .files import find_weights
 from .names import looks_like_path
 from .no_foreign_code import through_transformers
-from .reader import check_source
+from .reader import check_source, open_source
+from .skeleton import check_size
 
 
 def load_base(
@@ -83,6 +85,9 @@ def check_model_directory(source: str | os.PathLike[str]) -> None:
     """
     if Path(source).exists() or looks_like_path(source):
         check_source(source)
+        if find_weights(Path(source)).form == "safetensors":
+            with open_source(source) as opened:
+                check_size(opened)
 
 
 def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any]) -> None:

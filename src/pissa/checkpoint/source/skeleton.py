@@ -20,10 +20,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ...errors import CheckpointError
+from ...outside.limits import LimitError, bounded
 from .reader import Source
 
 SIZES = re.compile(r"layer|block|depth|expert|stage")
 """Fields of a configuration that say how many modules there are."""
+BUILD_SECONDS, BUILD_MEMORY = 300.0, 4 << 30
+"""What making a model without its weights may take; the largest known ones take seconds."""
+LARGER, SMALL = 16, 1 << 26
+"""A model may have this many values for each byte of its weights, and this many more: two bits a value are the fewest
+that anybody stores, and buffers are not stored at all."""
 IGNORED = ("quantization_config", "dtype", "torch_dtype")
 
 
@@ -60,6 +66,7 @@ def build(source: Source) -> PreTrainedModel:
             {key: value for key, value in settings.items() if key not in IGNORED}
         )
         with ExitStack() as held:
+            held.enter_context(bounded(BUILD_SECONDS, BUILD_MEMORY))
             for context in (initialization.no_init_weights(), initialization.meta_device_safe_creation_ops()):
                 held.enter_context(context)
             held.enter_context(torch.device("meta"))
@@ -67,10 +74,42 @@ def build(source: Source) -> PreTrainedModel:
             model.tie_weights()
     except CheckpointError:
         raise
+    except LimitError as error:
+        raise CheckpointError(
+            f"{source.path / 'config.json'}: making its model, without weights, is stopped: {error}; correct its sizes"
+        ) from error
     except Exception as error:  # a configuration's fields can be wrong in as many ways as there are models
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{source.path / 'config.json'} describes no model: {reason}") from error
     return model.eval()
+
+
+def check_size(source: Source) -> None:
+    """Refuse a configuration whose model is far larger than its weights: transformers would make it before it compares.
+
+    Args:
+        source: the weights, open.
+
+    Raises:
+        CheckpointError: naming the largest tensor. A configuration of which no model can be made is not refused here:
+            whoever loads it says what is wrong.
+    """
+    _check_sizes(source, source.config)
+    try:
+        model = build(source)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, LimitError):
+            raise
+        return
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    stored = sum(entry.nbytes for entry in source.entries.values())
+    if elements > LARGER * stored + SMALL:
+        largest = max(tensors, key=lambda name: tensors[name].numel())
+        raise CheckpointError(
+            f"{source.path / 'config.json'} asks for {elements:,} values, {largest} alone for "
+            f"{tuple(tensors[largest].shape)}, and the weights are {stored:,} bytes; correct its sizes"
+        )
 
 
 def checkpoint_names(model: PreTrainedModel, source: Source) -> Names:

@@ -27,10 +27,13 @@ from ...config import PissaConfig, Quantization
 from ...errors import CheckpointError, PissaError
 from ...live.layers import KINDS
 from ...live.runtime import taps
+from ...outside.documents import listed
+from ...outside.patterns import wrong_patterns
 from ...provenance import sha256, sha256_of_file
 from ...quantize.error import plain_error
 from ...quantize.formats import Packed
 from ...split import residual_error
+from ..adapter_config import LONGEST_NAME, patterns_in
 from ..disk.layout import INDEX, raw_bytes
 from ..disk.resumable import as_recorded, differences
 from ..factors import PREFIX
@@ -103,6 +106,9 @@ def _config_of(manifest: Mapping[str, Any], path: Path) -> PissaConfig:
         CheckpointError: what the manifest has is none.
     """
     settings = dict(manifest.get("config") or {})
+    wrong = wrong_patterns(patterns_in(settings), LONGEST_NAME)
+    if wrong:
+        raise CheckpointError(f"{path / MANIFEST}: {listed(wrong)}; make {path} again")
     try:
         if settings.get("quantization") is not None:
             settings["quantization"] = Quantization(**settings["quantization"])

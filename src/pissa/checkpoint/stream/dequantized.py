@@ -6,7 +6,6 @@ one entry, of the shape and dtype that they dequantise to, with the bits that bi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import CheckpointError
+from ...outside.documents import Unreadable, parse_object
 from ...quantize.int8 import PackedInt8
 from ...quantize.nested import NESTED_BLOCK, NestedScales
 from ...quantize.nf4 import PackedNF4
@@ -138,9 +138,19 @@ def read_packed(
     return PackedNF4(source.read(name), scales, (out, columns), DTYPES[state["dtype"]], state["blocksize"])
 
 
+LARGEST_STATE = 1 << 16
+"""Bytes of the description of a 4-bit weight: it has some two hundred."""
+
+
 def read_state(source: Source, name: str) -> dict[str, Any]:
     """The description of a 4-bit weight as it stands in the checkpoint."""
-    return json.loads(bytes(source.read(f"{name}{QUANT_STATE}").numpy()))
+    entry = source.entries[f"{name}{QUANT_STATE}"]
+    if entry.nbytes > LARGEST_STATE:
+        raise CheckpointError(f"{entry.file}: the description of {name} has {entry.nbytes:,} bytes; download it again")
+    try:
+        return parse_object(bytes(source.read(f"{name}{QUANT_STATE}").view(torch.uint8).numpy()))
+    except Unreadable as error:
+        raise CheckpointError(f"{entry.file}: the description of {name} {error}; download it again") from error
 
 
 def _eight_bit(source: Source) -> Iterator[str]:

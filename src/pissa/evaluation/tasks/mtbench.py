@@ -16,6 +16,7 @@ from typing import Any
 
 from ...data.prompts import ALPACA, Template, resolve_template
 from ...errors import ConfigError, DataError
+from ...outside.templates import TemplateRefusedError, apply_template
 from ..generate import Continuation, continuations
 from ..intervals import bootstrap
 from ..samples import SampleLog
@@ -182,7 +183,10 @@ def conversation_prompt(asked: Sequence[str], answers: Sequence[str], tokenizer:
         turns = [{"role": "user", "content": asked[0]}]
         for answer, question in zip(answers, asked[1:], strict=True):
             turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            return apply_template(tokenizer, turns, tokenize=False, add_generation_prompt=True)
+        except TemplateRefusedError as error:
+            raise DataError(f"a question is refused by the tokenizer's chat template ({error})") from error
     text = instruction_prompt(asked[0], tokenizer, template)
     heading = ALPACA[ALPACA.index("### Instruction:") :] if template == "alpaca" else "{instruction}"
     for answer, question in zip(answers, asked[1:], strict=True):

@@ -7,7 +7,6 @@ proof that PiSSA's result is an ordinary LoRA: plain PEFT loads it on the untouc
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -24,6 +23,8 @@ from peft import PeftModel
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from ...checkpoint.adapter_config import read_adapter_config
+from ...checkpoint.disk.resumable import Resumable
 from ...checkpoint.disk.write import explained, output_files, write_json
 from ...checkpoint.saved_residual import check_is_base
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
@@ -35,6 +36,7 @@ from ...data.rows import examples_from_rows
 from ...errors import DataError, OutputError
 from ...evaluation.loss import held_out_loss
 from ...evaluation.tasks.registry import Evaluation, EvaluationOptions, find_task
+from ...outside.documents import read_document
 from ...provenance import hardware, package_versions
 from ...training.progress import make_progress
 from ...training.recipe import Recipe
@@ -57,6 +59,26 @@ with torch.no_grad():
     logits = {name: model(input_ids=ids).logits.contiguous() for name, ids in load_file(prompts).items()}
 save_file(logits, out)
 """
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What demo.json holds is compared as it is; any object is a record."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Whether one held-out problem was solved."""
+
+    correct: bool
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held_out.json holds of a run."""
+
+    loss: float
+    samples: list[Solved]
 
 
 @dataclass(frozen=True)
@@ -173,19 +195,10 @@ def _label(method: str, learning_rate: float) -> str:
 
 def _check_output(out: Path, settings: dict[str, Any]) -> None:
     """Refuse a directory that holds something other than this demo. Nothing is written."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a directory with --out")
-    path = out / SETTINGS
-    if not path.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} already holds something else; name another directory with --out")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OutputError(f"{path} is not a demo's record ({error}); name another directory with --out") from error
-    if before != settings:
-        raise OutputError(f"{out} holds a demo of other settings ({before}); name another directory with --out")
+    resumable = Resumable(out, out / SETTINGS, "demo", "writing", DemoSettings)
+    before = resumable.read()
+    if before is not None:
+        resumable.check_same(before, settings)
 
 
 def _peak_memory_gib() -> float:
@@ -242,7 +255,8 @@ def _run_record(
         model = result.model if result.model is not None else _load_run(result)
         match, loss = _scores(model, tokenizer, task, plan, progress, _label(method, seen["learning_rate"]))
         write_json(path, {"loss": loss, "samples": match.samples})
-    after = json.loads(path.read_text(encoding="utf-8"))
+    remedy = "remove it, and the same command measures again"
+    after = read_document(path, HeldOut, error=OutputError, remedy=remedy)
     correct = [sample["correct"] for sample in after["samples"]]
     return {
         "name": name,
@@ -298,10 +312,10 @@ def _check_export(base: str, run: Path, tokenizer: Any, task: Task, progress: Pr
             raise RuntimeError(f"plain PEFT could not load {run}:\n{outcome.stderr}")
         found = load_file(answered)
     progress.update(bar, completed=1)
-    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_adapter_config(run)
     return {
         "max_abs_logit_difference": max(float((found[name] - expected[name]).abs().max()) for name in prompts),
         "max_abs_logit": max(float(logits.abs().max()) for logits in expected.values()),
-        "rank": config["r"],
+        "rank": config.r,
         "directory": run.name,
     }

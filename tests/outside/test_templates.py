@@ -1,0 +1,64 @@
+"""A chat template that loops, recurses, divides by zero or makes gigabytes is one line, soon."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from pissa.outside import templates
+from pissa.outside.templates import TemplateRefusedError, apply_template
+from tiny import tiny_tokenizer
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def rendered(template: str | dict[str, str], **options: Any) -> str:
+    """The conversation under a template."""
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return apply_template(tokenizer, MESSAGES, tokenize=False, **options)
+
+
+def test_an_ordinary_template_is_rendered_as_transformers_does() -> None:
+    text = "{% for m in messages %}[{{ m.role }}]{{ dict(m, **{'x': 1}).content }}{% endfor %}"
+    assert rendered(text) == "[user]Hello"
+    assert rendered("{% generation %}{{ messages[0]['content'] }}{% endgeneration %}") == "Hello"
+    assert rendered({"default": text, "other": "x"}) == "[user]Hello"
+
+
+HOSTILE = {
+    "loop": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}x",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "division": "{{ 1 // 0 }}",
+    "a list and a number": "{{ messages + 3 }}",
+    "an attribute of nothing": "{{ nothing.at.all }}",
+    "an index": "{{ messages[7].content }}",
+    "gigabytes of text": "{{ 'a' * 10000000000 }}",
+    "gigabytes by a width": "{{ 'a'.center(10000000000) }}",
+    "gigabytes by a format": "{{ '%9999999999d' % 1 }}",
+    "gigabytes by a loop": "{% set ns = namespace(t='aaaaaaaa') %}"
+    "{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
+    "a power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "a power without blanks": "{{9**9**9}}",
+    "its own error": "{{ raise_exception('no\n\x1b[31msuch role') }}",
+    "syntax": "{% for %}",
+    "a tag of its own": "{% own %}",
+    "deep": "{{ " + "(" * 100000 + "1" + ")" * 100000 + " }}",
+    "the interpreter": "{{ ''.__class__.__mro__[1].__subclasses__()[0]() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 2.0)
+    start = time.monotonic()
+    with pytest.raises(TemplateRefusedError) as caught:
+        rendered(HOSTILE[name])
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 60
+
+
+def test_a_template_that_is_given_is_bounded_too() -> None:
+    with pytest.raises(TemplateRefusedError, match="power"):
+        rendered("x", chat_template="{{ 9 ** 9 }}")
