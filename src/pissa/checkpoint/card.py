@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 
 from ..decompose.certificate import Certificate
+from ..outside.text import in_code, in_markdown, in_python
 
 CARD = "README.md"
 HERE = "PATH-OR-ID-OF-THIS"
@@ -76,7 +77,7 @@ def loading(base: str | None, options: str = "") -> str:
         base: directory or hub id of what it is for.
         options: more arguments for `PeftModel.from_pretrained`.
     """
-    return ON_BASE.format(base=f'"{base or "BASE"}"', adapter=f'"{HERE}"{options}')
+    return ON_BASE.format(base=in_python(base or "BASE"), adapter=f'"{HERE}"{options}')
 
 
 def lora_card(
@@ -100,8 +101,8 @@ def lora_card(
     kind = f"{'DoRA' if config.use_dora else 'LoRA'} of {ranks_of(config)}"
     worst = max(errors.values(), default=0.0)
     facts = [
-        f"- base: `{base or 'not recorded'}`",
-        f"- method: {method or 'not recorded'}" + (f", rank {rank}" if rank else ""),
+        f"- base: {in_code(base or 'not recorded')}",
+        f"- method: {in_markdown(method or 'not recorded')}" + (f", rank {rank}" if rank else ""),
         "- error: none, this is exactly what training changed"
         if worst == 0
         else f"- error: the optimum of its rank; of a module's update {worst:.2e} at most, "
@@ -115,7 +116,7 @@ def lora_card(
         )
     text = ["# LoRA for the untouched base", "", f"An ordinary {kind}, made with pissa.", "", *facts]
     if config.modules_to_save:
-        text.append(f"- trained in full beside it: {', '.join(config.modules_to_save)}")
+        text.append(f"- trained in full beside it: {', '.join(map(in_markdown, config.modules_to_save))}")
     lines = [*front_matter(base, "peft", ("pissa", "lora")), *text, "", loading(base), "", *cautions(config), ""]
     return "\n".join(lines)
 
@@ -132,11 +133,12 @@ def residual_adapter_card(config: LoraConfig, base: str | None, method: str | No
     text = [
         "# Adapter for a quantised residual",
         "",
-        f"A LoRA of {ranks_of(config)}, made with pissa, for the residual in `{residual or 'residual/'}`. "
-        f"On `{base or 'the base'}` itself it would compute something else; `pissa export` makes an adapter for that.",
+        f"A LoRA of {ranks_of(config)}, made with pissa, for the residual in {in_code(residual or 'residual/')}. "
+        f"On {in_code(base or 'the base')} itself it would compute something else; `pissa export` makes an adapter for "
+        "that.",
         "",
-        f"- base: `{base or 'not recorded'}`",
-        f"- method: {method or 'not recorded'}, {ranks_of(config)}",
+        f"- base: {in_code(base or 'not recorded')}",
+        f"- method: {in_markdown(method or 'not recorded')}, {ranks_of(config)}",
         "- error: none, residual and adapter together are what was trained",
         "",
         loading(residual) if residual is not None else BESIDE,
@@ -166,8 +168,8 @@ def residual_card(
         + (f"components are in the trainable adapter `{initial}/`." if initial else "adapter starts at zero."),
         "By itself it does not compute what the base computes.",
         "",
-        f"- base: `{base or 'not recorded'}`",
-        f"- method: {method or 'not recorded'}" + (f", rank {rank}" if rank else ""),
+        f"- base: {in_code(base or 'not recorded')}",
+        f"- method: {in_markdown(method or 'not recorded')}" + (f", rank {rank}" if rank else ""),
     ]
     if lost:
         text.append(
@@ -187,8 +189,8 @@ def merged_card(base: str | None, method: str | None) -> str:
         "",
         "Made with pissa: an ordinary transformers model, with what training changed merged into its weights.",
         "",
-        f"- base: `{base or 'not recorded'}`",
-        f"- method: {method or 'not recorded'}",
+        f"- base: {in_code(base or 'not recorded')}",
+        f"- method: {in_markdown(method or 'not recorded')}",
         "- error: that of rounding to the stored dtype",
         "",
         f'```python\nmodel = AutoModelForCausalLM.from_pretrained("{HERE}")\n```',

@@ -12,12 +12,14 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from ..errors import PissaError
+from ..outside.text import on_one_line
 from .output import complain
 
 
@@ -41,6 +43,7 @@ def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") 
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers would fetch kernels from the hub, and run them, wherever the package `kernels` is installed
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    shown, warnings.showwarning = warnings.showwarning, _warn
     try:
         code = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -57,6 +60,13 @@ def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") 
         if usage:
             complain(usage, name)
         sys.exit(2)
+    finally:
+        warnings.showwarning = shown
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as one line, in which no name steers the terminal."""
+    print(f"warning: {on_one_line(str(message))}", file=sys.stderr)
 
 
 def _usage_error(error: Exception) -> str | None:

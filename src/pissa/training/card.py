@@ -6,6 +6,7 @@ from typing import Any
 
 from ..checkpoint.card import BESIDE, cautions, front_matter, loading, ranks_of
 from ..export import LoraExport
+from ..outside.text import in_code, in_markdown
 
 
 def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
@@ -16,18 +17,18 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
         export: the LoRA for the base that lies beside the card; None for a model fine-tuned in full, and where the
             residual is quantised.
     """
-    base = results["base"]
+    base = str(results["base"])
     quantized = results.get("quantization") is not None
     adapter = export is not None or quantized
     tags = ("pissa", "lora" if adapter else "full-fine-tuning", *(["quantized"] if quantized else []))
     front = front_matter(base, "peft" if adapter else "transformers", tags)
     losses = results["losses"]
     facts = [
-        f"- base: `{base}`, loaded in {results['dtype']}",
+        f"- base: {in_code(base)}, loaded in {results['dtype']}",
         f"- method: {results['method']}" + (f", rank {results['rank']}" if results["rank"] else ""),
         f"- learning rate {results['learning_rate']:g}, {len(losses)} steps, seed {results['seed']}",
         f"- training loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last" if losses else "",
-        f"- data: {results['data']}",
+        f"- data: {in_markdown(str(results['data']))}",
         f"- prompt template: {results['template']}",
     ]
     if quantized:
@@ -45,8 +46,8 @@ def model_card(results: dict[str, Any], export: LoraExport | None) -> str:
     body = [
         f"# {variant} for the untouched base",
         "",
-        f"Fine-tuned with pissa. This directory is an ordinary {variant} of {ranks_of(export.config)} for `{base}`, "
-        f"{kind}.",
+        f"Fine-tuned with pissa. This directory is an ordinary {variant} of {ranks_of(export.config)} for "
+        f"{in_code(base)}, {kind}.",
         "",
         *filter(None, facts),
         "",
@@ -65,7 +66,7 @@ def _quantized_body(results: dict[str, Any], facts: list[str]) -> list[str]:
         "# Adapter for a quantised residual",
         "",
         f"Fine-tuned with pissa. This directory is a LoRA of rank {results['rank']} for the model in `residual/`, and "
-        f"for no other: on `{base}` itself it would compute something else.",
+        f"for no other: on {in_code(base)} itself it would compute something else.",
         "",
         *filter(None, facts),
         f"- residual: {how['format']}, method {how['method']}; residual and initial adapter together differ from the "
@@ -74,6 +75,7 @@ def _quantized_body(results: dict[str, Any], facts: list[str]) -> list[str]:
         "",
         BESIDE,
         "",
-        f"`pissa export` makes an ordinary LoRA for `{base}` of it, which is off by just that difference, or, with",
+        f"`pissa export` makes an ordinary LoRA for {in_code(base)} of it, which is off by just that difference, "
+        "or, with",
         "`--merged`, one 16-bit model that computes what was trained. `state/` holds what continues the run.",
     ]

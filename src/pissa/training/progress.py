@@ -20,9 +20,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..checkpoint.disk.write import TEMPORARY_PREFIX, explained
 from ..errors import OutputError
 from ..outside.documents import Unreadable, parse_object, wrong_fields
+from ..outside.text import for_terminal
 
 SAME_REQUEST_SECONDS = 1.0
 STEP_KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
+
+
+class PlainConsole(Console):
+    """A console on which text is text: no name in it steers the terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, with what a stranger may have written spelled out."""
+        super().print(*(for_terminal(each) if isinstance(each, str) else each for each in objects), **options)
 
 
 class _Progress(Progress):
@@ -41,7 +50,7 @@ def make_progress(console: Console | None = None) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
-        console=console or Console(stderr=True),
+        console=console or PlainConsole(stderr=True),
     )
 
 

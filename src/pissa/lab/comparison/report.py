@@ -14,6 +14,7 @@ from typing import Any
 
 from ...checkpoint.disk.write import output_files
 from ...errors import MissingExtraError
+from ...outside.text import on_one_line
 from ..style import DARK, LIGHT
 from .drawing import png, svg
 from .page import Page, page_of
@@ -74,7 +75,7 @@ def _environment(*, autoescape: bool) -> Any:
 
 def _escaped(text: str) -> str:
     """Text that Markdown, and the HTML in it, take as it stands; on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&$])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#~&$])", r"\\\1", on_one_line(str(text)))
 
 
 def _fenced(text: str) -> str:
