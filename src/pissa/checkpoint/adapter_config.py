@@ -13,6 +13,7 @@ from peft import AdaLoraConfig, LoraConfig
 from ..errors import CheckpointError
 from ..outside.documents import listed, read_document
 from ..outside.patterns import wrong_patterns
+from ..outside.text import on_one_line
 from .disk.header import read_header
 from .factors import CONFIG, WEIGHTS
 from .manifest import Count
@@ -27,7 +28,7 @@ REMEDY = "give an adapter that PEFT or pissa saved"
 class AdapterConfig:
     """The fields of a LoRA's configuration that decide what it computes."""
 
-    peft_type: str
+    peft_type: str | None = None
     r: Count = 8
     lora_alpha: float = 8
     rank_pattern: dict[str, Count] | None = None
@@ -63,9 +64,11 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     """
     path = directory / CONFIG
     document = read_document(path, AdapterConfig, remedy=REMEDY)
-    kind = document["peft_type"]
+    kind = document.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
-        raise CheckpointError(f"{directory} holds a {kind[:40]!r} adapter; pissa reads LoRA and AdaLoRA adapters")
+        raise CheckpointError(
+            f"{directory} holds a {on_one_line(str(kind)[:40])} adapter; pissa reads LoRA and AdaLoRA adapters"
+        )
     wrong = wrong_patterns(patterns_in(document), _longest_name(directory))
     if wrong:
         raise CheckpointError(f"{path}: {listed(wrong)}; {REMEDY}, or name the modules instead")
@@ -96,6 +99,8 @@ def _longest_name(directory: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         names = read_header(descriptor, path, os.fstat(descriptor).st_size)
+    except CheckpointError:
+        return LONGEST_NAME  # whoever reads the tensors says what is wrong with them
     finally:
         os.close(descriptor)
     return max([LONGEST_NAME // 2, *map(len, names)])
