@@ -47,12 +47,14 @@ SYSTEM_CALLS = {
         169, 167, 304, 425, 426, 427, 428, 429, 430, 431, 432, 438, 442,
         29, 30, 31, 64, 66, 68, 71, 240, 241,  # memory, semaphores and messages that outlive a process
         141, 142, 144, 203, 251, 256, 279, 314,  # priorities, processors and pages, also of other processes
+        319, 447,  # files in memory alone, which no limit of a process counts
     ]),
     "aarch64": (0xC00000B7, 220, 261, [
         198, 117, 40, 39, 41, 51, 97, 268, 280, 217, 218, 219, 241, 282, 270, 271, 104, 294, 105, 273, 106, 142, 224,
         265, 425, 426, 427, 428, 429, 430, 431, 432, 438, 442,
         194, 195, 196, 190, 191, 186, 187, 180, 181,
         140, 118, 119, 122, 30, 238, 239, 274,
+        279, 447,
     ]),
 }  # fmt: skip
 CLONE3, CLONE_THREAD = 435, 0x10000

@@ -1,7 +1,16 @@
 """Running generated code: a confined process per program, and what this machine can and cannot confine.
 
-`jail.py` has the layers. A verdict is reached inside the program's own process, so a program that sets out to forge
-"passed" can; what it cannot do is reach anything outside.
+What it does NOT cover, on any machine:
+
+    a forged verdict    it is reached inside the program's own process; a program that sets out to forge "passed" can
+    the kernel          a fault in it is the way out of every layer; for code of somebody who wants to do harm, and not
+                        of a model that makes mistakes, take a virtual machine
+    side channels       time, caches, and how busy the machine is
+    threads             any number, until the program's time is over; their stacks count as its memory, the kernel's
+                        own part of them (some 16 KiB each) does not
+
+Memory, time, files, processes, network and signals are covered where the layers of `jail.py` hold, and `gaps` says what
+is open where one does not.
 """
 
 from __future__ import annotations
@@ -125,6 +134,12 @@ def missing(layers: dict[str, Any]) -> tuple[str, ...]:
         found.append("sending signals to processes of its user")
     if not namespaces and not seccomp:
         found.append("changing limits and priorities of processes of its user, and leaving shared memory behind")
+    if not namespaces and 0 < landlock < 3:
+        found.append("emptying files that its user may write")
+    if not namespaces:
+        found.append("reading the command lines of processes of its user")
+    if not seccomp:
+        found.append("keeping more in memory than it is granted, in files that have no name")
     if not seccomp and not unprivileged:
         found.append("starting any number of processes until its time is over")
     if not namespaces:
