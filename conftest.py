@@ -20,7 +20,12 @@ SETTINGS = {
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# how long an example takes says something of the machine and nothing of the code
+hypothesis.settings.register_profile("pissa", deadline=None)
+hypothesis.settings.load_profile("pissa")
 
 
 @pytest.fixture(scope="module", autouse=True)
