@@ -28,6 +28,7 @@ from .ties import declare_untied, shared_weights
 from .tokens import fill_tokens
 from .trial import REFUSALS, refusal
 from .undo import undone_on_failure
+from .wrapped import refuse_to_be_saved
 
 
 def attach(
@@ -136,6 +137,7 @@ def _attach(
             B0 = B0 * E0[0] if E0 else B0
             place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
     keep_slow_path(adapted)
+    refuse_to_be_saved(adapted.get_base_model())
     quantized = record.quantized or bool(packed)
     undo = Undo(shared, ties, tied_before, trainable)
     keep_record(adapted, replace(record, base=base, quantized=quantized, undo=undo))
