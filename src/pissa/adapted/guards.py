@@ -210,7 +210,6 @@ class AdaptedTuner:
 def guard(model: PeftModel) -> None:
     """Give an adapted model the classes that are described above."""
     runtime: Any = model
-    runtime.__dict__.pop("_is_prompt_learning", None)
     runtime.__class__ = _guarded(type(model))
     runtime.base_model.__class__ = _guarded(type(runtime.base_model))
     guard_layers(model)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PissaError
 from ..live.marks import set_marks
+from ..live.peft_config import of_low_rank_alone
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
 from ..live.record import Record, record_of
 from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, without_wrappers
@@ -113,6 +114,8 @@ def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str 
     save_file(tensors, directory / WEIGHTS, {"format": "pt"})
     config: Any = deepcopy(model.peft_config[adapter])
     set_marks(config, base=None)  # it is for this residual and no other model
+    if adapter == INITIAL:
+        of_low_rank_alone(config)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(directory))
 

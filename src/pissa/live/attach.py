@@ -18,7 +18,7 @@ from .adalora import layer_scale
 from .conversion import settle_names
 from .identity import base_sample
 from .layers import combine_each
-from .marks import set_marks
+from .marks import ROWS, set_marks
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import bitsandbytes_config, declare_quantized, quantized_layer
 from .record import Record, Undo, keep_record
@@ -100,6 +100,8 @@ def _attach(
     base = record.base if record.residual is not None else getattr(model, "name_or_path", None) or None
     if not ready and (sample := base_sample(model, initial)) is not None:
         set_marks(lora_config, base=sample)
+    if (rows := vars(model).get(ROWS)) is not None:
+        set_marks(lora_config, **{ROWS: rows})
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")

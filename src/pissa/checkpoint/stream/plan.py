@@ -23,7 +23,7 @@ from ...config import PissaConfig, Quantization
 from ...errors import CheckpointError, ConfigError
 from ...live.factors import Layout
 from ...live.marks import set_marks
-from ...live.peft_config import peft_config
+from ...live.peft_config import of_low_rank_alone, peft_config
 from ...live.quantized import bitsandbytes_config, quantized_layer, require_bitsandbytes
 from ...live.state import INITIAL
 from ...live.targets import Target, layouts_of, resolve_targets
@@ -381,6 +381,7 @@ def _configurations(
     if untied:
         settings.tie_word_embeddings = False
     lora = replace(peft_config(model, targets, config), lora_dropout=0.0)
+    of_low_rank_alone(lora)
     if config.quantization is not None:
         empty = _empty_packed(targets[0].place.matrix_shape, config.quantization, dtype)
         settings.quantization_config = bitsandbytes_config(model, [t.name for t in targets], empty, dtype)
