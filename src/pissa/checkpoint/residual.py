@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from ..errors import PissaError
 from ..live.marks import set_marks
-from ..live.peft_config import of_low_rank_alone
 from ..live.quantized import bits_of, keep_unpacked, quantized_layers
 from ..live.record import Record, record_of
 from ..live.state import INITIAL, active_adapter_name, adapter_layers, has_initial_adapter, without_wrappers
@@ -108,14 +107,10 @@ def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str 
     adapter = adapter or active_adapter_name(model)
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    if adapter == INITIAL:
-        state = {key: tensor for key, tensor in state.items() if ".lora_" in key}
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS, {"format": "pt"})
     config: Any = deepcopy(model.peft_config[adapter])
     set_marks(config, base=None)  # it is for this residual and no other model
-    if adapter == INITIAL:
-        of_low_rank_alone(config)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(directory))
 

@@ -15,9 +15,6 @@ from .layers import LINEAR, TRANSPOSED
 from .marks import set_marks
 from .targets import Target, pattern_keys, peft_targets
 
-TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""PEFT's names of the tasks whose head it always trains."""
-
 
 def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) -> LoraConfig:
     """PEFT's configuration for these targets. It says `init_lora_weights=True`, so that no library that copies or
@@ -46,17 +43,6 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
     if parameters:
         set_marks(result, **{NESTING: parameters})
     return adalora_config(result, config.orthogonality) if config.use_adalora else result
-
-
-def of_low_rank_alone(config: LoraConfig) -> None:
-    """Make a configuration say that nothing but low-rank factors belong to the adapter.
-
-    For classifiers PEFT adds their head to what is trained in full, and then wants it in the adapter's file; an initial
-    adapter has none. With such a configuration PEFT loads it, and leaves the head as it is.
-    """
-    config.modules_to_save = None
-    if str(getattr(config.task_type, "value", config.task_type)) in TASKS_WITH_A_HEAD:
-        config.task_type = None
 
 
 def _token_indices(config: PissaConfig) -> list[int] | dict[str, list[int]] | None:
