@@ -28,6 +28,7 @@ TEXT = settings(
     **settings(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4),
     **settings(max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2),
 )
+LABELLED = {**TEXT, "num_labels": 3}
 SEQUENCES = settings(
     **settings(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4),
     **settings(decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0, bos_token_id=1),
@@ -45,7 +46,7 @@ SOUND = settings(
 
 def t5() -> Any:
     config = hf.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **settings(decoder_start_token_id=0)
     )
     return hf.T5ForConditionalGeneration(config)
 
@@ -76,14 +77,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     "t5": t5,
     "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQUENCES)),
     "whisper": whisper,
-    "roberta classifier": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(num_labels=3, **TEXT)),
-    "llama classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(num_labels=3, **TEXT)),
-    "tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(num_labels=3, **TEXT)),
+    "roberta classifier": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**LABELLED)),
+    "llama classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**LABELLED)),
+    "tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**LABELLED)),
     "questions": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TEXT)),
     "masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
     "backbone": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
     "swin": swin,
-    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(num_labels=3, **VISION)),
+    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**settings(num_labels=3), **VISION)),
     "clip": clip,
     "llava": llava,
     "wav2vec2": lambda: hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**TEXT, **SOUND)),

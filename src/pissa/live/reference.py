@@ -152,8 +152,7 @@ def _initial_adapter_active(model: PeftModel) -> Iterator[None]:
 
 
 def _check(model: Any) -> None:
-    known = isinstance(model, PeftModel | BaseTuner)
-    if not known:
+    if not any(isinstance(model, cls) for cls in (PeftModel, BaseTuner)):
         raise PissaError(f"a model from pissa.adapt or pissa.load is needed, got {type(model).__name__}")
     if has_initial_adapter(model):
         merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
