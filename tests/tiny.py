@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel, PeftModelForCausalLM
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
@@ -168,3 +170,13 @@ def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def global_generators() -> tuple[Any, ...]:
     """The states of all global random number generators."""
     return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
+
+
+def save_by_peft_alone(model: Any, directory: Path) -> None:
+    """What PEFT's own code writes of an adapted model: the rank-r adapter, and `pissa_init/` beside it."""
+    ours = type(model)
+    model.__class__ = PeftModelForCausalLM
+    try:
+        PeftModel.save_pretrained(model, str(directory))
+    finally:
+        model.__class__ = ours

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from families import FAMILIES, logits
 from pissa import PissaConfig, adapt, export_lora, load, reference, restore, save_residual
-from pissa.adapted.save import save_pretrained
+from pissa.adapted.save import AdaptedSaving
 from pissa.checkpoint.read import read_adapter
 from pissa.checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from pissa.checkpoint.source.names import looks_like_path
@@ -30,6 +30,7 @@ from tiny import (
     largest_difference,
     logits_of,
     same_tensors,
+    save_by_peft_alone,
     snapshot,
     tiny_gpt2,
     tiny_llama,
@@ -78,13 +79,13 @@ def trained(base: Path, **settings: Any) -> PeftModel:
 
 def saved_by_peft(model: PeftModel, directory: Path) -> None:
     """As PEFT alone would save it, and pissa once did: the rank-r adapter, and `pissa_init/` beside it."""
-    PeftModel.save_pretrained(model, str(directory))
+    save_by_peft_alone(model, directory)
 
 
 # Saved and loaded
 
 
-@pytest.mark.parametrize("save", [save_pretrained, saved_by_peft], ids=["ours", "peft"])
+@pytest.mark.parametrize("save", [AdaptedSaving.save_pretrained, saved_by_peft], ids=["ours", "peft"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_model_is_loaded_bit_for_bit(

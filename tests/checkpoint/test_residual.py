@@ -25,7 +25,7 @@ from pissa.live.layers import weight_matrix
 from pissa.live.quantized import keep_unpacked, quantized_layers
 from pissa.live.state import INITIAL, adapter_layers, base_layer
 from pissa.provenance import fingerprint
-from tiny import largest_difference, logits_of, same_tensors, tiny_gpt2, tiny_llama, train_steps
+from tiny import largest_difference, logits_of, same_tensors, save_by_peft_alone, tiny_gpt2, tiny_llama, train_steps
 
 pytest.importorskip("bitsandbytes")
 FORMATS: dict[str, Quantization | None] = {
@@ -169,7 +169,7 @@ def _start(model: PeftModel) -> PeftModel:
 def test_a_quantised_adapter_without_its_residual_is_refused(tmp_path: Path) -> None:
     tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
     model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PissaConfig(4, quantization=FORMATS["int8"]))
-    PeftModel.save_pretrained(model, str(tmp_path / "adapter"))
+    save_by_peft_alone(model, tmp_path / "adapter")
     for base in (None, tmp_path / "base", AutoModelForCausalLM.from_pretrained(tmp_path / "base")):
         with pytest.raises(CheckpointError, match="save_residual"):
             pissa.load(tmp_path / "adapter", base)

@@ -135,8 +135,8 @@ def merged() -> PeftModel:
 
 def decomposed_again() -> PeftModel:
     model = adapt(tiny_llama(), PissaConfig(4))
-    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
-    type(model).add_adapter(model, "second", config)  # the model's own add_adapter refuses it
+    config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights="pissa")
+    PeftModel.add_adapter(model, "second", config)  # the model's own add_adapter refuses it, and so do its layers
     return model
 
 

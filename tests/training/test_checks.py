@@ -9,9 +9,9 @@ import pytest
 import torch
 from small_runs import recipe, rows, run
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
-from pissa import PissaConfig, adapt
+from pissa import PissaConfig, adapt, export_merged, load
 from pissa.errors import ConfigError, TrainingError
 from pissa.training.checks import check_causal, check_packs
 from pissa.training.trainer import DataCollatorForLanguageModeling, RunTrainer
@@ -50,9 +50,28 @@ def test_a_run_on_an_encoder_is_refused_before_anything_is_written(tmp_path: Pat
 def test_a_token_without_an_embedding_is_named_before_the_split(tmp_path: Path) -> None:
     tiny_llama(vocab_size=300).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match=r"the tokenizer has token 3\d\d .*embeddings for 300 tokens; resize"):
+    said = r"the tokenizer has token 3\d\d .*embeddings for 300 tokens; set resize_embeddings"
+    with pytest.raises(ConfigError, match=said):
         run(tmp_path / "base", tmp_path / "out", recipe())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"placement": "offset"}, {"trainable_token_indices": (301, 305)}])
+def test_a_run_that_enlarges_the_base_is_loaded_and_merged_as_it_was_trained(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    result = run(tmp_path / "base", tmp_path / "run", recipe(resize_embeddings=True, **settings))
+    assert result.model is not None
+    tokens = torch.arange(290, 310)[None]
+    with torch.no_grad():
+        trained = result.model.eval()(input_ids=tokens).logits
+        loaded = load(tmp_path / "run").eval()(input_ids=tokens).logits
+        export_merged(tmp_path / "run", tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=tokens).logits
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-4)
 
 
 def test_packed_documents_that_see_each_other_are_refused() -> None:

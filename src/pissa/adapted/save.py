@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
@@ -52,116 +52,117 @@ from ..live.state import (
 CLOSE = 1e-5
 """Relative distance of two starting products that are the same."""
 
-# The functions have the names of PEFT's methods, so that a copied or unpickled model finds them, or PEFT's.
+
+if TYPE_CHECKING:
+    _Mixed = PeftModel
+else:
+    _Mixed = object
 
 
-def save_pretrained(
-    self: PeftModel,
-    save_directory: str | os.PathLike[str],
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
-    save_embedding_layers: str | bool = "auto",
-    is_main_process: bool = True,
-    path_initial_model_for_weight_conversion: str | None = None,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    **_: Any,
-) -> None:
-    """PEFT's `save_pretrained`: a directory that `PeftModel.from_pretrained(base, …)` and `pissa.load` read.
+class AdaptedSaving(_Mixed):
+    """Mixed into the class of a PeftModel, before it: the methods above."""
 
-    Args:
-        save_directory: made if need be; what an earlier call wrote there is replaced.
-        safe_serialization: files are safetensors.
-        selected_adapters: names; None for all but the frozen initial one. "default" goes into the directory itself,
-            any other into a subdirectory of its name.
-        save_embedding_layers: embeddings that are trained are saved (`modules_to_save`), others never.
-        is_main_process: whether this process writes.
-        path_initial_model_for_weight_conversion: not needed: a LoRA for the base is what is written anyway.
-        state_dict: of a model whose parameters are shards: the whole one.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """PEFT's `save_pretrained`: a directory that `PeftModel.from_pretrained(base, …)` and `pissa.load` read.
 
-    Raises:
-        PissaError: an adapter is no plain LoRA, merged, or not there; an option asks for what is never written.
-        OutputError: the directory cannot be written.
-    """
-    if not safe_serialization or save_embedding_layers is True:
-        raise PissaError(
-            "safe_serialization=False and save_embedding_layers=True are not supported: files are safetensors, and an "
-            "embedding is saved where it is trained, by modules_to_save; leave both out"
-        )
-    names = selected_adapters if selected_adapters is not None else [n for n in self.peft_config if n != INITIAL]
-    unknown = [name for name in names if name not in self.peft_config or name == INITIAL]
-    if unknown:
-        raise PissaError(f"there is no adapter {', '.join(unknown)} to save; there are {_own_adapters(self)}")
-    if is_main_process:
-        _save(self, Path(save_directory), names, state_dict)
+        Args:
+            save_directory: made if need be; what an earlier call wrote there is replaced.
+            safe_serialization: files are safetensors.
+            selected_adapters: names; None for all but the frozen initial one. "default" goes into the directory itself,
+                any other into a subdirectory of its name.
+            save_embedding_layers: embeddings that are trained are saved (`modules_to_save`), others never.
+            is_main_process: whether this process writes.
+            path_initial_model_for_weight_conversion: not needed: a LoRA for the base is what is written anyway.
+            state_dict: of a model whose parameters are shards: the whole one.
 
+        Raises:
+            PissaError: an adapter is no plain LoRA, merged, or not there; an option asks for what is never written.
+            OutputError: the directory cannot be written.
+        """
+        if not safe_serialization or save_embedding_layers is True:
+            raise PissaError(
+                "safe_serialization=False and save_embedding_layers=True are not supported: files are safetensors, and "
+                "an embedding is saved where it is trained, by modules_to_save; leave both out"
+            )
+        names = selected_adapters if selected_adapters is not None else [n for n in self.peft_config if n != INITIAL]
+        unknown = [name for name in names if name not in self.peft_config or name == INITIAL]
+        if unknown:
+            raise PissaError(f"there is no adapter {', '.join(unknown)} to save; there are {_own_adapters(self)}")
+        if is_main_process:
+            _save(self, Path(save_directory), names, state_dict)
 
-def push_to_hub(
-    self: PeftModel,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    tags: Iterable[str] | None = None,
-) -> Any:
-    """Upload the adapter as `save_pretrained` writes it, with its model card, to a repository of the hub.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Iterable[str] | None = None,
+    ) -> Any:
+        """Upload the adapter as `save_pretrained` writes it, with its model card, to a repository of the hub.
 
-    Args:
-        repo_id: NAME or ORGANISATION/NAME; made if need be.
-        commit_message, commit_description, private, token, revision, create_pr: as transformers has them.
-        tags: more tags for the card.
+        Args:
+            repo_id: NAME or ORGANISATION/NAME; made if need be.
+            commit_message, commit_description, private, token, revision, create_pr: as transformers has them.
+            tags: more tags for the card.
 
-    Returns:
-        huggingface_hub's `CommitInfo`.
-    """
-    api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo, branch=revision, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        _save(self, Path(folder), _own_adapters(self), named=repo)
-        card = (Path(folder) / CARD).read_text(encoding="utf-8")
-        write_card(Path(folder), with_tags(card, tags or ()))
-        return api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=commit_message or "Upload model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        Returns:
+            huggingface_hub's `CommitInfo`.
+        """
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            _save(self, Path(folder), _own_adapters(self), named=repo)
+            card = (Path(folder) / CARD).read_text(encoding="utf-8")
+            write_card(Path(folder), with_tags(card, tags or ()))
+            return api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
+    def load_adapter(
+        self, model_id: Any, adapter_name: str, is_trainable: bool = False, *arguments: Any, **options: Any
+    ) -> Any:
+        """PEFT's `load_adapter`, for adapters of this model.
 
-def load_adapter(
-    self: PeftModel, model_id: Any, adapter_name: str, is_trainable: bool = False, *arguments: Any, **options: Any
-) -> Any:
-    """PEFT's `load_adapter`, for adapters of this model.
-
-    Raises:
-        PissaError: another adapter, which is for the base, on weights that are residuals.
-        CheckpointError: what is loaded started elsewhere than this model's adapter.
-    """
-    record = record_of(self)
-    if not has_initial_adapter(self) and not (record is not None and record.quantized):
-        theirs: Any = type(self).load_adapter
-        result = theirs(self, model_id, adapter_name, is_trainable, *arguments, **options)
-        if is_offset(self, adapter_name):
-            freeze_ahead(self, adapter_name)
-        return result
-    if adapter_name not in self.peft_config:
-        raise PissaError(
-            f"{model_id} cannot be loaded beside an adapter whose weights are residuals: what it was trained on is the "
-            'base. Load it with pissa.load, or by PEFT on the base, or adapt with placement="offset"'
-        )
-    _take_over(self, model_id, read_adapter(model_id), adapter_name)
-    return None if is_trainable else self.eval()
-
-
-METHODS = (save_pretrained, push_to_hub, load_adapter)
+        Raises:
+            PissaError: another adapter, which is for the base, on weights that are residuals.
+            CheckpointError: what is loaded started elsewhere than this model's adapter.
+        """
+        record = record_of(self)
+        if not has_initial_adapter(self) and not (record is not None and record.quantized):
+            result = super().load_adapter(model_id, adapter_name, is_trainable, *arguments, **options)
+            if is_offset(self, adapter_name):
+                freeze_ahead(self, adapter_name)
+            return result
+        if adapter_name not in self.peft_config:
+            raise PissaError(
+                f"{model_id} cannot be loaded beside an adapter whose weights are residuals: what it was trained on is "
+                'the base. Load it with pissa.load, or by PEFT on the base, or adapt with placement="offset"'
+            )
+        _take_over(self, model_id, read_adapter(model_id), adapter_name)
+        return None if is_trainable else self.eval()
 
 
 def _own_adapters(model: PeftModel) -> list[str]:
@@ -194,8 +195,7 @@ def _save(
     for adapter in adapters:
         final = directory if adapter == TRAINABLE else directory / adapter
         if not isinstance(model.peft_config[adapter], LoraConfig):
-            theirs: Any = type(model).save_pretrained
-            theirs(model, str(directory), selected_adapters=[adapter])
+            PeftModel.save_pretrained(model, str(directory), selected_adapters=[adapter])
             continue
         with output_files(final, last=CONFIG) as partial:
             if residual is not None:

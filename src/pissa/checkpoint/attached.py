@@ -17,7 +17,9 @@ from ..live.record import Record
 from ..live.state import TRAINABLE
 from .read import SavedAdapter, base_place, fitted, read_adapter
 from .saved_residual import SavedResidual
-from .source.load import load_base
+from .source.architecture import class_for
+from .source.load import check_model_directory, load_base, load_config
+from .vocabulary import fit_vocabulary
 
 
 def attach_saved(
@@ -42,6 +44,7 @@ def attach_saved(
     given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
     saved = read_adapter(path, given)
     model, residual = _base_or_residual(path, saved, base, given)
+    fit_vocabulary(path, saved, model, given or saved.base)
     adapters = fitted(path, saved, model)
     if residual is None and is_other_base(saved.sample, model, adapters):
         raise CheckpointError(
@@ -96,9 +99,20 @@ def _base_or_residual(
 ) -> tuple[Any, SavedResidual | None]:
     """The model to attach an adapter to, and where it is the residual already, what its directory says."""
     place, residual = base_place(path, saved, given)
-    model: Any = load_base(place) if base is None or isinstance(base, str | os.PathLike) else base
+    model: Any = base
+    if base is None or isinstance(base, str | os.PathLike):
+        model = load_base(place, kind=_class_of(path, saved, place))
     keep_unpacked(model)
     return model, residual
+
+
+def _class_of(path: str | os.PathLike[str], saved: SavedAdapter, place: str | os.PathLike[str]) -> str:
+    """The name of the class of transformers that the base is loaded by: what its config.json names."""
+    check_model_directory(place)
+    task: Any = saved.config.task_type
+    mapping = saved.config.auto_mapping or {}
+    architectures = getattr(load_config(place), "architectures", None)
+    return class_for(architectures, getattr(task, "value", task), mapping.get("base_model_class"), f"{path}")
 
 
 def _load_others(model: PeftModel, tensors: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
@@ -19,8 +20,12 @@ from ..live.runtime import OUT_PROJ, TWICE
 from ..live.state import module_path
 from .scales import rank_of, scale_of
 from .source.hub import first_line
+from .source.pickled import load_weights
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OLD_WEIGHTS = "adapter_model.bin"
+"""What PEFT wrote before it wrote safetensors."""
+REMEDY = "nothing can be computed with it; take an earlier checkpoint, or train again at a lower learning rate"
 PREFIX = "base_model.model."
 
 
@@ -39,13 +44,10 @@ def read_factors(
     Raises:
         CheckpointError: the file is missing, damaged, incomplete, or of another kind of adapter.
     """
-    file = directory / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{directory} has no {WEIGHTS}; the adapter is incomplete")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
+    file, tensors = _tensors_in(directory)
+    wrong = [key.removeprefix(PREFIX) for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise CheckpointError(f"{file} holds NaN or Inf in {', '.join(wrong[:5])}{_and_more(wrong)}: {REMEDY}")
     sides: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     foreign: list[str] = []
@@ -76,6 +78,27 @@ def read_factors(
             + (f" for {', '.join(broken)}" if broken else "")
         )
     return *_told_apart(file, sides, config), others
+
+
+def _tensors_in(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """An adapter's file, a safetensors or, from older PEFTs, a pickle, and all its tensors; no code of it is run."""
+    file, pickled = directory / WEIGHTS, directory / OLD_WEIGHTS
+    if file.is_file():
+        try:
+            return file, load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
+    if not pickled.is_file():
+        raise CheckpointError(f"{directory} has no {WEIGHTS}; the adapter is incomplete")
+    try:
+        with open(pickled, "rb") as stream:
+            return pickled, load_weights(stream, pickled)
+    except OSError as error:
+        raise CheckpointError(f"{pickled} cannot be read: {first_line(error)}") from error
+
+
+def _and_more(names: list[str]) -> str:
+    return " and others" if len(names) > 5 else ""
 
 
 def _told_apart(

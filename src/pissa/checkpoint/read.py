@@ -16,6 +16,7 @@ A residual on disk is loaded as it is.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -161,8 +162,26 @@ def _read_config(directory: Path) -> LoraConfig:
     reason = not_plain_lora(config, initial_known=True)
     if reason:
         raise CheckpointError(f"the adapter in {directory} {reason}")
+    _check_scales(directory, config)
     config.inference_mode = False
     return config
+
+
+def _check_scales(directory: Path, config: LoraConfig) -> None:
+    """Refuse an alpha or a rank with which nothing can be computed."""
+    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
+    wrong = [name for name, alpha in alphas.items() if not _is_number(alpha) or not math.isfinite(alpha)]
+    ranks = {"r": config.r, **(config.rank_pattern or {})}
+    wrong += [name for name, rank in ranks.items() if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1]
+    if wrong:
+        raise CheckpointError(
+            f"{directory / CONFIG}: {', '.join(map(str, wrong[:20]))}: an alpha is a finite number, a rank a whole one "
+            "of at least 1"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def fitted(

@@ -107,8 +107,6 @@ def write_adapter(model: PeftModel, directory: Path, *, base: str, adapter: str 
     adapter = adapter or active_adapter_name(model)
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    if adapter == INITIAL:
-        state = {key: tensor for key, tensor in state.items() if ".lora_" in key}
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS, {"format": "pt"})
     config: Any = deepcopy(model.peft_config[adapter])

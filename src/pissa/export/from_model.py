@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from ..checkpoint.factors import PREFIX
+from ..checkpoint.factors import PREFIX, REMEDY
 from ..checkpoint.read import SavedAdapter
 from ..errors import PissaError
 from ..live.adalora import layer_scale
@@ -45,6 +45,9 @@ def from_live(model: PeftModel, whole: Mapping[str, Tensor] | None = None, adapt
         factors = _whole_factors(model, layouts, adapter, whole)
         if is_marked_offset(config):
             factors = {name: halves(f) for name, f in factors.items()}
+    check_finite(
+        {f"{name}, {side}": t for name, f in factors.items() for side, t in (("A", f.A), ("B", f.B))}, "the adapter"
+    )
     given = dict(whole) if whole is not None else None
     state = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
     others = {key: value.detach().clone() for key, value in state.items() if ".lora_" not in key}
@@ -71,6 +74,22 @@ def exportable(model: PeftModel, adapter: str | None = None) -> str:
     if any(layer.merged for layer in adapter_layers(model).values()):
         raise PissaError("the adapters are merged into the weights: call unmerge_adapter() first")
     return adapter
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors with which nothing can be computed.
+
+    Args:
+        tensors: by the names that the message gives.
+        what: they are, for the message: "the adapter".
+
+    Raises:
+        PissaError: some hold NaN or Inf.
+    """
+    wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        more = " and others" if len(wrong) > 5 else ""
+        raise PissaError(f"{what} holds NaN or Inf in {', '.join(wrong[:5])}{more}: {REMEDY}")
 
 
 def _unwrapped(layout: Layout) -> Layout:

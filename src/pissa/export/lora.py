@@ -20,11 +20,11 @@ from ..checkpoint.source.load import load_config
 from ..errors import CheckpointError, ConfigError, PissaError
 from ..live.adalora import lora_config
 from ..live.conversion import NESTING, nesting
-from ..live.marks import config_with_ranks, is_marked_offset, set_marks, without_marks
+from ..live.marks import ROWS, config_with_ranks, is_marked_offset, marks, set_marks, without_marks
 from ..live.state import active_adapter_name
 from ..live.targets import pattern_keys
 from .files import LoraExport, write_lora
-from .from_model import from_live
+from .from_model import check_finite, from_live
 from .gguf_lora import check_gguf_target, write_gguf_lora
 from .low_rank import LowRank, truncate
 
@@ -187,8 +187,10 @@ def _as_export(saved: SavedAdapter, parts: Mapping[str, LowRank], config: LoraCo
         if part.magnitude is not None:
             export[f"{PREFIX}{layout_of.magnitude_key}"] = part.magnitude.clone()
     export.update(saved.others)
-    parameters = nesting(config)
+    check_finite({key.removeprefix(PREFIX): tensor for key, tensor in export.items()}, "the adapter")
+    parameters, rows = nesting(config), marks(config).get(ROWS)
     config = without_marks(config)
+    set_marks(config, **{ROWS: rows})
     if layout == LOSSLESS and is_marked_offset(saved.config):
         set_marks(config, placement="offset")
     if parameters:

@@ -29,7 +29,7 @@ from ..live.quantized import quantized_layers
 from ..live.record import record_of
 from ..live.state import adapter_factors, adapter_layers, is_offset, place_at, without_wrappers
 from ..split import STORAGE_DTYPES
-from .from_model import exportable
+from .from_model import check_finite, exportable
 
 TOKENS = ".token_adapter."
 """What PEFT puts into the names of an embedding some of whose rows are trained."""
@@ -120,6 +120,7 @@ def merged_state(model: PeftModel) -> dict[str, Tensor]:
                 )
             f = f.folded()
             merged = merged_weight(place.matrices(), f.change() if is_offset(model, adapter) else f)
+            check_finite({key: merged}, "the merged weight")
             tensor = _stored(place, merged)
         elif kind == "weight" and name in quantized:
             place = place_of(quantized[name])

@@ -18,7 +18,7 @@ from .adalora import layer_scale
 from .conversion import settle_names
 from .identity import base_sample
 from .layers import combine_each
-from .marks import set_marks
+from .marks import ROWS, set_marks
 from .offset import concatenated, freeze_second_halves, offset_config
 from .quantized import bitsandbytes_config, declare_quantized, quantized_layer
 from .record import Record, Undo, keep_record
@@ -28,6 +28,7 @@ from .ties import declare_untied, shared_weights
 from .tokens import fill_tokens
 from .trial import REFUSALS, refusal
 from .undo import undone_on_failure
+from .wrapped import refuse_to_be_saved
 
 
 def attach(
@@ -99,6 +100,8 @@ def _attach(
     base = record.base if record.residual is not None else getattr(model, "name_or_path", None) or None
     if not ready and (sample := base_sample(model, initial)) is not None:
         set_marks(lora_config, base=sample)
+    if (rows := vars(model).get(ROWS)) is not None:
+        set_marks(lora_config, **{ROWS: rows})
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
@@ -136,6 +139,7 @@ def _attach(
             B0 = B0 * E0[0] if E0 else B0
             place.put(combine_each(place.matrices(), A0, B0, -layer_scale(layer, TRAINABLE)))
     keep_slow_path(adapted)
+    refuse_to_be_saved(adapted.get_base_model())
     quantized = record.quantized or bool(packed)
     undo = Undo(shared, ties, tied_before, trainable)
     keep_record(adapted, replace(record, base=base, quantized=quantized, undo=undo))

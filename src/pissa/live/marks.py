@@ -11,6 +11,8 @@ from ..errors import PissaError
 from .adalora import set_rank
 
 MARKS = "pissa"
+ROWS = "rows"
+"""A mark, and the attribute of a model: how many rows the embedding was enlarged to, see `checkpoint/vocabulary.py`."""
 PRESERVING_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """What PEFT may have done at initialisation without changing the base's weights."""
 

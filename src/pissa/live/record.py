@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from peft import PeftModel
 
 from ..config import PissaConfig, Quantization
 from ..decompose.certificate import Certificate
@@ -53,6 +54,7 @@ def record_of(model: object) -> Record | None:
     return found if isinstance(found, Record) else None
 
 
-def keep_record(model: nn.Module, record: Record) -> None:
-    """Put a record on a model as `model.pissa`."""
-    model.pissa = record  # pyright: ignore[reportArgumentType] -- a plain attribute, not a module
+def keep_record(model: PeftModel, record: Record) -> None:
+    """Put a record on a model as `model.pissa`: on its tuner, where PeftModel finds what it does not have itself."""
+    tuner: Any = model.base_model
+    tuner.pissa = record

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -22,6 +23,7 @@ from .marks import PRESERVING_INITIALISATIONS
 from .quantized import bits_of, dense_layer, undeclare_quantized
 from .record import Record, record_of
 from .state import INITIAL, adapter_factors, adapter_layers, base_layer, has_initial_adapter, place_at
+from .wrapped import let_be_saved
 
 
 @contextmanager
@@ -52,18 +54,18 @@ def reference(model: PeftModel) -> Iterator[PeftModel]:
     _check(model)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with _initial_adapter_active(model) if has_initial_adapter(model) else model.disable_adapter():
+        with _initial_adapter_active(model) if has_initial_adapter(model) else PeftModel.disable_adapter(model):
             yield model
     finally:
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
 
 
-def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
+def restore(model: Any, base: nn.Module | None = None) -> nn.Module:
     """Take the adapters off and give the base model back.
 
     Args:
-        model: an adapted model; it must not be used afterwards.
+        model: an adapted model, or PEFT's tuner in it; it must not be used afterwards.
         base: the base model as it was before `adapt`, where it is at hand: its weights are copied, bit for bit.
             Without it the weights are `residual + s·B0·A0`, which is the base up to the residual's rounding or
             quantisation error (bit for bit in placement "offset" and for the LoRA baselines, which never change it).
@@ -96,8 +98,9 @@ def restore(model: PeftModel, base: nn.Module | None = None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.set_adapter([])  # else unloading keeps the trained copy
-    runtime: Any = model
-    plain = runtime.unload()
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else model
+    plain: Any = BaseTuner.unload(tuner)
+    let_be_saved(plain)
     for name, kept in undo.untied.items():
         plain.get_submodule(name).weight = plain.get_submodule(kept).weight
     if undo.ties:
@@ -148,8 +151,8 @@ def _initial_adapter_active(model: PeftModel) -> Iterator[None]:
             runtime.disable_adapter_layers()
 
 
-def _check(model: nn.Module) -> None:
-    if not isinstance(model, PeftModel):
+def _check(model: Any) -> None:
+    if not any(isinstance(model, cls) for cls in (PeftModel, BaseTuner)):
         raise PissaError(f"a model from pissa.adapt or pissa.load is needed, got {type(model).__name__}")
     if has_initial_adapter(model):
         merged = [name for name, layer in adapter_layers(model).items() if layer.merged]

@@ -188,7 +188,7 @@ def _silence(layer: MultiheadAttention, adapter: str) -> None:
 
 
 def _hold_weights(layer: Any, _: Any) -> None:
-    if not layer.merged and not layer.disable_adapters:
+    if not layer.merged:
         attention = layer.get_base_layer()
         layer._pissa_held = attention.in_proj_weight, attention.out_proj.get_base_layer().weight
 

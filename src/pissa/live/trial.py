@@ -37,25 +37,30 @@ def forbidden_by_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def check_by_peft(model: nn.Module, config: LoraConfig) -> None:
+def check_by_peft(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Refuse, by PEFT's own words, a configuration that it could not carry out on this model.
 
     Args:
         model: a base with or without values; it is left alone.
         config: of the adapter.
 
+    Returns:
+        The configuration as PEFT completes it for this model: for a classifier it adds the head to `modules_to_save`.
+
     Raises:
         TargetError: PEFT refuses it.
     """
     twin = _without_memory(model)
+    completed = copy.deepcopy(config)
     if twin is None:
-        return
+        return completed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            get_peft_model(twin, copy.deepcopy(config), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+            get_peft_model(twin, completed, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
         except REFUSALS as error:
             raise refusal(error) from error
+    return completed
 
 
 def refusal(error: Exception) -> TargetError:

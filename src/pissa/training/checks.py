@@ -32,8 +32,8 @@ def check_vocabulary(rows: Encoded, model: Any, tokenizer: Any) -> None:
     if largest >= known:
         raise ConfigError(
             f"the tokenizer has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model has "
-            f"embeddings for {known} tokens; resize the model's embeddings to {len(tokenizer)} and save it, or take "
-            "the tokenizer that came with the model"
+            f"embeddings for {known} tokens; set resize_embeddings (--resize-embeddings), or take the tokenizer that "
+            "came with the model"
         )
 
 

@@ -68,7 +68,7 @@ def prepare(
     """
     checkpoint = directory.last_checkpoint
     if (ready := ready_split(source)) is not None:
-        return _prepared_before(ready, recipe, directory, device)
+        return _prepared_before(ready, recipe, directory, device, check)
     if recipe.quantization is not None and (checkpoint is not None or residual_at(directory.residual) is not None):
         return _continued(recipe, directory, device)
     base = load_base(source, dtype=storage_dtype(recipe))
@@ -93,14 +93,22 @@ def prepare(
     return Prepared(adapted, mark, _figures(seconds, record.certificates))
 
 
-def _prepared_before(ready: SavedResidual, recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
+def _prepared_before(
+    ready: SavedResidual,
+    recipe: Recipe,
+    directory: RunDirectory,
+    device: torch.device,
+    check: Callable[[Any], None] | None,
+) -> Prepared:
     """What `pissa init` made, with the last checkpoint's adapter or, before the first, the initial one."""
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     # another dtype than the residual was rounded to would round it again
     residual = load_base(ready.path, **place)
     marks = {"base": fingerprint(residual_state(residual))}
-    _checkpoint_activations(residual, recipe)
     last = directory.last_checkpoint
+    if check is not None and last is None:
+        check(residual)
+    _checkpoint_activations(residual, recipe)
     adapted = load(last or ready.path, residual, is_trainable=True)
     return Prepared(adapted, marks, _figures(0.0, ready.certificates) if last is None else None)
 

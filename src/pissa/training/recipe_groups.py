@@ -151,6 +151,9 @@ class DataGroup:
     """Subset of data on the hub that has several ("main" of "openai/gsm8k")."""
     max_length: CountFromTwo = 512
     """Tokens per example; what is longer is cut and counted."""
+    resize_embeddings: bool = False
+    """Give the model rows for tokens that only its tokenizer has, each the mean of its other rows. The adapter notes
+    how many, so that the base is enlarged alike wherever pissa loads it. trainable_token_indices trains such rows."""
     packing: bool = False
     """Put several short examples into each row of max_length tokens; attention stays inside each of them."""
     template: Template = "auto"

@@ -26,6 +26,7 @@ from ..checkpoint.disk.write import explained, output_files, write_json
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.source.load import check_model_directory, load_config, load_tokenizer
+from ..checkpoint.vocabulary import enlarge, rows_of
 from ..data.encode import Collator, Encoded, encode
 from ..data.prompts import resolve_template
 from ..data.read import read_examples
@@ -176,6 +177,8 @@ def _train(
     scored = _scored_batches(encoded, recipe, tokenizer.pad_token_id) if recipe.component == "scored" else None
 
     def check(base: Any) -> None:
+        if recipe.resize_embeddings and len(tokenizer) > (rows_of(base) or len(tokenizer)):
+            enlarge(base, len(tokenizer))
         check_vocabulary(encoded, base, tokenizer)
         check_causal(base)
 

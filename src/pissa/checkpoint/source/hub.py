@@ -40,7 +40,10 @@ def adapter_directory(adapter: str | os.PathLike[str]) -> Path:
     path = Path(adapter)
     if path.is_dir():
         return path
-    return _download(os.fspath(adapter), "*.safetensors")
+    found = _download(os.fspath(adapter), "*.safetensors")
+    if not (found / "adapter_model.safetensors").exists():
+        found = _download(os.fspath(adapter), "adapter_model.bin")
+    return found
 
 
 def in_cache(model: str, name: str) -> Path | None:

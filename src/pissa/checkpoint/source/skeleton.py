@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ...errors import CheckpointError
 from ...outside.limits import LimitError, bounded
+from .architecture import named_class
 from .reader import Source
 
 SIZES = re.compile(r"layer|block|depth|expert|stage")
@@ -170,22 +171,8 @@ def _check_complete(model: PreTrainedModel, source: Source, names: Names, suppli
 
 def _model_class(settings: dict[str, Any], config: Any) -> Any:
     """The class that saved the checkpoint; a language model where config.json does not say."""
-    named = settings.get("architectures") or []
-    architecture = named[0] if isinstance(named, list) and named else None
-    if isinstance(architecture, str) and not architecture.startswith("_"):
-        found = getattr(transformers, architecture, None)
-        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-            raise CheckpointError(
-                f"config.json names the architecture {architecture[:80]!r}, which transformers "
-                f"{transformers.__version__} does not have"
-            )
-        if found.__init__ is PreTrainedModel.__init__:
-            raise CheckpointError(
-                f"config.json names the architecture {architecture!r}, from which transformers derives models and "
-                "which is none itself; name the model's own class"
-            )
-        return found
-    return AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportIndexIssue]
+    found = named_class(settings.get("architectures"))
+    return found or AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportIndexIssue]
 
 
 def _check_sizes(source: Source, settings: dict[str, Any]) -> None:

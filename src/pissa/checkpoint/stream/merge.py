@@ -33,6 +33,7 @@ from ..read import SavedAdapter, base_place, fitted, read_adapter
 from ..saved_residual import SavedResidual
 from ..source.reader import Source, open_source
 from ..source.skeleton import Names, build, checkpoint_names
+from ..vocabulary import rows_needed, rows_of
 from .dequantized import Dequantized
 from .plan import Job, copy_jobs, in_order, is_tied, job_dtype, loading_dtype, tensor_of
 from .work import converted
@@ -79,6 +80,7 @@ class _Merge:
         self.dtype = loading_dtype(self.source)
         self.saved, self.residual = saved, residual
         self.is_possible = not saved.config.trainable_token_indices  # rows of a weight
+        self.is_possible &= rows_needed(saved, self.model) <= (rows_of(self.model) or 0)
         if not self.is_possible:
             return
         self.factors = {name: factors.folded() for name, factors in fitted(path, saved, self.model).items()}
@@ -122,6 +124,11 @@ class _Merge:
         kind, factors = self._place(name).kind, self.factors[name]
         stored = self.source.read(self._tensor(key)).to(job_dtype(self.model, name, self.dtype))
         merged = trained_weight(kind.matrices(stored), factors, offset=self.offset, ready=self.residual is not None)
+        if not bool(torch.isfinite(merged).all()):
+            raise CheckpointError(
+                f"{name} merged with its adapter is beyond the range of {merged.dtype}, or the base holds NaN or Inf "
+                "there; export the adapter without merging it"
+            )
         return kind.stored(merged, stored.shape)
 
     def _place(self, name: str) -> Place:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,7 +114,7 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     model = build(source)
     names = checkpoint_names(model, source)
     targets = resolve_targets(model, config, loaded=False)
-    check_by_peft(model, peft_config(model, targets, config))
+    in_full = check_by_peft(model, peft_config(model, targets, config)).modules_to_save or []
     chosen = DTYPES[dtype] if dtype is not None else loading_dtype(source)
     sources = _sources(model, names, targets, source)
     layouts = layouts_of(targets)
@@ -122,15 +123,16 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     copies = copy_jobs(model, names, split_keys, source, chosen if dtype is not None else None)
     if dtype is None:
         _warn_of_rounding(source, splits, chosen)
-    adapter = {k: kind for job in splits for k, kind in job.outputs.items() if k.startswith(PREFIX)}
+    heads = [] if config.starts_at_zero else _jobs_of_heads(model, names, in_full, source, chosen)
+    adapter = {k: kind for job in splits + heads for k, kind in job.outputs.items() if k.startswith(PREFIX)}
     weights = {k: kind for job in copies + splits for k, kind in job.outputs.items() if k not in adapter}
     shards, index = sharded(in_order(weights, model))
     documents = {} if index is None else {INDEX: json.dumps(index, indent=2)}
-    documents |= _configurations(model, targets, config, chosen, _broken_ties(model, split_keys), out)
+    documents |= _configurations(model, targets, config, in_full, chosen, _broken_ties(model, split_keys), out)
     files = shards
     if adapter:
         files = [*shards, file_layout(f"{INITIAL}/{WEIGHTS}", adapter)]
-    jobs = sorted(splits + copies, key=lambda job: (-job.cost, job.name))
+    jobs = sorted(splits + copies + heads, key=lambda job: (-job.cost, job.name))
     return StreamPlan(jobs, files, documents, model, chosen)
 
 
@@ -152,6 +154,10 @@ def check_config(config: PissaConfig) -> None:
     if config.needs_gradient or config.use_dora or config.use_adalora:
         what = 'component "scored"' if config.needs_gradient else "DoRA" if config.use_dora else "AdaLoRA"
         raise ConfigError(f"{what} needs the model itself: give it to pissa train, which adapts in memory")
+    if config.trainable_token_indices:
+        raise ConfigError(
+            "trainable_token_indices trains rows of an embedding, which is left as it is here: give it to pissa train"
+        )
     if config.rank_budget is not None:
         raise ConfigError(
             "rank_budget looks at every weight before the first is split, which streaming does not: take the ranks of "
@@ -276,6 +282,28 @@ def copy_jobs(
     return jobs
 
 
+def _jobs_of_heads(
+    model: PreTrainedModel, names: Names, modules: Sequence[str], source: Source, dtype: torch.dtype
+) -> list[Job]:
+    """Copies of what is to be trained in full, for the initial adapter's file, where PEFT looks for it.
+
+    Args:
+        modules: endings of names, as PEFT takes `modules_to_save`.
+    """
+    owners = [name for name, _ in model.named_modules() if name and any(name.endswith(module) for module in modules)]
+    jobs = []
+    for key in model.state_dict():
+        name = tensor_of(model, names, key)
+        if name is None or not any(key.startswith(f"{owner}.") for owner in owners):
+            continue
+        entry = source.entries[name]
+        to = _conversion(model, key, entry, dtype)
+        kind = TensorKind(KIND_OF[to], entry.shape) if to is not None else TensorKind(entry.kind, entry.shape)
+        title = f"copy of {key} for the adapter"
+        jobs.append(Job(title, (name,), {f"{PREFIX}{key}": kind}, to, cost=entry.nbytes, memory=COPY_MEMORY))
+    return jobs
+
+
 def _tied(model: PreTrainedModel, key: str) -> set[str]:
     """All names of a parameter that has several; empty for one that has one."""
     ties: dict[str, str] = model.all_tied_weights_keys
@@ -370,6 +398,7 @@ def _configurations(
     model: PreTrainedModel,
     targets: list[Target],
     config: PissaConfig,
+    in_full: list[str],
     dtype: torch.dtype,
     untied: bool,
     out: str | os.PathLike[str],
@@ -380,7 +409,7 @@ def _configurations(
     settings.dtype, settings.architectures = dtype, [type(model).__name__]
     if untied:
         settings.tie_word_embeddings = False
-    lora = replace(peft_config(model, targets, config), lora_dropout=0.0)
+    lora = replace(peft_config(model, targets, config), lora_dropout=0.0, modules_to_save=in_full or None)
     if config.quantization is not None:
         empty = _empty_packed(targets[0].place.matrix_shape, config.quantization, dtype)
         settings.quantization_config = bitsandbytes_config(model, [t.name for t in targets], empty, dtype)
