@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,20 @@ PIECE = 1 << 24
 
 def package_versions() -> dict[str, str]:
     """Versions of what decides the numbers, for manifests and results."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    found = {package: _version(package) for package in PACKAGES}
+    return {
+        "python": platform.python_version(),
+        **{package: number for package, number in found.items() if number is not None},
+    }
+
+
+@cache
+def _version(package: str) -> str | None:
+    """The version of an installed package; None where there is none. Reading it from disk takes some milliseconds."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, Any]:

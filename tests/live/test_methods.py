@@ -117,6 +117,7 @@ def test_trained_saved_loaded_exported_and_merged_it_is_one_function(
     (tmp_path / "state").mkdir()
     write_lora(state, tmp_path / "state")
     assert export.config.use_dora == ("dora" in name) and not isinstance(export.config, AdaLoraConfig)
+    continued: list[list[float]] = []
     for directory in ("saved", "lossless", "state"):
         loaded = pissa.load(tmp_path / directory, make(), is_trainable=True)
         assert largest_difference(logits_of(loaded), trained) < 5e-6, directory
@@ -124,8 +125,9 @@ def test_trained_saved_loaded_exported_and_merged_it_is_one_function(
             assert largest_difference(logits_of(loaded), base) < 5e-6, directory
         if directory != "lossless" or "adalora" not in name:
             assert same_tensors(bits, snapshot(loaded)), directory
-        continued = train_steps(loaded, 1, first=9)
-        assert continued == train_steps(pissa.load(tmp_path / directory, make(), is_trainable=True), 1, first=9)
+            continued.append(train_steps(loaded, 1, first=9))
+    # what is loaded from one place trains as what is loaded from another
+    assert len(continued) >= 2 and all(losses == continued[0] for losses in continued)
     for directory in ("lossless", "state"):
         plain = PeftModel.from_pretrained(make(), str(tmp_path / directory)).eval()
         assert largest_difference(logits_of(plain), trained) < 5e-6, directory
