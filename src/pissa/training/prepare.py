@@ -30,6 +30,7 @@ from .directory import RunDirectory, read_record
 from .engine import storage_dtype
 from .ready import ready_split
 from .recipe import Recipe
+from .text_part import beside_text, for_text
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,10 @@ def _adapted(
         if progress is not None and task is not None:
             progress.update(task, completed=done, total=total, note=".".join(name.split(".")[-2:]))
 
+    if progress is not None and for_text(base, recipe) is not recipe:
+        left = ", ".join(beside_text(base))
+        progress.console.print(f"{left}: left alone, since the data is text", markup=False, highlight=False)
+    recipe = for_text(base, recipe)
     try:
         moments = _moments(base, source, recipe)
         return adapt(base, recipe.pissa_config(), moments=moments, batches=batches, progress=show)

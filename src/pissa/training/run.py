@@ -413,7 +413,7 @@ def _fingerprint_of_data(encoded: Encoded) -> str:
 def quieten() -> None:
     """Leave stderr to the bar and to what a user can act on."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
