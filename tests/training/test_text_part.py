@@ -24,7 +24,7 @@ VISION: dict[str, Any] = {
 
 
 def seeing() -> Any:
-    tokens = {"image_token_index": 380, "boi_token_index": 381, "eoi_token_index": 382}
+    tokens: dict[str, Any] = {"image_token_index": 380, "boi_token_index": 381, "eoi_token_index": 382}
     torch.manual_seed(0)
     return Gemma3ForConditionalGeneration(
         Gemma3Config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4, **tokens)

@@ -26,7 +26,7 @@ def check_known(rows: Iterable[Sequence[int]], known: int | None, tokenizer: Any
     token = tokenizer.convert_ids_to_tokens(largest)
     raise ConfigError(
         f"{model} knows {known:,} tokens, and the tokenizer has {len(tokenizer):,}: token {largest} ({token!r}) is in "
-        "the data; give the tokenizer that belongs to the model"
+        "the data; give the tokenizer that belongs to the model, or train with resize_embeddings (--resize-embeddings)"
     )
 
 

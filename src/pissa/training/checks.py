@@ -14,27 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.encode import Encoded
 from ..errors import ConfigError
 
 LOOKED_AT = 6
 """Tokens of a text by which a model is tried."""
-
-
-def check_vocabulary(rows: Encoded, model: Any, tokenizer: Any) -> None:
-    """Refuse token ids that the model has no embedding for.
-
-    Raises:
-        ConfigError: naming the first such token.
-    """
-    known = model.get_input_embeddings().weight.shape[0]
-    largest = max(max(ids) for ids in rows.input_ids)
-    if largest >= known:
-        raise ConfigError(
-            f"the tokenizer has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model has "
-            f"embeddings for {known} tokens; set resize_embeddings (--resize-embeddings), or take the tokenizer that "
-            "came with the model"
-        )
 
 
 def check_causal(model: Any) -> None:

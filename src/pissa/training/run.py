@@ -40,7 +40,7 @@ from ..provenance import hardware, package_versions
 from .adviser import advise, probe_data
 from .card import model_card
 from .checkpoints import check_checkpoint
-from .checks import check_causal, check_vocabulary
+from .checks import check_causal
 from .directory import (
     RunDirectory,
     absolute,
@@ -169,7 +169,8 @@ def _train(
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(model)
     encoded = _encoded(data, tokenizer, recipe)
-    check_known(encoded.input_ids, known_to(load_config(model)), tokenizer, model)
+    if not recipe.resize_embeddings:
+        check_known(encoded.input_ids, known_to(load_config(model)), tokenizer, model)
     checkpoint = directory.last_checkpoint
     check_checkpoint(directory, checkpoint)
     if progress is not None and checkpoint is not None:
@@ -179,7 +180,7 @@ def _train(
     def check(base: Any) -> None:
         if recipe.resize_embeddings and len(tokenizer) > (rows_of(base) or len(tokenizer)):
             enlarge(base, len(tokenizer))
-        check_vocabulary(encoded, base, tokenizer)
+        check_known(encoded.input_ids, rows_of(base), tokenizer, model)
         check_causal(base)
 
     prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method, scored, check)
