@@ -87,6 +87,13 @@ class ModuleEntry:
 
 
 @dataclass(frozen=True)
+class InitRun:
+    """What `pissa init` was asked for, as far as it is read again; more is kept to tell one run from another."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `pissa.json` holds; which fields there are depends on the layout."""
 
@@ -99,7 +106,7 @@ class Manifest:
     copies: dict[str, str] = field(default_factory=dict)
     base_tensors: dict[str, BaseTensorEntry] = field(default_factory=dict)
     files: dict[PlainPath, TensorFileEntry | PlainFileEntry] = field(default_factory=dict)
-    run: dict[str, Any] = field(default_factory=dict)
+    run: InitRun | None = None
     trained: PlainPath | None = None
     """Where, below the directory, the adapter as it was trained lies."""
     residual: str | None = None

@@ -123,7 +123,7 @@ def _config_of(manifest: Mapping[str, Any], path: Path) -> PissaConfig:
 def _plan_of(manifest: Mapping[str, Any], path: Path, base: Source) -> StreamPlan:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were said when it was made
-        return make_plan(base, _config_of(manifest, path), path, manifest.get("run", {}).get("dtype"))
+        return make_plan(base, _config_of(manifest, path), path, (manifest.get("run") or {}).get("dtype"))
 
 
 def _accounts(manifest: Mapping[str, Any], plan: StreamPlan, base: Source) -> Iterator[str]:

@@ -246,7 +246,7 @@ class Workspace:
         if not path.is_file() or path.is_symlink():
             return None
         manifest = self._manifest_in(directory)
-        same = not list(differences(manifest.get("run", {}), self.identity))
+        same = not list(differences(manifest.get("run") or {}, self.identity))
         return manifest if same and is_intact(path.read_text(encoding="utf-8")) else None
 
     def _check_own(self, plan: StreamPlan) -> None:
