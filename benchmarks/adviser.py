@@ -41,15 +41,15 @@ from pissa.evaluation.loss import held_out_loss
 from pissa.lab.demo.arithmetic import make_problems
 from pissa.lab.models import smollm2
 from pissa.provenance import hardware, package_versions
-from pissa.training.adviser import MULTIPLE, advise, probe_data, vertex
 from pissa.training.loss import response_loss
+from pissa.training.rate_adviser import MULTIPLE, advise, probe_data
+from pissa.training.rate_search import next_on_grid, vertex
 from pissa.training.recipe import Recipe
 from pissa.training.run import quieten
 from pissa.training.sampler import LengthGroupedBatches
 from studies.fit import fit
 
 STEPS, BATCH, LENGTH, TRAIN, HELD_OUT = 16, 4, 128, 400, 64
-FACTOR = math.sqrt(10)
 START = {"small": {"lora": 1e-2, "pissa": 1e-3}, "SmolLM2": {"lora": 2e-3, "pissa": 2e-4}}
 """Where a sweep begins; it ends where the losses say."""
 
@@ -154,33 +154,6 @@ class Trial:
             yield Collator(self.tokenizer.pad_token_id)([self.encoded[i] for i in order[start : start + BATCH]])
 
 
-def next_rate(tried: dict[float, float], start: float) -> float | None:
-    """The sweep's next rate; None where it is done."""
-    for rate in (start, start / FACTOR, start * FACTOR):
-        if rounded(rate) not in tried:
-            return rounded(rate)
-    rates = sorted(tried)
-    best = min(rates, key=lambda rate: tried[rate])
-    if best == rates[0]:
-        return rounded(best / FACTOR)
-    if best == rates[-1]:
-        return rounded(best * FACTOR)
-    coarse = min((r for r in rates if _on_grid(r, start)), key=lambda rate: tried[rate])
-    halves = [rounded(coarse * FACTOR**exponent) for exponent in (-0.5, 0.5)]
-    return next((rate for rate in halves if rate not in tried), None)
-
-
-def _on_grid(rate: float, start: float) -> bool:
-    """Whether a rate is a whole number of factors from the start."""
-    place = math.log(rate / start, FACTOR)
-    return abs(place - round(place)) < 0.1
-
-
-def rounded(rate: float) -> float:
-    """Three digits."""
-    return float(f"{rate:.3g}")
-
-
 def task_rows(task: str, data: Path) -> tuple[list[Example], list[Example]]:
     """Rows to learn from, and others."""
     if task == "arithmetic":
@@ -280,7 +253,7 @@ def main() -> None:
         trial = None
         while True:
             tried = {float(rate): loss if loss is not None else math.inf for rate, loss in cell["tried"].items()}
-            rate = next_rate(tried, setting.start)
+            rate = next_on_grid(tried, setting.start)
             if rate is None and "estimate" in cell:
                 break
             trial = trial or Trial(setting, arguments.data, arguments.work)
@@ -300,7 +273,7 @@ def write_results(out: Path, cells: dict[str, Any]) -> None:
     for setting in SETTINGS:
         cell = cells.get(setting.name, {})
         tried = {float(rate): loss if loss is not None else math.inf for rate, loss in cell.get("tried", {}).items()}
-        if "estimate" not in cell or next_rate(tried, setting.start) is not None:
+        if "estimate" not in cell or next_on_grid(tried, setting.start) is not None:
             continue
         # the multiple may change, and what it multiplies does not
         estimate = {**cell["estimate"], "learning_rate": float(f"{MULTIPLE * cell['estimate']['best_probe']:.2g}")}

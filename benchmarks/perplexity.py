@@ -28,7 +28,7 @@ from pissa.data.text_files import texts_of
 from pissa.evaluation.perplexity import perplexity
 from pissa.lab.inspection.variants import Variant, variant
 from pissa.lab.models import smollm2
-from pissa.live.layers import place_of, weight_matrix
+from pissa.live.layers import place_of
 from pissa.live.targets import resolve_targets
 from pissa.provenance import hardware, package_versions
 from pissa.split import split_weight
@@ -66,7 +66,7 @@ def main() -> None:
     data = Path(arguments.data)
     ids = tokenizer("".join(texts_of(data / "test.txt.gz")))["input_ids"]
     names = [target.name for target in resolve_targets(model, PissaConfig(rank=arguments.rank))]
-    original = {name: weight_matrix(model.get_submodule(name)) for name in names}
+    original = {name: place_of(model.get_submodule(name)).matrices() for name in names}
     moments: dict[str, Tensor] = {}
 
     def measure(method: str, seconds: float) -> None:

@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any
 
 from pissa.errors import ConfigError, TrainingError
-from pissa.lab.rates import best_rate, is_on_edge, rate_beyond
+from pissa.training.rate_search import best_rate, is_on_edge, rate_beyond
 
 from .study import Settings
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pissa.config import Quantization
 from pissa.errors import ConfigError
 from pissa.quantize.formats import quantize_matrix
-from pissa.ranks import component_gains, plan_ranks, uniform_plan
+from pissa.ranks import plan_ranks, uniform_plan, weighed_components
 
 Gains = dict[str, Tensor]
 
@@ -114,11 +114,11 @@ def test_gains_are_squared_singular_values_of_what_the_adapter_is_to_capture() -
     W, X = normal(40, 64), normal(200, 64, seed=1) * torch.logspace(0, -2, 64)
     M = X.T @ X / 200
     exact = torch.linalg.svdvals(W.double())[:5].square()
-    torch.testing.assert_close(component_gains(W, 5, tolerance=0.0), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(weighed_components(W, 5, tolerance=0.0).gains, exact, rtol=1e-5, atol=0)
     E = W - quantize_matrix(W, Quantization(), W.dtype).dequantize()
-    found = component_gains(W, 5, quantization=Quantization(), tolerance=0.0)
+    found = weighed_components(W, 5, quantization=Quantization(), tolerance=0.0).gains
     torch.testing.assert_close(found, torch.linalg.svdvals(E.double())[:5].square(), rtol=1e-4, atol=0)
     # what the layer puts out: E ‖x Wᵀ‖² is the energy of X Wᵀ
-    weighted = component_gains(W, 5, moment=M, tolerance=0.0)
+    weighted = weighed_components(W, 5, moment=M, tolerance=0.0).gains
     outputs = torch.linalg.svdvals(X.double() @ W.double().T / 200**0.5)[:5].square()
     torch.testing.assert_close(weighted, outputs, rtol=1e-3, atol=0)

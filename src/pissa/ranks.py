@@ -50,30 +50,6 @@ class RankPlan:
     """No plan within the budget captures more."""
 
 
-def component_gains(
-    W: Tensor,
-    rank: int,
-    *,
-    quantization: Quantization | None = None,
-    moment: Tensor | None = None,
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
-) -> Tensor:
-    """What the first components of a weight's adapter are worth.
-
-    Args:
-        W: (out, in), any float dtype.
-        rank: how many, 1 to min(out, in).
-        quantization: the residual's format, for the error that it leaves; None for the energy of W.
-        moment: (in, in) second moment of the layer's input, for errors as its output has them; None for all alike.
-        tolerance, seed: of the SVD, see `truncated_svd`.
-
-    Returns:
-        (rank,) fp64, descending: squared singular values.
-    """
-    return weighed_components(W, rank, quantization=quantization, moment=moment, tolerance=tolerance, seed=seed).gains
-
-
 class Weighed(NamedTuple):
     """Components of a weight's adapter."""
 
@@ -95,10 +71,13 @@ def weighed_components(
     seed: int = 0,
     largest: float | None = None,
 ) -> Weighed:
-    """`component_gains` with the SVD that they come from.
+    """What the first components of a weight's adapter are worth, and the SVD that they come from.
 
     Args:
-        W, rank, quantization, moment: see `component_gains`.
+        W: (out, in), any float dtype.
+        rank: how many, 1 to min(out, in).
+        quantization: the residual's format, for the error that it leaves; None for the energy of W.
+        moment: (in, in) second moment of the layer's input, for errors as its output has them; None for all alike.
         tolerance, algorithm, seed: of the SVD, see `truncated_svd`.
         largest: W's largest magnitude where it is known, which saves a look at every entry.
     """
@@ -114,7 +93,8 @@ def weighed_components(
 
 
 def total_gain(W: Tensor, *, quantization: Quantization | None = None) -> float:
-    """The sum over all components of what `component_gains` gives the first of: a squared Frobenius norm."""
+    """What all components of a weight together are worth, of which `weighed_components` finds the first: a squared
+    Frobenius norm."""
     return float(_to_capture(W, quantization).double().square().sum())
 
 

@@ -21,7 +21,7 @@ from pissa.checkpoint.residual import residual_state
 from pissa.checkpoint.saved_residual import residual_at
 from pissa.checkpoint.source.load import load_base
 from pissa.errors import CheckpointError, OutputError, PissaError
-from pissa.live.layers import weight_matrix
+from pissa.live.layers import place_of
 from pissa.live.quantized import keep_unpacked, quantized_layers
 from pissa.live.state import INITIAL, adapter_layers, base_layer
 from pissa.provenance import fingerprint
@@ -103,7 +103,7 @@ def test_transformers_alone_reads_the_same_bits(seen: dict[str, tuple[PeftModel,
     names: dict[str, Any] = {n.replace(".base_layer", ""): m for n, m in plain.named_modules() if hasattr(m, "weight")}
     assert read.keys() >= {name for name in names if ".lora_" not in name}
     for name, tensor in read.items():
-        mine = weight_matrix(names[name]) if name in adapter_layers(model) else names[name].weight.detach()
+        mine = place_of(names[name]).matrices() if name in adapter_layers(model) else names[name].weight.detach()
         if mine.shape != tensor.shape:
             mine = mine.T  # an unquantised Conv1D
         assert torch.equal(tensor.to(mine.dtype), mine), name
@@ -212,5 +212,5 @@ def test_saving_leaves_the_live_model_as_it_was(tmp_path: Path) -> None:
     save_residual(model, tmp_path / "residual")
     assert torch.equal(logits_of(model), before)
     for name, layer in adapter_layers(model).items():
-        assert weight_matrix(base_layer(layer)).dtype == torch.bfloat16, name
+        assert place_of(base_layer(layer)).matrices().dtype == torch.bfloat16, name
     assert largest_difference(before, logits_of(tiny_llama(hidden=64))) < 0.2

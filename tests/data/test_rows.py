@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pissa.data.conversation import Message, RowError, row_of
+from pissa.data.conversation import Message, RowError
 from pissa.data.rows import example_from_row, examples_from_rows
 from pissa.errors import DataError
 
@@ -165,11 +167,13 @@ def test_of_a_prompt_of_messages_the_completion_alone_is_learned() -> None:
         {"prompt": [USER], "completion": "r", "chat_template_kwargs": {"thinking": True}},
     ],
 )
-def test_a_row_written_back_is_read_as_the_same_conversation(row: dict[str, Any]) -> None:
-    example = example_from_row(row)
-    again = example_from_row(row_of(example))
-    assert (again.with_input(), again.text) == (example.with_input(), example.text)
-    assert (again.tools, again.template_options) == (example.tools, example.template_options)
+def test_an_example_is_taken_as_it_is_and_its_content_tells_it_from_others(row: dict[str, Any]) -> None:
+    example = example_from_row(row, "somewhere")
+    assert examples_from_rows([example])[0] is example
+    assert example.content() == example_from_row(row, "elsewhere").content()
+    text = json.dumps(example.content())
+    for change in ({"text": "other"}, {"tools": ({"name": "f"},)}, {"template_options": {"thinking": False}}):
+        assert json.dumps(replace(example, **change).content()) != text
 
 
 def test_rows_in_memory_are_refused_together() -> None:

@@ -70,7 +70,7 @@ def test_demo_writes_what_it_promises_and_never_does_it_twice(
     )
     monkeypatch.setattr(demo, "_check_export", lambda *_: results["export"])
     assert demo.run_demo(out, model=model, quick=True)["runs"] == results["runs"]
-    with pytest.raises(OutputError, match="other settings"):
+    with pytest.raises(OutputError, match="another demo"):
         demo.run_demo(out, model=model, quick=True, seed=1)
 
 

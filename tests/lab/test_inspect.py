@@ -22,7 +22,7 @@ from pissa.lab.inspection.settings import InspectionSettings
 from pissa.lab.inspection.tables import inspection_table
 from pissa.lab.inspection.text import read_calibration
 from pissa.lab.inspection.variants import variant, variants
-from pissa.live.layers import weight_matrix
+from pissa.live.layers import place_of
 from pissa.training.recipe import Recipe
 from tiny import CORPUS, same_tensors, snapshot, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -61,7 +61,7 @@ def test_reductions_are_those_of_the_splits() -> None:
         found = row(document, "qpissa-2", norm)
         assert found["by_kind"].keys() == KINDS
         names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
-        weights = [weight_matrix(model.get_submodule(name)) for name in names]
+        weights = [place_of(model.get_submodule(name)).matrices() for name in names]
         expected = [
             reduction_ratio(W, split_weight(W, config, name=n), norm=norm) for n, W in zip(names, weights, strict=True)
         ]
@@ -84,8 +84,10 @@ def test_output_error_is_measured_on_text_that_no_fit_has_seen(text: Path) -> No
     name = "model.layers.1.mlp.down_proj"
     [fit] = second_moments(model, calibration.fit, [name])
     [held_out] = second_moments(model, calibration.held_out, [name])
-    split = split_weight(weight_matrix(model.get_submodule(name)), chosen[2].config(4, 0), moment=fit.matrix, name=name)
-    E = weight_matrix(model.get_submodule(name)) - split.restore()
+    split = split_weight(
+        place_of(model.get_submodule(name)).matrices(), chosen[2].config(4, 0), moment=fit.matrix, name=name
+    )
+    E = place_of(model.get_submodule(name)).matrices() - split.restore()
     factor = torch.linalg.cholesky(held_out.matrix.double() + 1e-9 * torch.eye(64))
     only = inspect_quantized(
         model, chosen[2:], [4], norms=["frobenius"], calibration=calibration, target_modules=[name]
@@ -113,7 +115,7 @@ def test_plain_split_shows_captured_energy() -> None:
     model = tiny_gpt2()
     document = inspect_split(model, 4)
     layer = document["layers"][0]
-    W = weight_matrix(model.get_submodule(layer["name"]))
+    W = place_of(model.get_submodule(layer["name"])).matrices()
     energies = torch.linalg.svdvals(W.double()).square()
     assert layer["captured"] == pytest.approx(100 * float(energies[:4].sum() / energies.sum()), rel=1e-4)
     assert layer["shape"] == list(W.shape)

@@ -15,7 +15,7 @@ import pissa
 from pissa import PissaConfig, Quantization, adapt, export_lora
 from pissa.calibrate.moments import second_moments
 from pissa.errors import ConfigError, DataError
-from pissa.live.layers import weight_matrix
+from pissa.live.layers import place_of
 from pissa.live.state import adapter_layers
 from tiny import largest_difference, logits_of, tiny_llama, token_batch, train_steps
 
@@ -40,7 +40,7 @@ def parameters(model: PeftModel) -> int:
 
 def captured(base: nn.Module, ranks: dict[str, int]) -> float:
     return sum(
-        float(torch.linalg.svdvals(weight_matrix(base.get_submodule(name)).double())[:rank].square().sum())
+        float(torch.linalg.svdvals(place_of(base.get_submodule(name)).matrices().double())[:rank].square().sum())
         for name, rank in ranks.items()
     )
 
@@ -55,7 +55,7 @@ def test_the_budget_is_kept_and_captures_more_than_the_uniform_rank() -> None:
     assert captured(spread(), ranks) > 1.05 * captured(spread(), ranks_of(uniform))
     # moving one component from anywhere to anywhere gains nothing
     base, best = spread(), captured(spread(), ranks)
-    cost = {name: sum(weight_matrix(base.get_submodule(name)).shape) for name in ranks}
+    cost = {name: sum(place_of(base.get_submodule(name)).matrices().shape) for name in ranks}
     for giver in ranks:
         for taker in ranks:
             moved = {**ranks, giver: ranks[giver] - 1, taker: ranks[taker] + 1} if giver != taker else ranks

@@ -12,7 +12,7 @@ from torch import nn
 from pissa import PissaConfig, Quantization, adapt, quantization_preset, reference, restore, split_weight
 from pissa.calibrate.moments import second_moments
 from pissa.errors import ConfigError, DataError, MissingExtraError, TargetError
-from pissa.live.layers import weight_matrix
+from pissa.live.layers import place_of
 from pissa.live.quantized import bits_of, dequantized, quantized_layer, quantized_layers, skip_patterns
 from pissa.live.state import adapter_layers, base_layer
 from pissa.live.targets import resolve_targets
@@ -78,8 +78,8 @@ def test_an_adapted_model_is_the_base_within_the_stated_error(form: str, make: A
     assert 0 < largest_difference(start, before) < 0.15
     layers = adapter_layers(adapted)
     for name, layer in layers.items():
-        split = split_weight(weight_matrix(base.get_submodule(name)), config(form), name=f"{name}.weight")
-        assert torch.equal(weight_matrix(base_layer(layer)), split.residual), name
+        split = split_weight(place_of(base.get_submodule(name)).matrices(), config(form), name=f"{name}.weight")
+        assert torch.equal(place_of(base_layer(layer)).matrices(), split.residual), name
         assert type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
     train_steps(adapted.train(), 2)
     trained = logits_of(adapted.eval())
@@ -116,7 +116,7 @@ def test_gradients_on_codes_are_those_on_the_dequantised_weights() -> None:
     for layer in adapter_layers(dense).values():
         wrapped: Any = layer
         plain = nn.Linear(1, 1, bias=False)
-        plain.weight = nn.Parameter(weight_matrix(base_layer(layer)), requires_grad=False)
+        plain.weight = nn.Parameter(place_of(base_layer(layer)).matrices(), requires_grad=False)
         wrapped.base_layer = plain
     batch = token_batch()
     for model in (quantised, dense):

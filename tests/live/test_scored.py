@@ -12,7 +12,7 @@ from pissa import PissaConfig, adapt, reference
 from pissa.calibrate.gradients import weight_gradients
 from pissa.errors import ConfigError
 from pissa.live import splits
-from pissa.live.layers import weight_matrix
+from pissa.live.layers import place_of
 from pissa.live.state import adapter_factors
 from tiny import largest_difference, logits_of, tiny_gpt2, tiny_llama, token_batch, train_steps
 
@@ -37,7 +37,7 @@ def test_the_adapter_holds_the_triplets_of_largest_effect_on_the_loss(make: Any,
         loss = torch.stack([base(**batch).loss for batch in batches()]).mean()
         (G,) = torch.autograd.grad(loss, module.weight)
         G = G.T if make is tiny_gpt2 else G
-        U, S, Vh = torch.linalg.svd(weight_matrix(module), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(place_of(module).matrices(), full_matrices=False)
         effects = torch.stack([torch.outer(u, v).mul(G).sum().abs() for u, v in zip(U.mT, Vh, strict=True)])
         best = effects.topk(4).indices
         expected = (U[:, best] * S[best]) @ Vh[best]

@@ -136,10 +136,10 @@ def quantised_twice(scratch: Path) -> Seen:
 
 def pissa_state(model: Any) -> dict[str, torch.Tensor]:
     """What the 4-bit layers dequantise to."""
-    from pissa.live.layers import weight_matrix
+    from pissa.live.layers import place_of
     from pissa.live.quantized import quantized_layers
 
     return {
-        name.replace(".base_layer", ""): weight_matrix(layer)
+        name.replace(".base_layer", ""): place_of(layer).matrices()
         for name, layer in quantized_layers(model.get_base_model()).items()
     }

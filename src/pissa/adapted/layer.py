@@ -28,8 +28,6 @@ from ..errors import PissaError, TargetError
 from ..live.marks import PRESERVING_INITIALISATIONS
 from ..live.state import INITIAL, TRAINABLE
 
-BASE_ROW = "__base__"
-"""What `adapter_names` calls the base."""
 SHOWN = "_pissa_shown"
 """A layer's attribute: its weight, and what is shown of it."""
 NOTHING = 1e-9

@@ -28,19 +28,7 @@ def attach_saved(
     *,
     is_trainable: bool = False,
 ) -> PeftModel:
-    """An adapted model as it was saved, at any step; nothing is decomposed.
-
-    Args:
-        path: a run's directory, a checkpoint inside it, an export, or what `model.save_pretrained` wrote; a hub id.
-        base: the base model (it is changed, as by `adapt`), its directory or hub id; None for the one recorded.
-        is_trainable: whether adapter "default" is to be trained further.
-
-    Returns:
-        The adapted model: adapter "default" as trained, and `pissa_init` where the method has one.
-
-    Raises:
-        CheckpointError: the adapter or the base is missing, incomplete, or they do not fit each other.
-    """
+    """What `pissa.load` gives, before PEFT's own methods are guarded; its arguments and errors are explained there."""
     given = base if base is None or isinstance(base, str | os.PathLike) else getattr(base, "name_or_path", None) or ""
     saved = read_adapter(path, given)
     model, residual = _base_or_residual(path, saved, base, given)

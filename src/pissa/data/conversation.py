@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -72,20 +72,6 @@ class Example:
         whole = Message("user", f"{asked.content}\n\n{self.input}", asked.learned, asked.extra)
         return (*self.messages[:at], whole, *self.messages[at + 1 :])
 
-
-def row_of(example: Example) -> dict[str, Any]:
-    """An example as a row that `example_from_row` reads as the same one."""
-    if example.text is not None:
-        return {"text": example.text}
-    more: dict[str, Any] = {}
-    if example.tools:
-        more["tools"] = [dict(tool) for tool in example.tools]
-    if example.template_options:
-        more["chat_template_kwargs"] = dict(example.template_options)
-    if example.input and len(example.messages) == 2:
-        return {"instruction": example.messages[0].content, "input": example.input, "output": example.response, **more}
-    turns = [
-        {**message.as_dict(), **({} if message.learned or message.role != "assistant" else {"weight": 0})}
-        for message in example.with_input()
-    ]
-    return {"messages": turns, **more}
+    def content(self) -> dict[str, Any]:
+        """Everything but the row's place, as JSON holds it: equal for rows that say the same."""
+        return {name: value for name, value in asdict(self).items() if name != "where"}

@@ -75,7 +75,7 @@ def examples_from_rows(rows: Iterable[Any], source: str = "the data") -> list[Ex
     """Rows in memory as examples.
 
     Args:
-        rows: mappings in the shapes above.
+        rows: mappings in the shapes above; an `Example` among them is taken as it is.
         source: what to call the rows in messages.
 
     Returns:
@@ -99,7 +99,7 @@ def collect(rows: Iterable[tuple[str, Any]], source: str) -> list[Example]:
         try:
             if isinstance(row, RowError):
                 raise row
-            examples.append(example_from_row(row, where))
+            examples.append(row if isinstance(row, Example) else example_from_row(row, where))
         except RowError as reason:
             offenders.append(f"{where} {reason}")
     if offenders:

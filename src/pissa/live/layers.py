@@ -237,11 +237,6 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
-    """A layer's weight as a detached (out, in) view; of a quantised layer, what its weight dequantises to."""
-    return place_of(module).matrices()
-
-
 def combine_each(matrices: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`W + scale·B·A` of one matrix (out, in) or of each of a stack: same bits either way, see `split.combine`."""
     if matrices.ndim == 2:

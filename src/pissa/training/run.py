@@ -5,13 +5,12 @@ The same command continues a run that stopped, from its last checkpoint, to the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.residual import save_residual, write_trained
 from ..checkpoint.source.load import check_model_directory, load_config, load_tokenizer
 from ..checkpoint.vocabulary import enlarge, rows_of
+from ..data.conversation import Example
 from ..data.encode import Collator, Encoded, encode
 from ..data.prompts import resolve_template
 from ..data.read import read_examples
@@ -36,8 +36,7 @@ from ..errors import ConfigError, Interrupted, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
 from ..live.record import record_of
-from ..provenance import hardware, package_versions
-from .adviser import advise, probe_data
+from ..provenance import hardware, package_versions, sha256
 from .card import model_card
 from .checkpoints import check_checkpoint
 from .checks import check_causal
@@ -57,6 +56,7 @@ from .directory import (
 from .engine import autocasts, is_main_process, process_count, storage_dtype, training_arguments
 from .prepare import prepare
 from .progress import StepLog, StopAtStepEnd, make_progress, read_log
+from .rate_adviser import advise, probe_data
 from .ready import ready_split, recipe_of_split
 from .recipe import AUTO, Recipe
 
@@ -65,6 +65,8 @@ if TYPE_CHECKING:
 
     from .trainer import RunTrainer
 
+Rows = Sequence[Mapping[str, Any] | Example]
+"""Rows of any shape that `examples_from_rows` takes."""
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """Set by accelerate's launcher."""
 
@@ -83,7 +85,7 @@ class RunResult:
 
 def train(
     model: str,
-    data: str | list[dict[str, Any]],
+    data: str | Rows,
     out: str | os.PathLike[str],
     recipe: Recipe,
     *,
@@ -96,7 +98,7 @@ def train(
 
     Args:
         model: the base's directory or hub id.
-        data: a file or hub id, see `read_examples`; or the rows themselves.
+        data: a file or hub id, see `read_examples`; or the rows themselves, or examples that were made of them.
         out: the run's directory: new, empty, or that of the same run.
         recipe: all settings.
         label: the run's name on the bar, where it is one of several: what would be said of each is then not said.
@@ -156,7 +158,7 @@ def train(
 
 def _train(
     model: str,
-    data: str | list[dict[str, Any]],
+    data: str | Rows,
     directory: RunDirectory,
     recipe: Recipe,
     arguments: SFTConfig,
@@ -348,7 +350,7 @@ def _results(
     }
 
 
-def _encoded(data: str | list[dict[str, Any]], tokenizer: Any, recipe: Recipe) -> Encoded:
+def _encoded(data: str | Rows, tokenizer: Any, recipe: Recipe) -> Encoded:
     on_hub = isinstance(data, str) and not Path(data).exists()
     if not on_hub and (recipe.data_split, recipe.data_subset) != (Recipe.data_split, Recipe.data_subset):
         given = data if isinstance(data, str) else "the list of rows"
@@ -400,15 +402,14 @@ def _scored_batches(encoded: Encoded, recipe: Recipe, pad_id: int) -> list[dict[
     return [dict(Collator(pad_id)(rows[i : i + size])) for i in range(0, count, size)]
 
 
-def _digest(rows: list[dict[str, Any]]) -> str:
-    return f"{len(rows)} rows, sha256 {hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]}"
+def _digest(rows: Rows) -> str:
+    given = [row.content() if isinstance(row, Example) else row for row in rows]
+    return f"{len(given)} rows, sha256 {sha256(json.dumps(given, sort_keys=True).encode())[:16]}"
 
 
 def _fingerprint_of_data(encoded: Encoded) -> str:
-    digest = hashlib.sha256()
-    for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True):
-        digest.update(array("q", [len(ids), *ids, *labels]).tobytes())
-    return digest.hexdigest()[:16]
+    rows = zip(encoded.input_ids, encoded.labels, strict=True)
+    return sha256(array("q", [len(ids), *ids, *labels]).tobytes() for ids, labels in rows)[:16]
 
 
 def quieten() -> None:

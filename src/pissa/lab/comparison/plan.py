@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar
 from ...config.kinds import Count, CountFromTwo, CountFromZero, File, Name, Names
 from ...config.settings import Rule, check_settings, did_you_mean
 from ...errors import ConfigError
+from ...training.rate_search import FIRST
 from ...training.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
-from ..rates import FIRST
 
 MOST_SEARCH_RUNS = 12
 """Rung 0 has at most so many runs: after as many the gaps between rates are below 5 %."""

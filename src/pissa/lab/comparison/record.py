@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ...checkpoint.disk.resumable import Resumable
 from ...errors import OutputError
 from ...outside.documents import read_document
-from ..rates import best_rates, is_on_edge
+from ...training.rate_search import best_rates, is_on_edge
 from .plan import ComparisonPlan
 from .trial import TRIAL, Trial
 

@@ -27,8 +27,8 @@ from ...provenance import hardware, package_versions
 from ...training.directory import absolute
 from ...training.engine import process_count, storage_dtype
 from ...training.progress import make_progress
+from ...training.rate_search import best_rates, good_rate, next_rate
 from ...training.run import quieten
-from ..rates import best_rates, good_rate, next_rate
 from .continuation import record_to_keep
 from .plan import ComparisonPlan
 from .record import ComparisonDirectory, assemble, chosen_rate, losses_of

@@ -11,16 +11,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ...data.conversation import Example, row_of
+from ...data.conversation import Example
 from ...data.read import read_examples
 from ...errors import DataError
 from ...evaluation.tasks.gsm8k_answers import extract_answer
 from ...provenance import sha256, sha256_of_file
 from .plan import ComparisonPlan
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Task:
 
     name: str
     """What reports call it: the name of the data."""
-    train: list[Row]
-    """Rows to learn from, in the order of the file."""
+    train: list[Example]
+    """What to learn from, in the order of the file."""
     validation: list[Example]
     test: list[Example]
     removed: int
@@ -41,16 +38,15 @@ class Task:
         """Whether every test problem states its answer."""
         return all(extract_answer(problem.response) is not None for problem in self.test)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Counts and a fingerprint, for the record."""
-        parts = [self.train, [row_of(e) for e in self.validation], [row_of(e) for e in self.test]]
         return {
             "name": self.name,
             "train_rows": len(self.train),
             "validation_rows": len(self.validation),
             "test_rows": len(self.test),
             "removed_from_train": self.removed,
-            "sha256": [sha256(_text(part).encode())[:16] for part in parts],
+            "sha256": [_digest(part) for part in (self.train, self.validation, self.test)],
         }
 
 
@@ -96,7 +92,7 @@ def make_task(data: str, plan: ComparisonPlan, *, validation: str | None = None,
             f"{len(kept_for_test)} for the test; a comparison needs at least {plan.recipe.batch_size} (one batch), 1 "
             "and 2: give more data, or a smaller batch size"
         )
-    return Task(Path(data).name, [row_of(row) for row in rows], kept_for_validation, kept_for_test, repeated)
+    return Task(Path(data).name, rows, kept_for_validation, kept_for_test, repeated)
 
 
 def digests(plan: ComparisonPlan) -> dict[str, str]:
@@ -120,8 +116,8 @@ def _without(rows: Sequence[Example], others: Sequence[Example]) -> tuple[list[E
 
 
 def _key(row: Example) -> str:
-    return _text(row_of(row))
+    return json.dumps(row.content(), sort_keys=True)
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+def _digest(rows: Sequence[Example]) -> str:
+    return sha256("\n".join(map(_key, rows)).encode())[:16]

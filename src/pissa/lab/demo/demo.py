@@ -28,7 +28,7 @@ from ...checkpoint.disk.resumable import Resumable
 from ...checkpoint.disk.write import explained, output_files, write_json
 from ...checkpoint.saved_residual import check_is_base
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
-from ...data.conversation import Example, row_of
+from ...data.conversation import Example
 from ...data.encode import token_ids
 from ...data.prompts import prompt_text
 from ...data.read import read_examples
@@ -118,7 +118,7 @@ class Task:
     """What is learned, and what it is tested on."""
 
     name: str
-    train: list[dict[str, Any]] | str
+    train: list[Example]
     held_out: list[Example]
     unseen: tuple[bool, ...] | None = None
     """Per held-out problem: whether its template never occurs in training. None where that is unknown."""
@@ -213,12 +213,11 @@ def _task(data: str | None, plan: Plan, seed: int) -> Task:
     if data is None:
         rows, held_out = make_problems(seed, plan.train, plan.held_out)
         unseen = tuple(not row["seen_template"] for row in held_out)
-        return Task("arithmetic word problems", rows, examples_from_rows(held_out), unseen)
+        return Task("arithmetic word problems", examples_from_rows(rows), examples_from_rows(held_out), unseen)
     examples = read_examples(data)
     if len(examples) < plan.held_out + plan.batch_size:
         raise DataError(f"{data} has {len(examples)} rows; the demo needs {plan.held_out + plan.batch_size} or more")
-    rows = [row_of(example) for example in examples[: -plan.held_out]]
-    return Task(Path(data).name, rows, examples[-plan.held_out :])
+    return Task(Path(data).name, examples[: -plan.held_out], examples[-plan.held_out :])
 
 
 def _scores(

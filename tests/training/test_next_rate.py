@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pissa.lab.rates import FACTOR, best_rates, good_rate, is_on_edge, next_rate, rate_beyond
+from pissa.training.rate_search import (
+    FACTOR,
+    best_rates,
+    good_rate,
+    is_on_edge,
+    next_on_grid,
+    next_rate,
+    rate_beyond,
+    vertex,
+)
 from pissa.training.recipe import TRAINING_METHODS
 
 
@@ -87,3 +96,21 @@ def test_every_method_has_a_good_region() -> None:
     assert rates["full"] < rates["pissa"] < rates["lora"]
     assert rates["pissa+dora"] == rates["qpissa"] == rates["pissa"]
     assert rates["qlora"] == rates["dora"] == rates["lora"]
+
+
+@pytest.mark.parametrize("best", [3e-6, 2e-3, 0.0123, 0.9])
+def test_downhill_from_anywhere_it_encloses_the_best_and_looks_half_as_far_beside_it(best: float) -> None:
+    tried: dict[float, float] = {}
+    while (rate := next_on_grid(tried, 1e-3)) is not None:
+        assert rate not in tried
+        tried[rate] = bowl(best)(rate)
+    rates = sorted(tried)
+    place = rates.index(min(tried, key=tried.__getitem__))
+    assert 0 < place < len(rates) - 1 and vertex(tried) == pytest.approx(best, rel=1e-6)
+    assert rates[place + 1] / rates[place - 1] < 1.01 * FACTOR
+
+
+def test_beyond_its_bounds_nothing_is_tried() -> None:
+    tried = {1e-3: 1.0, 3.16e-4: 0.5}
+    assert next_on_grid(tried, 1e-3, least=2e-4) == pytest.approx(3.16e-4 / FACTOR**0.5, rel=0.01)
+    assert next_on_grid(tried, 1e-3) == pytest.approx(1e-4, rel=0.01)

@@ -17,7 +17,7 @@ from pissa.data.encode import encode
 from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError, TrainingError
 from pissa.training import run as run_module
-from pissa.training.adviser import MEASURED_ROWS, MULTIPLE, PROBE_STEPS, ProbeData, advise, best_rate, probe_data
+from pissa.training.rate_adviser import MEASURED_ROWS, MULTIPLE, PROBE_STEPS, ProbeData, advise, best_rate, probe_data
 from pissa.training.recipe import Recipe, read_recipe, recipe_from
 from tiny import global_generators, same_tensors, snapshot, tiny_llama, tiny_tokenizer, token_batch
 

@@ -32,6 +32,7 @@ from ..live.adalora import penalty
 from ..live.state import active_adapter_name
 from .loss import response_loss
 from .optimizer import trained_groups
+from .rate_search import next_on_grid, vertex
 from .recipe import Recipe
 
 MULTIPLE = 1.2
@@ -40,7 +41,6 @@ PROBE_STEPS, PROBE_ROWS, MEASURED_ROWS = 4, 16, 16
 """Steps at each rate, rows of a step at most, and rows on which the loss is measured at most."""
 START, SMALLEST, LARGEST = 1e-3, 1e-7, 10.0
 """Where the search for η* begins, and its bounds."""
-FACTOR = math.sqrt(10)
 
 Batch = dict[str, Tensor]
 
@@ -120,10 +120,7 @@ def advise(model: Any, data: ProbeData, recipe: Recipe, *, autocast: bool = Fals
 
 
 def best_rate(loss_after: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The rate at which a loss is lowest.
-
-    It goes downhill from the middle by factors of √10, then looks half as far to both sides, and takes the vertex of
-    the parabola, in the logarithm of the rate, through the best of all and its neighbours.
+    """The rate at which a loss is lowest, by the search of `next_on_grid`.
 
     Args:
         loss_after: the loss after steps at a rate; at 0 without a step.
@@ -134,61 +131,23 @@ def best_rate(loss_after: Callable[[float], float]) -> tuple[float, dict[float, 
     Raises:
         TrainingError: the loss is not finite at 0, or not lower anywhere else.
     """
-    tried: dict[float, float] = {}
 
     def look(rate: float) -> float:
-        if rate not in tried:
-            found = loss_after(rate)
-            tried[rate] = found if math.isfinite(found) else math.inf
-        return tried[rate]
+        found = loss_after(rate)
+        return found if math.isfinite(found) else math.inf
 
-    if math.isinf(look(0.0)):
+    untrained = look(0.0)
+    if math.isinf(untrained):
         raise TrainingError("the loss is not finite before the first step, so no learning rate can be estimated")
-    place = 0
-    look(_on_grid(place))
-    for towards in (-1, 1):
-        while SMALLEST < _on_grid(place + towards) < LARGEST and _goes_on(look, place, towards):
-            place += towards
-    if tried[_on_grid(place)] >= tried[0.0]:
+    tried: dict[float, float] = {}
+    while (rate := next_on_grid(tried, START, SMALLEST, LARGEST)) is not None:
+        tried[rate] = look(rate)
+    if min(tried.values()) >= untrained:
         raise TrainingError(
-            f"no learning rate lowers the loss ({tried[0.0]:.4g}) within {PROBE_STEPS} steps: what some rows teach "
+            f"no learning rate lowers the loss ({untrained:.4g}) within {PROBE_STEPS} steps: what some rows teach "
             "does not help with others; give a learning rate as a number"
         )
-    for half in (-0.5, 0.5):
-        look(_on_grid(place + half))
-    return vertex(tried), tried
-
-
-def _on_grid(place: float) -> float:
-    return START * FACTOR**place
-
-
-def _goes_on(look: Callable[[float], float], place: int, towards: int) -> bool:
-    """Whether the next rate is better; or downwards no worse, out of where all losses are infinite."""
-    here, there = look(_on_grid(place)), look(_on_grid(place + towards))
-    return there < here or (towards < 0 and math.isinf(here))
-
-
-def vertex(tried: dict[float, float]) -> float:
-    """The rate with the lowest loss, between those that were tried.
-
-    Args:
-        tried: rate -> loss, infinite where a run diverged; rate 0, no step at all, is left out.
-
-    Returns:
-        The vertex of the parabola in log(rate) through the best rate and its neighbours; the best rate itself where it
-        is the first or the last, or beside an infinite loss.
-    """
-    rates = sorted(rate for rate in tried if rate)
-    place = min(range(len(rates)), key=lambda index: tried[rates[index]])
-    near = rates[max(place - 1, 0) : place + 2]
-    if len(near) < 3 or any(math.isinf(tried[rate]) for rate in near):
-        return rates[place]
-    (a, b, c), (x, y, z) = ([math.log(rate) for rate in near], [tried[rate] for rate in near])
-    left, right = (b - a) * (y - z), (b - c) * (y - x)
-    if left == right:
-        return rates[place]
-    return math.exp(b - ((b - a) * left - (b - c) * right) / (2 * (left - right)))
+    return vertex(tried), {0.0: untrained, **tried}
 
 
 def _take_steps(

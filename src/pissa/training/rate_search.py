@@ -1,7 +1,8 @@
-"""The search for a method's learning rate, with the same budget for every method.
+"""The search for a learning rate: what to try next, from the losses so far.
 
-A rung is a set of complete runs of one length, each with its own schedule. Rung 0 begins with three rates a factor √10
-apart around the method's known good region. Then every further run of the rung
+In a comparison every method has the same budget. A rung is a set of complete runs of one length, each with its own
+schedule. Rung 0 begins with three rates a factor √10 apart around the method's known good region. Then every further
+run of the rung
 
     goes on beyond the edge, by the same factor, while the best rate so far is the lowest or the highest tried;
     halves (geometrically) the wider of the two gaps beside the best rate otherwise.
@@ -78,6 +79,30 @@ def rate_beyond(tried: Mapping[float, float], factor: float | None = None) -> fl
     return _rounded(best * factor**towards)
 
 
+def next_on_grid(
+    tried: Mapping[float, float], start: float, least: float = 0.0, most: float = math.inf
+) -> float | None:
+    """The next rate of a search that knows nothing: downhill by a factor √10, then half as far on both sides.
+
+    Args:
+        tried: rate -> loss, infinite for what diverged; empty to begin with.
+        start: the first rate.
+        least, most: no rate beyond them is tried.
+
+    Returns:
+        A rate rounded to three digits; None where nothing is left to try.
+    """
+    if not tried:
+        return _rounded(start)
+    further = rate_beyond(tried, FACTOR)
+    if further is not None and least < further < most:
+        return further
+    grid = [rate for rate in tried if abs(math.remainder(math.log(rate / start, FACTOR), 1)) < 0.1]
+    best = best_rate({rate: tried[rate] for rate in grid})
+    halves = [_rounded(best * FACTOR**half) for half in (-0.5, 0.5)]
+    return next((rate for rate in halves if rate not in tried), None)
+
+
 def best_rate(tried: Mapping[float, float]) -> float:
     """The rate with the lowest loss, the lower one of equals; the lowest of all where every run diverged."""
     return min(tried, key=lambda rate: (tried[rate], rate))
@@ -92,6 +117,28 @@ def best_rates(tried: Mapping[float, float], count: int) -> list[float]:
 def is_on_edge(rate: float, tried: Collection[float]) -> bool:
     """Whether nothing was tried on one side of a rate."""
     return rate in (min(tried), max(tried))
+
+
+def vertex(tried: Mapping[float, float]) -> float:
+    """The rate with the lowest loss, between those that were tried.
+
+    Args:
+        tried: rate -> loss, infinite where a run diverged.
+
+    Returns:
+        The vertex of the parabola in log(rate) through the best rate and its neighbours; the best rate itself where it
+        is the first or the last, or beside an infinite loss.
+    """
+    rates = sorted(tried)
+    place = min(range(len(rates)), key=lambda index: tried[rates[index]])
+    near = rates[max(place - 1, 0) : place + 2]
+    if len(near) < 3 or any(math.isinf(tried[rate]) for rate in near):
+        return rates[place]
+    (a, b, c), (x, y, z) = ([math.log(rate) for rate in near], [tried[rate] for rate in near])
+    left, right = (b - a) * (y - z), (b - c) * (y - x)
+    if left == right:
+        return rates[place]
+    return math.exp(b - ((b - a) * left - (b - c) * right) / (2 * (left - right)))
 
 
 def _rounded(rate: float) -> float:
