@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -257,3 +258,10 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         for name in ready:
             del waiting[name]
     assert not waiting, f"circles among {sorted(waiting)}"
+
+
+def test_no_two_modules_of_tests_share_a_name() -> None:
+    """pytest imports them by their bare names, so of two alike it would refuse one."""
+    found = [path for room in ("tests", "studies/tests") for path in (SOURCE.parents[1] / room).rglob("*.py")]
+    names = Counter(path.name for path in found if path.name != "conftest.py" and "__pycache__" not in path.parts)
+    assert [name for name, count in names.items() if count > 1] == []
