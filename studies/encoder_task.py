@@ -97,13 +97,17 @@ def prepared(settings: Settings, task: GlueTask, method: str, blocks: int | None
         blocks: how many of the last blocks are trained; those below are frozen. None for all.
         seed: of the head and whatever else is drawn.
     """
-    tokenizer, model = encoder(settings, task, seed)
-    inputs = Inputs(tokenizer, task)
-    if blocks is not None:
-        _, model = cut(model, blocks)
-        inputs = _inputs(settings.model, task.name, blocks)
+    inputs, model = encoder_above(settings, task, blocks, seed)
     model = prepare(model, method, seed)
     return inputs, model.cuda() if torch.cuda.is_available() else model
+
+
+def encoder_above(settings: Settings, task: GlueTask, blocks: int | None, seed: int) -> tuple[Inputs, Any]:
+    """As `prepared`, of a classifier that no method has been put on."""
+    tokenizer, model = encoder(settings, task, seed)
+    if blocks is None:
+        return Inputs(tokenizer, task), model
+    return _inputs(settings.model, task.name, blocks), cut(model, blocks)[1]
 
 
 @lru_cache(maxsize=3)

@@ -1,7 +1,7 @@
 """A training loop in memory, for models that are no causal language models: what `train` does, without its files.
 
-AdamW, the recipe's warm-up and schedule, gradients clipped to one norm, everything else left to the caller: what is
-trained is what requires a gradient, a batch is whatever the loss takes.
+AdamW, unless the caller makes another optimizer, the recipe's warm-up and schedule, gradients clipped to one norm,
+everything else left to the caller: what is trained is what requires a gradient, a batch is whatever the loss takes.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def fit(
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    optimizer: Callable[[Any, float], torch.optim.Optimizer] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Fit:
     """Train what requires a gradient, one batch a step.
@@ -67,6 +68,7 @@ def fit(
         warmup_ratio: share of the steps in which it rises, as in `Recipe`.
         weight_decay: AdamW's, of every trained parameter.
         max_grad_norm: gradients are clipped to it; 0 for no clipping.
+        optimizer: makes one of the model and the learning rate; None for AdamW.
         after_step: called with the number of steps done, after each.
 
     Raises:
@@ -76,8 +78,11 @@ def fit(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(trained, learning_rate, steps, schedule)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
-    rates = get_scheduler(SCHEDULES[schedule], optimizer, math.ceil(steps * warmup_ratio), steps)
+    if optimizer is None:
+        moving: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    else:
+        moving = optimizer(model, learning_rate)
+    rates = get_scheduler(SCHEDULES[schedule], moving, math.ceil(steps * warmup_ratio), steps)
     losses: list[float] = []
     norms: list[float] = []
     source = iter(batches)
@@ -87,7 +92,7 @@ def fit(
         if batch is None:
             raise DataError(f"the batches ended after {step - 1} of {steps} steps; give more, or train fewer steps")
         found = loss(model, on_device(batch, device))
-        optimizer.zero_grad(set_to_none=True)
+        moving.zero_grad(set_to_none=True)
         found.backward()
         norm = nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf)
         losses.append(float(found.detach()))
@@ -98,7 +103,7 @@ def fit(
                 f"({learning_rate:g})",
                 Fit(losses[:-1], norms[:-1]),
             )
-        optimizer.step()
+        moving.step()
         rates.step()
         if after_step is not None:
             after_step(step)

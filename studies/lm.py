@@ -248,24 +248,26 @@ class InMemory:
 
     def first_loss(self, model: Any) -> Tensor:
         """The loss of the first batch, in the order of seed 0."""
-        return response_mean(model, on_device(next(self._batches(0)), model.device))
+        return response_mean(model, on_device(next(self.batches(0)), model.device))
 
     def train(self, model: Any, rate: float, seed: int, *, steps: int | None = None, **options: Any) -> Fit:
         """Train what requires a gradient as `train` would: the same loss, order, clipping and schedule."""
         return fit(
             model.train(),
-            self._batches(seed),
+            self.batches(seed),
             response_mean,
             learning_rate=rate,
             steps=steps or self.task.steps,
             **options,
         )
 
-    def _batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        order = LengthGroupedBatches(self.encoded.lengths, self.task.batch, seed)
+    def batches(self, seed: int, size: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Batches for ever, of the task's size where no other is given."""
+        size = size or self.task.batch
+        order = LengthGroupedBatches(self.encoded.lengths, size, seed)
         collate = Collator(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
         for epoch in itertools.count():
             order.set_epoch(epoch)
             rows = iter(order)
-            while places := list(itertools.islice(rows, self.task.batch)):
+            while places := list(itertools.islice(rows, size)):
                 yield dict(collate([self.encoded[place] for place in places]))

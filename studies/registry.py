@@ -27,6 +27,7 @@ NAMES = (
     "direction-or-scale",
     "nlg",
     "families",
+    "one-rate",
 )
 
 

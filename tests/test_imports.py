@@ -27,6 +27,7 @@ ROOMS = (
     "split",
     "ranks",
     "live",
+    "optimizers",
     "checkpoint",
     "export",
     "adapted",

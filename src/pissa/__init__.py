@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .live.offset import freeze_second_halves as freeze_second_halves
     from .live.reference import reference as reference
     from .live.reference import restore as restore
+    from .optimizers.spectral import SpectralProduct as SpectralProduct
     from .quantize.error import reduction_ratio as reduction_ratio
     from .split import Split as Split
     from .split import split_weight as split_weight
@@ -72,6 +73,7 @@ _HOMES = {
     "compare": "lab.comparison.run",
     "ComparisonPlan": "lab.comparison.plan",
     "freeze_second_halves": "live.offset",
+    "SpectralProduct": "optimizers.spectral",
     "smollm2": "lab.models",
 }
 __all__ = [*_HOMES, "__version__"]

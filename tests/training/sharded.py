@@ -1,4 +1,4 @@
-"""One process of a sharded or replicated training run: `torchrun sharded.py ENGINE PLACEMENT OUT`."""
+"""One process of a sharded or replicated training run: `torchrun sharded.py ENGINE PLACEMENT OPTIMIZER OUT`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pissa import PissaConfig, adapt, export_lora, reference
+from pissa import PissaConfig, SpectralProduct, adapt, export_lora, reference
 from pissa.live.offset import freeze_second_halves
 from tiny import tiny_llama, token_batch
 
@@ -34,14 +34,20 @@ def sharded(model: Any) -> Any:
     return model
 
 
-def main(engine: str, placement: Any, out: Path) -> None:
+def optimizer_of(model: Any, name: str) -> torch.optim.Optimizer:
+    """The optimizer of all these steps, in one process or several."""
+    if name == "spectral":
+        return SpectralProduct(model, weight_decay=0.1)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+
+
+def main(engine: str, placement: Any, name: str, out: Path) -> None:
     """Train on this process's half of each batch; rank 0 writes the export and what was seen."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model: Any = adapt(tiny_llama(), PissaConfig(4, placement=placement))
     wrapped = {"ddp": replicated, "fsdp2": sharded}[engine](model)
-    trainable = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1)
+    optimizer = optimizer_of(wrapped, name)
     for step in range(STEPS):
         part = token_batch(seed=100 + step)[rank : rank + 1]
         loss = wrapped(input_ids=part, labels=part).loss
@@ -62,4 +68,4 @@ def main(engine: str, placement: Any, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(*sys.argv[1:4], Path(sys.argv[4]))

@@ -137,3 +137,17 @@ def test_a_list_of_another_kind_is_no_list(stopped: Path, files: object) -> None
     (stopped / "state" / "checkpoint-4" / LIST).write_text(json.dumps({"files": files}))
     (problem,) = problems(RunDirectory(stopped), stopped / "state" / "checkpoint-4")
     assert LIST in problem
+
+
+def test_the_optimizer_of_products_continues_to_the_same_losses(base_directory: Path, tmp_path: Path) -> None:
+    settings = recipe(optimizer="spectral", learning_rate=None, method="pissa+dora", max_steps=4)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = run(base_directory, whole, settings)
+    assert result.results["learning_rate"] == 0.05
+    assert len(result.results["losses"]) == 4 and result.results["losses"][-1] != result.results["losses"][0]
+    shutil.copytree(whole, parts)
+    for child in [child for child in parts.iterdir() if child.is_file()]:
+        child.unlink()
+    shutil.rmtree(parts / "state" / "checkpoint-4")
+    run(base_directory, parts, settings)
+    assert log_of(parts) == log_of(whole)

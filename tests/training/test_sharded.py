@@ -16,26 +16,27 @@ from pissa import PissaConfig, adapt
 from pissa.live.offset import second_half
 from pissa.live.state import adapter_layers
 from tiny import largest_difference, logits_of, tiny_llama, train_steps
+from training.sharded import optimizer_of
 
 pytestmark = pytest.mark.slow
 CLOSE = 1e-4
 SCRIPT = Path(__file__).with_name("sharded.py")
 
 
-def alone(placement: Any) -> PeftModel:
+def alone(placement: Any, name: str) -> PeftModel:
     """The same steps in one process."""
     model = adapt(tiny_llama(), PissaConfig(4, placement=placement))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    train_steps(model, 3, optimizer=optimizer)
+    train_steps(model, 3, optimizer=optimizer_of(model, name))
     return model
 
 
+@pytest.mark.parametrize("name", ["adamw", "spectral"])
 @pytest.mark.parametrize("placement", ["residual", "offset"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_does(engine: str, placement: str, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(engine: str, placement: str, name: str, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(SCRIPT), engine, placement, str(tmp_path)],
+        [*launcher, str(SCRIPT), engine, placement, name, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -43,7 +44,7 @@ def test_two_processes_train_as_one_does(engine: str, placement: str, tmp_path: 
         env={**os.environ},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    seen, model = torch.load(tmp_path / "seen.pt"), alone(placement)
+    seen, model = torch.load(tmp_path / "seen.pt"), alone(placement, name)
     base = logits_of(tiny_llama())
     assert largest_difference(logits_of(model), base) > 1e-2
     assert largest_difference(seen["trained"], logits_of(model)) < CLOSE

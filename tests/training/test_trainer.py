@@ -177,15 +177,23 @@ def test_a_gathered_state_is_saved_in_place_of_the_live_shards(tmp_path: Path) -
             },
             "FULL_STATE_DICT",
         ),
+        ({"is_deepspeed_enabled": True, "spectral": True}, "spectral needs whole matrices.*use DDP or FSDP2"),
+        (
+            {"is_fsdp_enabled": True, "spectral": True, "fsdp_plugin": SimpleNamespace(fsdp_version=1)},
+            "spectral needs whole matrices.*fsdp_version: 2",
+        ),
     ],
-    ids=["ZeRO-3", "sharded FSDP"],
+    ids=["ZeRO-3", "sharded FSDP", "spectral under DeepSpeed", "spectral under FSDP1"],
 )
 def test_an_engine_that_cannot_save_the_run_whole_is_refused(engine: dict[str, Any], remedy: str) -> None:
     trainer: Any = SimpleNamespace(
-        is_deepspeed_enabled=False, is_fsdp_enabled=False, accelerator=SimpleNamespace(state=SimpleNamespace())
+        is_deepspeed_enabled=False,
+        is_fsdp_enabled=False,
+        spectral=False,
+        accelerator=SimpleNamespace(state=SimpleNamespace()),
     )
     for name, value in engine.items():
-        setattr(trainer if name.startswith("is_") else trainer.accelerator.state, name, value)
+        setattr(trainer if name.startswith("is_") or name == "spectral" else trainer.accelerator.state, name, value)
     with pytest.raises(ConfigError, match=remedy):
         RunTrainer._check_engine(trainer)
 

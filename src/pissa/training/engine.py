@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, MissingExtraError
+from ..optimizers.names import SPECTRAL
 from .passed_on import passed_on
 from .recipe import Recipe
 from .sampler import GROUPED
@@ -56,7 +57,8 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         max_grad_norm=recipe.max_grad_norm,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
-        optim=recipe.optimizer,
+        # the trainer makes ours itself
+        optim=recipe.optimizer if recipe.optimizer != SPECTRAL else "adamw_torch",
         neftune_noise_alpha=recipe.neftune,
         packing=recipe.packing,
         max_length=recipe.max_length if recipe.packing else None,

@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
+from ..optimizers.names import RATES
+
 FACTOR = math.sqrt(10)
 FIRST = 3
 """Rates that rung 0 begins with."""
@@ -25,9 +27,11 @@ GOOD = {"lora": 2e-3, "pissa": 2e-4, "full": 2e-5}
 LORA_LIKE = ("lora", "lora-kaiming", "lora-gaussian", "dora", "adalora", "qlora")
 
 
-def good_rate(method: str) -> float:
+def good_rate(method: str, optimizer: str | None = None) -> float:
     """The middle of a method's known good region: LoRA's for what starts at B = 0, PiSSA's for what starts at a part
-    of the weight."""
+    of the weight; under an optimizer that has one rate for all, that."""
+    if optimizer in RATES:
+        return RATES[optimizer]
     if method == "full":
         return GOOD["full"]
     return GOOD["lora" if method in LORA_LIKE else "pissa"]

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import METHODS, AdapterSettings, PissaConfig, Quantization, quantization_preset
 from ..config.settings import check_settings, nearest, read_settings, settings_of
 from ..errors import ConfigError
+from ..optimizers.names import SPECTRAL, default_rate
 from .recipe_groups import TRAINING_METHODS as TRAINING_METHODS
 from .recipe_groups import AdapterGroup, DataGroup, QuantizationGroup, TrainingGroup
 
@@ -50,6 +51,9 @@ class Recipe(DataGroup, TrainingGroup, QuantizationGroup, AdapterGroup):
     def __post_init__(self) -> None:
         read_settings(self)
         check_settings(self)
+        _check_optimizer(self)
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", default_rate(self.optimizer))
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
@@ -151,6 +155,25 @@ def _check_unused(recipe: Recipe) -> None:
     given = [name for name in settings if name in ADAPTER_ONLY and getattr(recipe, name) != settings[name].default]
     if given:
         raise ConfigError(f"method full has no adapter: leave out {', '.join(given)}, or choose another method")
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    """Refuse what the optimizer of products cannot do."""
+    if recipe.optimizer != SPECTRAL:
+        return
+    if not recipe.adapts or "adalora" in recipe.method:
+        has = "three factors" if recipe.adapts else "no adapter"
+        raise ConfigError(
+            f"optimizer {SPECTRAL} moves products of two factors, and method {recipe.method} has {has}: leave "
+            "optimizer out, or choose another method"
+        )
+    if recipe.loraplus_ratio is not None:
+        raise ConfigError(f"optimizer {SPECTRAL} weighs A and B itself; leave loraplus_ratio out")
+    if recipe.learning_rate == AUTO:
+        raise ConfigError(
+            f"learning_rate auto estimates AdamW's rate; leave it out with optimizer {SPECTRAL}, whose own is "
+            f"{default_rate(SPECTRAL):g}"
+        )
 
 
 def _check_quantization(recipe: Recipe) -> None:

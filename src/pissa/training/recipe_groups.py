@@ -103,8 +103,9 @@ class TrainingGroup:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """In what the frozen weights are stored; "auto" is bf16 where the hardware computes in it, else fp32. Adapters are
     always fp32. With method full the weights are fp32, and bf16 means autocast."""
-    learning_rate: Positive | Literal["auto"] = 2e-5
-    """Peak learning rate; "auto" estimates it on a few batches before the first step."""
+    learning_rate: Positive | Literal["auto"] | None = None
+    """Peak learning rate; "auto" estimates it on a few batches before the first step. Left out, the optimizer's own:
+    0.05 of spectral, 2e-5 of any other."""
     loraplus_ratio: AtLeastOne | None = None
     """LoRA+: B is trained at this many times the learning rate. Left out, A and B have the same rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -126,7 +127,8 @@ class TrainingGroup:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     optimizer: Name = "adamw_torch"
-    """Any optimizer of transformers, such as adamw_torch_fused, adamw_8bit, paged_adamw_8bit or adafactor."""
+    """spectral, which moves the products of the factors and has one learning rate for every start, rank and alpha; or
+    any optimizer of transformers, such as adamw_torch_fused, adamw_8bit, paged_adamw_8bit or adafactor."""
     neftune: Positive | None = None
     """NEFTune: noise of this size on the embeddings while it trains (arXiv 2310.05914)."""
     training: PassedOn = field(default_factory=dict)

@@ -36,6 +36,7 @@ from ..errors import ConfigError, Interrupted, TrainingError
 from ..export import LoraExport, export_lora, write_lora
 from ..live.offset import trained_values
 from ..live.record import record_of
+from ..optimizers.names import SPECTRAL
 from ..provenance import hardware, package_versions, sha256
 from .card import model_card
 from .checkpoints import check_checkpoint
@@ -252,6 +253,7 @@ def _run(
         tokenizer,
         batch_size=recipe.batch_size,
         loraplus_ratio=recipe.loraplus_ratio,
+        spectral=recipe.optimizer == SPECTRAL,
         callbacks=[log, *callbacks, stop],
     )
     log.trainer = trainer

@@ -38,6 +38,7 @@ from ..live.adalora import penalty
 from ..live.factors import MAGNITUDE
 from ..live.record import record_of
 from ..live.state import TRAINABLE, active_adapter_name, is_offset
+from ..optimizers.spectral import SpectralProduct
 from .checkpoints import list_files
 from .checks import check_packs
 from .directory import RunDirectory
@@ -136,6 +137,7 @@ class RunTrainer(SFTTrainer):
         *,
         batch_size: int,
         loraplus_ratio: float | None = None,
+        spectral: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """A trainer of a model, adapted or whole.
@@ -147,10 +149,11 @@ class RunTrainer(SFTTrainer):
             tokenizer: the model's.
             batch_size: rows of a step, over all processes.
             loraplus_ratio: see `optimizer.py`.
+            spectral: move the products of the factors, see `optimizers/spectral.py`.
             callbacks: called at every step.
         """
         check_trainer()
-        self.loraplus_ratio = loraplus_ratio
+        self.loraplus_ratio, self.spectral = loraplus_ratio, spectral
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._own_forward = vars(self.base).get("forward")
         self.grouped = args.train_sampling_strategy == GROUPED and not args.packing
@@ -199,6 +202,9 @@ class RunTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         chosen: Any = self.model if model is None else model
+        if self.optimizer is None and self.spectral:
+            unwrapped = self.accelerator.unwrap_model(chosen)
+            self.optimizer = SpectralProduct(unwrapped, self.args.learning_rate, weight_decay=self.args.weight_decay)
         if self.optimizer is None and self.loraplus_ratio is not None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, chosen)
             groups = parameter_groups(
@@ -407,6 +413,10 @@ class RunTrainer(SFTTrainer):
             ConfigError: with the setting to use instead.
         """
         state: Any = self.accelerator.state
+        if self.spectral and self.is_deepspeed_enabled:
+            raise ConfigError("optimizer spectral needs whole matrices, which DeepSpeed cuts up; use DDP or FSDP2")
+        if self.spectral and self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
+            raise ConfigError("optimizer spectral needs whole matrices, which FSDP1 flattens; set fsdp_version: 2")
         if self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
             raise ConfigError(
                 "DeepSpeed ZeRO-3 shards what pissa splits and saves; use ZeRO-2 (zero_stage: 2), or FSDP"

@@ -208,7 +208,7 @@ class _Session:
             return promoted[index] if index < len(promoted) else None
         if self.plan.rates is not None:
             return next(rate for rate in self.plan.rates if rate not in tried)
-        return next_rate(tried, good_rate(method))
+        return next_rate(tried, good_rate(method, self.plan.recipe.optimizer))
 
     def _do(self, trial: Trial) -> None:
         """One trial, unless it is done; says how it went and how long the rest will take."""
