@@ -136,7 +136,7 @@ class SpectralProduct(Optimizer):
         ]
         A, B, G_A, G_B = (torch.cat([each[side] for each in listed]) for listed in (values, moments) for side in (0, 1))
         found = direction(A, B, G_A, G_B, group["damping"])
-        kept = (1 - group["lr"] * group["weight_decay"]) ** 0.5
+        kept = max(1 - group["lr"] * group["weight_decay"], 0.0) ** 0.5
         stacked = len(values[0][0])
         for place, (pair, *parameters) in enumerate(pairs):
             part = slice(place * stacked, (place + 1) * stacked)
@@ -204,14 +204,18 @@ def _check_whole(pairs: list[tuple[Pair, nn.Parameter, nn.Parameter]]) -> None:
 
 
 def _check_finite(pairs: list[tuple[Pair, nn.Parameter, nn.Parameter]]) -> None:
-    gradients = [(pair.name, p.grad) for pair, *both in pairs for p in both if p.grad is not None]
-    sums = torch._foreach_norm([_local(gradient) for _, gradient in gradients])
-    finite = torch.stack([each.cpu() for each in sums]).isfinite() if sums else torch.ones(0)
+    named = [(pair.name, _local(p.grad)) for pair, *both in pairs for p in both if p.grad is not None]
+    named = [(name, gradient) for name, gradient in named if gradient.numel()]
+    if not named:
+        return
+    device = named[0][1].device
+    finite = torch.stack([gradient.abs().amax().double().to(device) for _, gradient in named]).isfinite()
     if not finite.all():
-        names = [name for (name, _), right in zip(gradients, finite.tolist(), strict=True) if not right]
+        wrong = list(dict.fromkeys(name for (name, _), right in zip(named, finite.tolist(), strict=True) if not right))
+        more = f" (and of {len(wrong) - 1} more adapters)" if len(wrong) > 1 else ""
         raise TrainingError(
-            f"the gradient of {names[0]} is not finite (and of {len(set(names)) - 1} more adapters); nothing was "
-            "moved: lower the learning rate, or look at the data of this step"
+            f"the gradient of {wrong[0]} is not finite{more}; nothing was moved: lower the learning rate, or look at "
+            "the data of this step"
         )
 
 
