@@ -27,7 +27,12 @@ from pissa.provenance import hardware, package_versions
 def model(blocks: int, rank: int) -> Any:
     """The blocks, adapted; PiSSA's start has no factor that is zero, whose step would be cheaper."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     base = LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=blocks, **sizes))
     return adapt(base, PissaConfig(rank)).train()
 

@@ -38,7 +38,7 @@ NAME = "one-rate"
 ADAMW = "adamw"
 STARTS = ("lora", "pissa", "directions 0.25")
 MIDDLE = 16
-FIRST = {ADAMW: {"lora": 2e-3, "pissa": 5e-4}, SPECTRAL: {"lora": default_rate(SPECTRAL)}}
+FIRST = {ADAMW: {"lora": 8e-3, "pissa": 4e-3}, SPECTRAL: {"lora": default_rate(SPECTRAL)}}
 """Optimizer -> start -> the middle of the three rates that a cell begins with; other starts begin as LoRA does."""
 GROWTH = 8
 """Rates by which a cell's grid grows, at most."""

@@ -77,7 +77,8 @@ def trained_pairs(model: Any) -> Trained:
             "it first, or take AdamW"
         )
     adapter, pairs, factors, wrong = active_adapter_name(model), [], [], []
-    for name, layer in adapter_layers(model).items():
+    layers: dict[str, Any] = {**adapter_layers(model)}
+    for name, layer in layers.items():
         if adapter not in layer.r:
             continue
         A, B = parameters_of(layer, adapter)

@@ -141,8 +141,8 @@ class SpectralProduct(Optimizer):
         for place, (pair, *parameters) in enumerate(pairs):
             part = slice(place * stacked, (place + 1) * stacked)
             length = group["lr"] / pair.scale
-            moves = (old[part] * (kept - 1) - way[part] * length for old, way in zip((A, B), found, strict=True))
-            for parameter, change in zip(parameters, pair.stored(*moves, parameters), strict=True):
+            dA, dB = A[part] * (kept - 1) - found.D_A[part] * length, B[part] * (kept - 1) - found.D_B[part] * length
+            for parameter, change in zip(parameters, pair.stored(dA, dB, parameters), strict=True):
                 parameter.add_(_spread(change, parameter))
 
     def _average(self, parameter: nn.Parameter, momentum: float) -> Tensor:
@@ -162,8 +162,9 @@ class SpectralProduct(Optimizer):
                 self.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
         adamw(
             moved,
-            [p.grad for p in moved],
-            *([self.state[p][name] for p in moved] for name in ("exp_avg", "exp_avg_sq")),
+            [p.grad for p in moved if p.grad is not None],
+            [self.state[p]["exp_avg"] for p in moved],
+            [self.state[p]["exp_avg_sq"] for p in moved],
             [],
             [self.state[p]["step"] for p in moved],
             amsgrad=False,
