@@ -24,8 +24,8 @@ import torch
 
 from pissa import SpectralProduct
 from pissa.errors import DataError
-from pissa.lab.rates import rate_beyond
 from pissa.optimizers.names import SPECTRAL, default_rate
+from pissa.training.rate_search import rate_beyond
 
 from .figures import new_figure
 from .fit import Diverged, fit
