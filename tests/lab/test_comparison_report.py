@@ -118,6 +118,10 @@ def test_page_knows_dark_and_narrow_windows(report: Path) -> None:
     text = (report / "report.html").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
+    # what is wider than a phone scrolls by itself, so that the page does not
+    assert len(re.findall(r"<table", text)) == len(re.findall(r'<div class="scroll"[^>]*>\s*<table', text)) >= 2
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto", text)
+    assert re.search(r"max-width: 520px[^@]*figure \{ overflow-x: auto; \} figure svg \{ min-width: 460px; \}", text)
     for light, dark in zip(LIGHT, DARK, strict=True):
         assert (text.count(light), text.count(dark)) == (1, 1), "a colour outside of the variables"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pissa.data.conversation import Example, Message
 from pissa.errors import DataError, OutputError
 from pissa.lab.demo import demo
 from pissa.lab.demo.arithmetic import make_problems
@@ -27,6 +28,9 @@ RUN_KEYS = {
 }
 
 
+EXPORT = {"rank": 8, "max_abs_logit_difference": 0.0, "max_abs_logit": 1.0, "directory": "pissa"}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model's directory; nobody writes into it."""
@@ -44,10 +48,13 @@ def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_demo_writes_what_it_promises_and_never_does_it_twice(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo"
     results = demo.run_demo(out, model=model, quick=True)
+    shown = capsys.readouterr().err
+    for who in ("base", "PiSSA lr 0.0002", "LoRA lr 0.0002", "LoRA lr 0.002"):
+        assert f"\n  {who}: " in shown  # an answer of each, as soon as there is one
     listing = {path.name for path in out.iterdir()}
     assert listing == {"demo.json", "results.json", "curves.png", "report.md", "pissa", "lora", "lora-tuned"}
     assert results == json.loads((out / "results.json").read_text())
@@ -74,10 +81,31 @@ def test_demo_writes_what_it_promises_and_never_does_it_twice(
         demo.run_demo(out, model=model, quick=True, seed=1)
 
 
+def test_a_problem_that_was_learned_is_shown() -> None:
+    task = demo.Task("sums", [], [Example((Message("user", "1 +\n1?"), Message("assistant", "2")))] * 3)
+    right, wrong = {"correct": True, "generated": "is 2"}, {"correct": False, "generated": "is 3"}
+    before = [{"index": index, **sample} for index, sample in enumerate((right, wrong, wrong))]
+    after = [{"index": index, **sample} for index, sample in enumerate((right, wrong, right))]
+    assert demo._learned(task, before, after) == ["1 + 1?", "is 3 (wrong)", "is 2 (right)"]
+    assert demo._learned(task, before, before) == []
+
+
+def test_demo_trains_and_tests_with_the_same_prompts(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_check_export", lambda *_: EXPORT)
+    monkeypatch.setattr(demo, "_arms", lambda: (("pissa", "pissa", 2e-4),))
+    monkeypatch.setattr(demo, "demo_report", lambda _: "")
+    demo.run_demo(tmp_path / "demo", model=model, quick=True)
+    run = tmp_path / "demo" / "pissa"
+    assert json.loads((run / "results.json").read_text())["template"] == "chat"
+    samples = json.loads((run / "held_out.json").read_text())["samples"]
+    assert tiny_tokenizer().chat_template and not any("### Instruction" in sample["prompt"] for sample in samples)
+
+
 def test_demo_takes_real_data(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # with a fresh process, which the first test has already
-    export = {"rank": 8, "max_abs_logit_difference": 0.0, "max_abs_logit": 1.0, "directory": "pissa"}
-    monkeypatch.setattr(demo, "_check_export", lambda *_: export)
+    monkeypatch.setattr(demo, "_check_export", lambda *_: EXPORT)
     rows, _ = make_problems(0, 20, 1)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"question": r["instruction"], "answer": r["output"]}) + "\n" for r in rows))

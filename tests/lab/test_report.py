@@ -34,7 +34,8 @@ def results(**after: float) -> dict[str, Any]:
     ]
     export = {"max_abs_logit_difference": 1e-5, "max_abs_logit": 20.0, "rank": 16, "directory": "run"}
     costs = {"seconds": 300.0, "peak_memory_gib": 4.0}
-    return {"runs": runs, "export": export, "task": {"name": "sums", "held_out": 16}, **costs}
+    learned = ["1 + 1?", "3 (wrong)", "2 (right)"]
+    return {"runs": runs, "learned": learned, "export": export, "task": {"name": "sums", "held_out": 16}, **costs}
 
 
 def test_report_says_that_pissa_leads_where_it_does() -> None:

@@ -28,13 +28,18 @@ class HeldOutLoss:
         """Nats per response token, over all of them."""
         return sum(self.nats) / sum(self.tokens)
 
+    @property
+    def by_example(self) -> list[float]:
+        """Nats per response token of each example."""
+        return [nats / tokens for nats, tokens in zip(self.nats, self.tokens, strict=True)]
+
 
 def held_out_loss(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
     *,
-    template: Template = "alpaca",
+    template: Template = "auto",
     max_length: int = 512,
     batch_size: int = 8,
 ) -> HeldOutLoss:

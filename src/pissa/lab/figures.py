@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..errors import MissingExtraError
 from .style import LIGHT
+
+LONGEST_WINDOW = 5
+"""Steps over which the curves of a long run are smoothed."""
 
 
 def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
@@ -23,24 +27,41 @@ def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title)
+    window = max(1, min([LONGEST_WINDOW, *(len(run["losses"]) // 6 for run in runs)]))
     panels = figure.subplots(1, 2)
     for panel, key, name in zip(panels, ("losses", "grad_norms"), ("training loss", "gradient norm"), strict=True):
         for run, colour in zip(runs, LIGHT, strict=False):
             values = run[key]
-            panel.plot(range(1, len(values) + 1), values, label=run["label"], color=colour, linewidth=1.6)
-        panel.set(xlabel="step", ylabel=name, yscale="log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        panel.yaxis.set_minor_formatter(NullFormatter())
+            steps = range(1, len(values) + 1)
+            if window > 1:
+                panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+            panel.plot(steps, running_mean(values, window), label=run["label"], color=colour, linewidth=2.2)
+        panel.set(xlabel="step", ylabel=name)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if _spans_decades([value for run in runs for value in run[key]]):
+            panel.set(yscale="log", ylabel=f"{name} (log scale)")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False, title=f"mean of {window} steps; thin: each step" if window > 1 else None)
     figure.savefig(path)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and of the ones before it, `window` in all; of fewer at the beginning."""
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    """Whether values need a log scale: on one that spans less, few ticks have a place."""
+    return min(values, default=0.0) > 0 and max(values) > 5 * min(values)
 
 
 def decorate(panel: Any) -> None:

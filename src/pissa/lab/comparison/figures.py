@@ -27,7 +27,7 @@ def curve_figures(results: Mapping[str, Any], looks: Mapping[str, Look], window:
         ("loss", "Training loss", "nats per token", True, lambda runs: band(runs, "losses"), smoothed + bands),
         ("gradient-norm", "Gradient norm", "norm", True, lambda runs: band(runs, "grad_norms"), smoothed + bands),
         ("test-loss", "Test loss during training", "nats per token", False,
-         lambda runs: during(runs, "loss", base.get("curve_loss")), f"over all tokens of some test problems; {bands}"),
+         lambda runs: during(runs, "loss", base.get("curve_loss")), f"as in the table, of the first problems; {bands}"),
         ("accuracy", "Accuracy during training", "share solved", False,
          lambda runs: during(runs, "accuracy", start), f"on test problems; {bands}"),
     )  # fmt: skip

@@ -214,8 +214,9 @@ def _measured(comparisons: Sequence[Comparison], *, searched: bool) -> list[str]
         else "The learning rate was given, none was searched; everything is measured on the test rows.",
         "A difference is the first method’s figure minus the second’s, with the interval that the verdict rests on. It "
         "is judged by Student’s t with two sources of noise, the seeds and the test problems (the same for all "
-        "methods); seeds are not paired. Test loss is the mean over test problems of nats per token; validation loss "
-        "and the curve during training pool the tokens of their rows.",
+        "methods); seeds are not paired. Test loss is the mean over test problems of nats per token, in "
+        "the table over all of them, while they train over the first ones; validation loss pools the tokens of its "
+        "rows.",
         f"{count} comparison{'s' if count != 1 else ''} made together, corrected by Holm’s procedure: the probability "
         f"of one or more false calls is at most {100 * ERROR:g} %. P-values are taken {CAUTION:g} times as large as "
         "Student’s t gives them, because with few seeds it is too eager. An interval of a difference has the level at "

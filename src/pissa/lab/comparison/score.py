@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class Scorer:
         return self._loss(model, self.task.validation).mean
 
     def curve_loss(self, model: Any) -> float:
-        """Nats per response token over the first test problems."""
-        return self._loss(model, self.task.test[: self.curve_problems]).mean
+        """The test loss, as `test` has it, of the first test problems alone."""
+        return fmean(self._loss(model, self.task.test[: self.curve_problems]).by_example)
 
     def curve(self, model: Any) -> dict[str, float | None]:
         """What is seen while a model trains: the loss on the first test problems and, where asked for, the share of
@@ -60,7 +61,7 @@ class Scorer:
         loss = self._loss(model, self.task.test)
         forgetting = self._perplexity(model)
         return {
-            "test_losses": [nats / tokens for nats, tokens in zip(loss.nats, loss.tokens, strict=True)],
+            "test_losses": loss.by_example,
             "test_tokens": loss.tokens,
             "test_correct": self._correct(model),
             "perplexity": forgetting,

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,15 @@ from ...checkpoint.saved_residual import check_is_base
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from ...data.conversation import Example
 from ...data.encode import token_ids
-from ...data.prompts import prompt_text
+from ...data.prompts import Template, prompt_text, resolve_template
 from ...data.read import read_examples
 from ...data.rows import examples_from_rows
 from ...errors import DataError, OutputError
 from ...evaluation.loss import held_out_loss
+from ...evaluation.samples import SampleLog
 from ...evaluation.tasks.registry import Evaluation, EvaluationOptions, find_task
 from ...outside.documents import read_document
+from ...outside.text import on_one_line
 from ...provenance import hardware, package_versions
 from ...training.progress import make_progress
 from ...training.recipe import Recipe
@@ -47,7 +49,12 @@ from .arithmetic import make_problems
 from .report import demo_report
 
 LEARNING_RATE = 2e-4
+BATCH = 8
+"""Held-out problems that are put to a model at once."""
+LONGEST = 200
+"""Characters of an answer that are shown."""
 SETTINGS = "demo.json"
+HELD_OUT = "held_out.json"
 FRESH_PROCESS = """
 import sys, torch
 from peft import PeftModel
@@ -122,6 +129,8 @@ class Task:
     held_out: list[Example]
     unseen: tuple[bool, ...] | None = None
     """Per held-out problem: whether its template never occurs in training. None where that is unknown."""
+    template: Template = "auto"
+    """The prompt template in which it is learned and tested."""
 
 
 def run_demo(
@@ -153,6 +162,7 @@ def run_demo(
     check_is_base(base)
     with make_progress() as progress:
         tokenizer = load_tokenizer(base)
+        task = replace(task, template=resolve_template("auto", tokenizer))
         untouched = load_base(base, dtype=torch.float32).eval()
         with explained(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -161,12 +171,14 @@ def run_demo(
         del untouched
         runs = []
         for name, method, learning_rate in _arms():
-            recipe = plan.recipe(method, learning_rate, seed)
+            recipe = replace(plan.recipe(method, learning_rate, seed), template=task.template)
             result = train(base, task.train, out / name, recipe, label=_label(method, learning_rate), progress=progress)
             runs.append(_run_record(name, method, result, before, tokenizer, task, plan, progress))
         export = _check_export(base, out / "pissa", tokenizer, task, progress)
+        learned = _learned(task, before[0].samples, _measured(out / "pissa")["samples"])
     results = {
         "runs": runs,
+        "learned": learned,
         "export": export,
         "seconds": time.perf_counter() - start,
         "peak_memory_gib": _peak_memory_gib(),
@@ -227,15 +239,40 @@ def _scores(
     if isinstance(model, PeftModel):
         model.merge_adapter()  # pyright: ignore[reportCallIssue] -- LoraModel's, reached through PeftModel
     bar = progress.add_task(f"{label}, test", total=len(task.held_out), note="")
-    match = find_task("gsm8k").run(
-        model,
-        tokenizer,
-        task.held_out,
-        EvaluationOptions(max_new_tokens=plan.new_tokens if task.unseen is not None else 256),
-        progress=lambda done, _: progress.update(bar, completed=done),
-    )
+    log = SampleLog()
+
+    def advance(done: int, _: int) -> None:
+        if done <= BATCH:  # the first ones: something to see while the others are made
+            sample = log.in_order()[0]
+            said = f"{question(task, sample)}\n  {label}: {_verdict(sample)}"
+            progress.console.print(said, markup=False, highlight=False, soft_wrap=True)
+        progress.update(bar, completed=done)
+
+    new_tokens = plan.new_tokens if task.unseen is not None else 256
+    options = EvaluationOptions(max_new_tokens=new_tokens, batch_size=BATCH, template=task.template)
+    match = find_task("gsm8k").run(model, tokenizer, task.held_out, options, log=log, progress=advance)
     progress.update(bar, note=f"{match.value:.0%} right")
-    return match, held_out_loss(model, tokenizer, task.held_out).mean
+    return match, held_out_loss(model, tokenizer, task.held_out, template=task.template).mean
+
+
+def question(task: Task, sample: Mapping[str, Any]) -> str:
+    """What the held-out problem of a sample asks, in one line."""
+    messages = task.held_out[sample["index"]].messages
+    return on_one_line(messages[-2].content) if len(messages) > 1 else f"problem {sample['index'] + 1}"
+
+
+def _verdict(sample: Mapping[str, Any]) -> str:
+    """What a model answered, in one line, and whether that is right."""
+    return f"{on_one_line(sample['generated'])[:LONGEST]} ({'right' if sample['correct'] else 'wrong'})"
+
+
+def _learned(task: Task, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first held-out problem that the base gets wrong and the trained model right: the question, and what each
+    answers; nothing where there is none."""
+    for base, trained in zip(before, after, strict=True):
+        if trained["correct"] and not base["correct"]:
+            return [question(task, base), _verdict(base), _verdict(trained)]
+    return []
 
 
 def _run_record(
@@ -249,13 +286,12 @@ def _run_record(
     progress: Progress,
 ) -> dict[str, Any]:
     seen = result.results
-    path = result.directory / "held_out.json"
+    path = result.directory / HELD_OUT
     if not path.is_file():
         model = result.model if result.model is not None else _load_run(result)
         match, loss = _scores(model, tokenizer, task, plan, progress, _label(method, seen["learning_rate"]))
         write_json(path, {"loss": loss, "samples": match.samples})
-    remedy = "remove it, and the same command measures again"
-    after = read_document(path, HeldOut, error=OutputError, remedy=remedy)
+    after = _measured(result.directory)
     correct = [sample["correct"] for sample in after["samples"]]
     return {
         "name": name,
@@ -274,6 +310,12 @@ def _run_record(
         "held_out_loss_before": before[1],
         "held_out_loss_after": after["loss"],
     }
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """What a finished run's held_out.json holds."""
+    remedy = "remove it, and the same command measures again"
+    return read_document(run / HELD_OUT, HeldOut, error=OutputError, remedy=remedy)
 
 
 def _load_run(result: RunResult) -> Any:
@@ -297,7 +339,7 @@ def _check_export(base: str, run: Path, tokenizer: Any, task: Task, progress: Pr
     from ...adapted.load import load
 
     bar = progress.add_task("export, loaded by PEFT", total=1, note="")
-    texts = [prompt_text(example, tokenizer, "alpaca") for example in task.held_out[:4]]
+    texts = [prompt_text(example, tokenizer, task.template) for example in task.held_out[:4]]
     prompts = {str(i): torch.tensor([ids]) for i, ids in enumerate(token_ids(texts, tokenizer))}
     trained = load(run, load_base(base, dtype=torch.float32)).eval()
     with torch.no_grad():

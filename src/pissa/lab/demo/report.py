@@ -42,11 +42,42 @@ def demo_report(results: Mapping[str, Any]) -> str:
         f"- {_exact(pissa, lora, tuned, count)}",
         f"- {_export(results['export'])}",
         "",
+        *_learned(results["learned"], pissa),
         "One seed and one small task show how the methods differ, not which is better in general: compare on your own "
         "data, each method at its own learning rate and over several seeds, before you choose.",
         "",
     ]
     return "\n".join(lines)
+
+
+def demo_summary(results: Mapping[str, Any]) -> str:
+    """What a terminal shows at the end: the figures, the two sentences that matter, and a problem that was learned.
+
+    Args:
+        results: what the demo's results.json holds.
+    """
+    runs = {run["name"]: run for run in results["runs"]}
+    pissa, lora, tuned = runs["pissa"], runs["lora"], runs["lora-tuned"]
+    width = max(len(run["label"]) for run in results["runs"])
+    rows = [
+        f"{'':{width}}  training loss  held-out loss  solved",
+        f"{'base':{width}}  {'':13}  {pissa['held_out_loss_before']:13.3f}  {pissa['exact_match_before']:6.0%}",
+    ]
+    rows += [
+        f"{run['label']:{width}}  {final_loss(run):13.3f}  {run['held_out_loss_after']:13.3f}  "
+        f"{run['exact_match_after']:6.0%}"
+        for run in results["runs"]
+    ]
+    said = [_same_rate(pissa, lora), _tuned(pissa, tuned), _export(results["export"])]
+    return "\n".join([*rows, "", *said, "", *_learned(results["learned"], pissa)])
+
+
+def _learned(learned: Sequence[str], pissa: Mapping[str, Any]) -> list[str]:
+    """A problem that the base gets wrong and the trained model right."""
+    if not learned:
+        return []
+    asked, before, after = learned
+    return [f"One held-out problem: {asked}", "", f"- base: {before}", f"- {pissa['label']}: {after}", ""]
 
 
 def final_loss(run: Mapping[str, Any]) -> float:
