@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .errors import PissaError as PissaError
     from .evaluation.options import EvaluationOptions as EvaluationOptions
     from .evaluation.run import evaluate as evaluate
-    from .export import export_lora as export_lora
-    from .export import export_merged as export_merged
+    from .export.lora import export_lora as export_lora
+    from .export.merged import export_merged as export_merged
     from .lab.comparison.plan import ComparisonPlan as ComparisonPlan
     from .lab.comparison.run import compare as compare
     from .lab.models import smollm2 as smollm2
@@ -62,8 +62,8 @@ _HOMES = {
     "init_checkpoint": "checkpoint.stream.init",
     "verify": "checkpoint.stream.verify",
     "save_residual": "checkpoint.residual",
-    "export_lora": "export",
-    "export_merged": "export",
+    "export_lora": "export.lora",
+    "export_merged": "export.merged",
     "adapt": "adapted.adapt",
     "load": "adapted.load",
     "Recipe": "training.recipe",

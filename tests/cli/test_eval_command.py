@@ -23,7 +23,7 @@ def test_a_figure_with_its_interval_or_one_json_document(
     assert exit_code(*arguments, "--out", str(tmp_path / "out")) == 0
     text = capsys.readouterr().out
     assert "gsm8k: exact_match 0.0 %, 0 of 3 (95 % interval 0.0 % to 56.2 %)" in text
-    assert "3 of 3 continuations state no answer" in text and "--template chat" in text
+    assert "3 of 3 continuations state no answer" in text and "in template 'chat'" in text
     assert exit_code(*arguments, "--out", str(tmp_path / "out"), "--json") == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)

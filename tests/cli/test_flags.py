@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -171,87 +172,171 @@ def test_no_switch_promises_a_value_that_it_does_not_take(name: str, capsys: pyt
     assert "<bool>" not in capsys.readouterr().out
 
 
-HOSTILE = [
-    ["trian"],
-    ["--frobnicate"],
-    ["train", "M", "--data", "D", "--out", "O", "--rnak", "3"],
-    ["train", "M", "--data", "D", "--out", "O", "--rank"],
-    ["train", "M", "--data", "D", "--out", "O", "--rank", "-3"],
-    ["train", "M", "--data", "D", "--out", "O", "--method", "PiSSA"],
-    ["train", "M", "--data", "D", "--out", "O", "--rank-pattern", "q_proj:8"],
-    ["train", "M", "--data", "D", "--out", "O", "--rank-pattern", "q_proj=0"],
-    ["train", "M", "--data", "D", "--out", "O", "--lr", "fast"],
-    ["train", "M", "--data", "D", "--out", "O", "--dropout", "0.1"],
-    ["train", "M", "--data", "D", "--out", "O", "--config", "none.yaml"],
-    ["train", "M", "--data", "D", "--out", "O", "--config", "{here}"],
-    ["train", "{here}/none", "--data", "D", "--out", "O"],
-    ["train", "{file}", "--data", "D", "--out", "O"],
-    ["train", "", "--data", "D", "--out", "O"],
-    ["train", "M", "--data", "{here}", "--out", "O"],
-    ["train", "M", "--data", "none.jsonl", "--out", "O"],
-    ["train", "M", "--data", "D", "--out", "{file}"],
-    ["train", "M", "--data", "D", "--out", "{file}/below"],
-    ["train", "M", "--data", "D", "--out", "O", "--quantize", "nf4", "--calibration", "none.txt"],
-    ["init", "M", "O", "--method", "pisa"],
-    ["init", "M", "O", "--dtype", "fp8"],
-    ["init", "M", "O", "--memory", "much"],
-    ["init", "{here}/none", "O"],
-    ["init", "M", "{file}"],
-    ["init", "M"],
-    ["inspect", "M", "--rank", "4,x"],
-    ["inspect", "M", "--norm", "max"],
-    ["inspect", "M", "--windows", "0", "--quantize", "nf4"],
-    ["inspect", "{here}/none"],
-    ["inspect", "M", "--quantize", "nf4", "--calibration", "{here}"],
-    ["eval", "M", "--task", "gsm9k", "--data", "D"],
-    ["eval", "M", "--task", "gsm8k", "--data", "D", "--batch-size", "0"],
-    ["compare", "--out", "O"],
-    ["compare", "--out", "O", "--model", "M", "--data", "D", "--methods", "lora,pisa"],
-    ["compare", "--out", "O", "--model", "M", "--data", "D", "--seeds", "0"],
-    ["compare", "--out", "O", "--model", "{here}/none", "--data", "D"],
-    ["compare", "--out", "O", "--model", "M", "--data", "none.jsonl"],
-    ["export", "{here}/none", "O"],
-    ["export", "{here}", "{file}"],
-    ["export", "{here}", "O", "--to", "onnx"],
-    ["export", "{here}", "O", "--rank", "-1"],
-    ["export", "{here}", "O", "--tolerance", "2"],
-    ["verify", "{here}/none"],
-    ["verify", "{here}", "--base", "{file}"],
-    ["demo", "--data", "none.jsonl"],
-    ["demo", "--out", "{file}"],
-    ["demo", "surplus"],
-]
+HOSTILE = """
+trian
+--frobnicate
+train {model} --data {rows} --out O --rnak 3
+train {model} --data {rows} --out O --rank
+train {model} --data {rows} --out O --rank -3
+train {model} --data {rows} --out O --method PiSSA
+train {model} --data {rows} --out O --rank-pattern q_proj:8
+train {model} --data {rows} --out O --rank-pattern q_proj=0
+train {model} --data {rows} --out O --lr fast
+train {model} --data {rows} --out O --dropout 0.1
+train {model} --data {rows} --out O --template Chat
+train {model} --data {rows} --out O --config none.yaml
+train {model} --data {rows} --out O --config {here}
+train {here}/none --data {rows} --out O
+train {here} --data {rows} --out O
+train {bare} --data {rows} --out O
+train {adapter} --data {rows} --out O
+train {file} --data {rows} --out O
+train {model} --data {here} --out O
+train {model} --data none.jsonl --out O
+train {model} --data {empty} --out O
+train {model} --data {odd} --out O
+train {model} --data {rows} --out {file}
+train {model} --data {rows} --out {file}/below
+train {model} --data {rows} --out {adapter}
+train {model} --data {rows} --out O --quantize nf4 --calibration none.txt
+init {model} O --method pisa
+init {model} O --dtype fp8
+init {model} O --memory much
+init {model} O --memory 0
+init {here}/none O
+init {here} O
+init {bare} O
+init {broken} O
+init {adapter} O
+init {model} {file}
+init {model} {adapter}
+init {model}
+inspect {model} --rank 4,x
+inspect {model} --norm max
+inspect {model} --windows 0 --quantize nf4
+inspect {here}/none
+inspect {bare}
+inspect {adapter}
+inspect {model} --quantize nf4 --calibration {here}
+eval {model} --task gsm9k --data {rows}
+eval {model} --task GSM8K --data {rows}
+eval {model} --task gsm8k --data {rows} --batch-size 0
+eval {model} --task gsm8k --data {rows} --judge-prompts none.jsonl
+eval {model} --task gsm8k --data {empty}
+eval {model} --task mbpp --data {rows}
+eval {model} --task glue/sst2 --data {rows}
+eval {model} --task gsm8k --data {rows} --out {adapter}
+eval {model} --task gsm8k --data {rows} --base {here}
+eval {here} --task gsm8k --data {rows}
+eval {bare} --task gsm8k --data {rows}
+eval {half} --task gsm8k --data {rows}
+compare --out O
+compare --out O --model {model} --data {rows} --methods lora,pisa
+compare --out O --model {model} --data {rows} --seeds 0
+compare --out O --model {here}/none --data {rows}
+compare --out O --model {here} --data {rows}
+compare --out O --model {model} --data none.jsonl
+compare --out O --model {model} --data {odd}
+compare --out O --model {model} --data {rows} --test {empty}
+compare --out O --model {model} --data {rows} --eval gsm9k
+compare --out O --model {model} --data {rows} --eval mbpp
+compare --out O --model {model} --data {rows} --eval-data {rows}
+compare --out {adapter} --model {model} --data {rows}
+compare --out {here}/none --rebuild
+compare --out {adapter} --rebuild
+export {here}/none O
+export {here} O
+export {half} O
+export {model} O
+export {adapter} {file}
+export {adapter} {model}
+export {adapter} O --to onnx
+export {adapter} O --to GGUF
+export {adapter} O --to gguf --form F16
+export {adapter} O --to gguf --llama-cpp {here}
+export {adapter} O.bin --to gguf-lora
+export {adapter} O --rank -1
+export {adapter} O --rank many
+export {adapter} O --tolerance 2
+export {adapter} O --check VLLM
+export {adapter} O --merged --base {here}
+verify {here}/none
+verify {here}
+verify {model}
+verify {here} --base {file}
+demo --data none.jsonl
+demo --data {odd}
+demo --model {here}
+demo --seed -1
+demo --out {file}
+demo --out {adapter}
+demo surplus
+""".strip().splitlines()
 
 
-def test_what_is_wrong_is_said_in_one_line_before_anything_heavy_is_imported(tmp_path: Path) -> None:
-    """All in one fresh process: none of these needs torch, and none leaves anything behind."""
-    (tmp_path / "file").write_text("a file")
-    known = {"here": str(tmp_path), "file": str(tmp_path / "file")}
-    hostile = [[word.format(**known) for word in words] for words in HOSTILE]
+def hostile_places(here: Path) -> dict[str, Path]:
+    """What wrong commands name: a model and an adapter as far as names tell, and what is neither."""
+    rows = '{"question": "1 + 1?", "answer": "2"}\n' * 4
+    files = {
+        "file": "a file", "rows.jsonl": rows, "empty.jsonl": "", "odd.jsonl": '{"foo": "bar"}\n',
+        "model/config.json": '{"model_type": "llama"}', "model/model.safetensors": "",
+        "bare/config.json": '{"model_type": "llama"}',
+        "broken/config.json": '{"model_type": ', "broken/model.safetensors": "",
+        "adapter/adapter_config.json": '{"peft_type": "LORA"}', "adapter/adapter_model.safetensors": "",
+        "half/adapter_config.json": '{"peft_type": "LORA"}',
+    }  # fmt: skip
+    for name, text in files.items():
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(text)
+    return {"here": here, **{name.split("/")[0].removesuffix(".jsonl"): here / name.split("/")[0] for name in files}}
+
+
+def answers_to(commands: Sequence[str], heavy: set[str], here: Path) -> list[str]:
+    """What a fresh process says to commands, one after the other: code, number of lines, lines; none may import what
+    is heavy."""
+    known = hostile_places(here)
     code = f"""
 import contextlib, io, sys
 from pissa.cli.main import run
-for words in {hostile!r}:
+for words in {[[word.format(**known) for word in line.split()] for line in commands]!r}:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             run(words)
     except SystemExit as stopped:
         print(stopped.code, said.getvalue().count(chr(10)), said.getvalue().strip(), sep="|")
-    heavy = {{"torch", "transformers", "peft", "datasets", "huggingface_hub"}} & set(sys.modules)
+    heavy = {heavy!r} & set(sys.modules)
     assert not heavy, (words, heavy)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here, timeout=300)
     assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_what_is_wrong_is_said_in_one_line_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """All in one fresh process: none of these needs torch, and none leaves anything behind."""
+    before = set(hostile_places(tmp_path).values())
+    answers = answers_to(HOSTILE, {"torch", "transformers", "peft", "datasets", "huggingface_hub"}, tmp_path)
     assert len(answers) == len(HOSTILE)
-    wrong = [
-        (words, answer)
-        for words, answer in zip(HOSTILE, answers, strict=True)
-        if not re.fullmatch(r"2\|1\|pissa: .{10,}", answer)
+    said = zip(HOSTILE, answers, strict=True)
+    assert [(words, answer) for words, answer in said if not re.fullmatch(r"2\|1\|pissa: .{10,}", answer)] == []
+    assert {tmp_path, *tmp_path.iterdir()} == before
+
+
+def test_an_id_that_the_hub_does_not_have_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    commands = [
+        "init no-such/model O",
+        "train no-such/model --data {rows} --out O",
+        "inspect no-such/model",
+        "export no-such/adapter O",
+        "verify {model} --base no-such/model",
+        "compare --out O --model no-such/model --data {rows}",
+        "demo --model no-such/model",
     ]
-    assert wrong == []
-    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+    answers = answers_to(commands, {"torch", "transformers", "peft", "datasets"}, tmp_path)
+    missing = r"2\|1\|pissa: (there is no directory no-such/\w+, and as a hub id it cannot be loaded|.* pissa.json).+"
+    assert [answer for answer in answers if not re.fullmatch(missing, answer)] == []
+    assert len(answers) == len(commands)
 
 
 def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:

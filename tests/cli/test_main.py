@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from commands import exit_code
 
 from pissa.cli.main import run
+from pissa.cli.parser import COMMANDS
 
 
 @pytest.fixture
@@ -58,7 +64,6 @@ def test_train_and_export_print_one_json_document(
         ),
         (["export", "/no/such/run", "OUT"], "/no/such/run is not a directory"),
         (["export", "RUN", "OUT", "--merged", "--rank", "2"], "takes neither --rank nor --tolerance"),
-        (["export", "RUN", "OUT", "--rank", "2", "--base", "B"], "leave --base out, add --merged"),
         (["export", "RUN", "OUT", "--rank", "0"], "rank is 0; give at least 1"),
     ],
 )
@@ -105,13 +110,22 @@ def test_data_that_is_not_json_is_named_with_its_line(
     assert not (tmp_path / "run").exists()
 
 
+def hollow_adapter(place: Path) -> Path:
+    """What is an adapter as far as names tell."""
+    adapter = place / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).touch()
+    return adapter
+
+
 def test_our_own_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("pissa.export.export_lora", broken)
+    monkeypatch.setattr("pissa.export.lora.export_lora", broken)
     with pytest.raises(ZeroDivisionError):
-        run(["export", str(tmp_path), str(tmp_path / "out")])
+        run(["export", str(hollow_adapter(tmp_path)), str(tmp_path / "out")])
 
 
 def test_interruption_exits_with_130(
@@ -120,6 +134,26 @@ def test_interruption_exits_with_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt("nothing is saved")
 
-    monkeypatch.setattr("pissa.export.export_lora", interrupted)
-    assert exit_code("export", str(tmp_path), str(tmp_path / "out")) == 130
+    monkeypatch.setattr("pissa.export.lora.export_lora", interrupted)
+    assert exit_code("export", hollow_adapter(tmp_path), tmp_path / "out") == 130
     assert capsys.readouterr().err == "pissa: nothing is saved\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_say_what_is_saved_at_any_stage(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr("pissa.export.lora.export_lora", stopped)
+    before = signal.getsignal(number)
+    assert exit_code("export", hollow_adapter(tmp_path), tmp_path / "out") == 130
+    assert signal.getsignal(number) == before
+    assert capsys.readouterr().err == "pissa: interrupted; nothing is written: the same command starts again\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_an_interruption_leaves(name: str) -> None:
+    assert re.search(r"the same command|goes on", import_module(f"pissa.cli.{name}").INTERRUPTED)

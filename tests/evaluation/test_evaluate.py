@@ -116,7 +116,7 @@ def test_models_runs_exports_and_splits_are_all_subjects(model: str, data: Path,
         (model, logits_of(tiny_llama()), None),
         (tmp_path / "run", trained, "none"),
         (checkpoint, trained, "none"),
-        (tmp_path / "lora", trained, None),
+        (tmp_path / "lora", trained, "none"),
         (tmp_path / "split", logits_of(tiny_llama()), None),
     ):
         subject = load_subject(place)

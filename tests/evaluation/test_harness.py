@@ -11,7 +11,6 @@ import torch
 
 from pissa.evaluation.generate import Continuation, generate
 from pissa.evaluation.harness import run_harness, run_task
-from pissa.evaluation.tasks import generative
 from pissa.evaluation.tasks.registry import find_task
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -84,7 +83,7 @@ def ours(name: str, rows: list[dict[str, str]], texts: list[str], tmp_path: Path
     def fixed(*_: Any, **__: Any) -> Any:
         yield list(range(len(texts))), [Continuation(text, True) for text in texts]
 
-    patch.setattr(generative, "continuations", fixed)
+    patch.setattr("pissa.evaluation.generate.continuations", fixed)
     return task.run(None, None, task.load(path))
 
 

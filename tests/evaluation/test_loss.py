@@ -23,7 +23,7 @@ def test_losses_are_those_of_transformers(examples, batch_size):
     model = tiny_llama(vocab_size=len(tokenizer)).train()
     found = held_out_loss(model, tokenizer, examples, batch_size=batch_size)
     assert model.training
-    encoded = encode(examples, tokenizer, template="alpaca", max_length=512)
+    encoded = encode(examples, tokenizer, template="auto", max_length=512)
     for index in range(len(examples)):
         row = {name: torch.tensor([values]) for name, values in encoded[index].items()}
         with torch.no_grad():

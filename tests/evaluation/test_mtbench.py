@@ -103,9 +103,9 @@ def test_both_turns_are_generated_and_judged(endpoint: Endpoint, questions: Path
     found = task.run(model, tokenizer, task.load(questions), options(endpoint, questions))
     assert [sample["question_id"] for sample in found.samples] == [81, 111, 82]
     for sample, turns in zip(found.samples, (["Write {this}.", "Shorter."], ["How many?", "And now?"]), strict=False):
-        first = conversation_prompt(turns[:1], [], tokenizer, "alpaca")
+        first = conversation_prompt(turns[:1], [], tokenizer, "chat")
         assert sample["answers"][0] == generate(model, tokenizer, [first], max_new_tokens=5, batch_size=1)[0]
-        second = conversation_prompt(turns, sample["answers"][:1], tokenizer, "alpaca")
+        second = conversation_prompt(turns, sample["answers"][:1], tokenizer, "chat")
         assert sample["answers"][1] == generate(model, tokenizer, [second], max_new_tokens=5, batch_size=1)[0]
     ratings = [judgement["rating"] for sample in found.samples for judgement in sample["judgements"]]
     assert sorted(ratings) == [2, 4, 6, 8, 9.5, 9.5]

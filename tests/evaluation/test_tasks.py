@@ -21,7 +21,6 @@ from pissa.evaluation.intervals import wilson
 from pissa.evaluation.loss import held_out_loss
 from pissa.evaluation.perplexity import perplexity
 from pissa.evaluation.samples import SampleLog
-from pissa.evaluation.tasks import generative
 from pissa.evaluation.tasks.registry import EvaluationOptions, find_task, task_names
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -54,7 +53,7 @@ def test_gsm8k_generates_greedily_and_keeps_a_sample_for_each_problem(problems: 
     task, tokenizer = find_task("gsm8k"), tiny_tokenizer()
     loaded = task.load(problems, limit=5)
     found = task.run(lively(), tokenizer, loaded, EvaluationOptions(batch_size=2, max_new_tokens=6))
-    prompts = [prompt_text(problem, tokenizer, "alpaca") for problem in loaded]
+    prompts = [prompt_text(problem, tokenizer, "auto") for problem in loaded]
     written = generate(lively(), tokenizer, prompts, batch_size=1, max_new_tokens=6)
     assert [s["generated"] for s in found.samples] == written
     assert [s["index"] for s in found.samples] == [0, 1, 2, 3, 4]
@@ -72,7 +71,7 @@ def test_gsm8k_is_the_share_of_right_answers_whatever_marks_them(monkeypatch: py
     def fixed(*_: Any, **__: Any) -> Generator[tuple[list[int], list[Continuation]], None, None]:
         yield [2, 0, 1, 3], [Continuation(written[i], True) for i in (2, 0, 1, 3)]
 
-    monkeypatch.setattr(generative, "continuations", fixed)
+    monkeypatch.setattr("pissa.evaluation.generate.continuations", fixed)
     found = find_task("gsm8k").run(None, tiny_tokenizer(), problems)
     assert found.value == 0.5
     assert [sample["correct"] for sample in found.samples] == [True, False, False, True]
@@ -122,7 +121,7 @@ def test_perplexity_of_examples_is_that_of_their_responses(problems: Path) -> No
     assert found.value == pytest.approx(math.exp(expected.mean))
     assert [s["tokens"] for s in found.samples] == expected.tokens
     with pytest.raises(DataError, match="larger window"):
-        task.run(model, tokenizer, task.load(problems), EvaluationOptions(window=40))
+        task.run(model, tokenizer, task.load(problems), EvaluationOptions(window=40, template="alpaca"))
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "perplexity"])

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from pissa import PissaConfig, adapt, export_lora, export_merged, load, restore
 from pissa.config import METHODS, Method
 from pissa.errors import CheckpointError, ConfigError, OutputError, PissaError
-from pissa.export import LoraExport, optimal_low_rank
+from pissa.export.files import LoraExport
+from pissa.export.low_rank import optimal_low_rank
 from pissa.live.factors import AdapterFactors
 from pissa.live.state import adapter_factors
 from tiny import largest_difference, logits_of, same_tensors, snapshot, tiny_gpt2, tiny_llama, token_batch, train_steps

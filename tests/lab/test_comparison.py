@@ -118,11 +118,9 @@ def test_a_comparison_holds_everything_and_is_made_again_from_its_directories(
         assert run["learning_rate"] == best["learning_rate"]
         assert len(run["losses"]) == len(run["grad_norms"]) == 4
         assert [point["step"] for point in run["during"]] == [2, 4]
-        # the last measurement while training is of the model that is tested, here over all tokens of all problems
-        tokens = json.loads((out / "runs" / name / "seed-0" / TRIAL).read_text())["test_tokens"]
-        pooled = sum(loss * count for loss, count in zip(run["test_losses"], tokens, strict=True)) / sum(tokens)
-        assert run["during"][-1]["loss"] == pytest.approx(pooled, abs=1e-5), name
         assert run["test_loss"] == pytest.approx(sum(run["test_losses"]) / 4)
+        # the last measurement while training is of the model that is tested, here on all test problems
+        assert run["during"][-1]["loss"] == pytest.approx(run["test_loss"], abs=1e-5), name
         assert len(run["test_losses"]) == 4
         assert len(run["test_correct"]) == 2
         assert run["perplexity_before"] == results["base"]["perplexity"] != run["perplexity_after"]
@@ -322,8 +320,8 @@ def test_what_cannot_be_solved_is_refused(model: str, data: str, tmp_path: Path)
         ({"allow_code_execution": True}, "name it with --eval"),
         ({"accuracy_problems": 1}, "one problem makes no accuracy"),
     ):
-        chosen = plan(**{"accuracy_problems": None, **settings})
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message):  # the plan itself, or what it is made of
+            chosen = plan(**{"accuracy_problems": None, **settings})
             made(model, data, tmp_path / "out", chosen, quiet=True)
     unmarked = tmp_path / "unmarked.jsonl"
     unmarked.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(40)))

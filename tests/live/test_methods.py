@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import pissa
 from pissa import PissaConfig, adapt, export_lora, export_merged, reference, restore
 from pissa.errors import ConfigError, TargetError, WeightError
-from pissa.export import export_state, write_lora
+from pissa.export.files import write_lora
+from pissa.export.lora import export_state
 from pissa.live.adalora import penalty
 from pissa.live.state import INITIAL, TRAINABLE, adapter_layers
 from pissa.training.optimizer import parameter_groups

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from pissa import PissaConfig, adapt
 from pissa.errors import PissaError
-from pissa.export import export_state
+from pissa.export.lora import export_state
 from pissa.live.state import adapter_factors
 from tiny import largest_difference, logits_of, tiny_llama, token_batch
 

@@ -34,11 +34,13 @@ from ..live.tokens import check_tokens
 from ..live.trial import check_by_peft
 from ..quantize.formats import Packed
 from ..split import derive_seed
+from ..stages import stage
 from .guards import guard
 
 Progress = Callable[[str, int, int], None]
 
 
+@stage("splitting weights")
 def adapt(
     model: nn.Module,
     config: PissaConfig,

@@ -33,7 +33,8 @@ from ..checkpoint.factors import CONFIG
 from ..checkpoint.read import SavedAdapter, fitted, read_adapter
 from ..checkpoint.residual import RESIDUAL, write_residual, write_trained
 from ..errors import CheckpointError, PissaError
-from ..export import export_state, write_lora
+from ..export.files import write_lora
+from ..export.lora import export_state
 from ..live.adalora import singular_values
 from ..live.factors import MAGNITUDE, AdapterFactors
 from ..live.offset import freeze_ahead

@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 from ..decompose.certificate import Certificate
 from ..outside.text import in_code, in_markdown, in_python
+from .recorded import template_line
 
 CARD = "README.md"
 HERE = "PATH-OR-ID-OF-THIS"
@@ -87,6 +88,7 @@ def lora_card(
     rank: int | None,
     errors: Mapping[str, float],
     gaps: Mapping[str, float],
+    template: str | None = None,
 ) -> str:
     """The card of a LoRA for the untouched base.
 
@@ -97,6 +99,7 @@ def lora_card(
         rank: of the adapter as it was trained.
         errors: module name -> relative error of its update.
         gaps: module name -> relative distance of the base from what was trained, where that was quantised.
+        template: the prompt template that it was trained with, where that is known.
     """
     kind = f"{'DoRA' if config.use_dora else 'LoRA'} of {ranks_of(config)}"
     worst = max(errors.values(), default=0.0)
@@ -114,6 +117,7 @@ def lora_card(
             f"start: {100 * sum(gaps.values()) / len(gaps):.2f} % of a weight's norm on average, at most "
             f"{100 * max(gaps.values()):.2f} %"
         )
+    facts += template_line(template)
     text = ["# LoRA for the untouched base", "", f"An ordinary {kind}, made with pissa.", "", *facts]
     if config.modules_to_save:
         text.append(f"- trained in full beside it: {', '.join(map(in_markdown, config.modules_to_save))}")
@@ -182,7 +186,7 @@ def residual_card(
     return "\n".join([*front_matter(base, "transformers", tags), *text, ""])
 
 
-def merged_card(base: str | None, method: str | None) -> str:
+def merged_card(base: str | None, method: str | None, template: str | None = None) -> str:
     """The card of a merged model."""
     text = [
         "# Fine-tuned model",
@@ -192,6 +196,7 @@ def merged_card(base: str | None, method: str | None) -> str:
         f"- base: {in_code(base or 'not recorded')}",
         f"- method: {in_markdown(method or 'not recorded')}",
         "- error: that of rounding to the stored dtype",
+        *template_line(template),
         "",
         f'```python\nmodel = AutoModelForCausalLM.from_pretrained("{HERE}")\n```',
         "",

@@ -20,11 +20,11 @@ from ..live.runtime import OUT_PROJ, TWICE
 from ..live.state import module_path
 from .scales import rank_of, scale_of
 from .source.hub import first_line
+from .source.names import ADAPTER_CONFIG as CONFIG
+from .source.names import ADAPTER_WEIGHTS as WEIGHTS
+from .source.names import OLD_ADAPTER_WEIGHTS as OLD_WEIGHTS
 from .source.pickled import load_weights
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-OLD_WEIGHTS = "adapter_model.bin"
-"""What PEFT wrote before it wrote safetensors."""
 REMEDY = "nothing can be computed with it; take an earlier checkpoint, or train again at a lower learning rate"
 PREFIX = "base_model.model."
 

@@ -112,6 +112,8 @@ class Manifest:
     residual: str | None = None
     """The residual's directory, relative to this one."""
     base_sample: str | None = None
+    template: str | None = None
+    """The prompt template of the run that an export was made of."""
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -34,8 +34,10 @@ from ..live.state import INITIAL
 from .adapter_config import read_adapter_config
 from .factors import CONFIG, read_factors
 from .manifest import read_manifest
+from .recorded import recorded_template
 from .saved_residual import SavedResidual, find_residual, residual_at
 from .source.hub import adapter_directory
+from .source.look import no_adapter_in
 
 LOSSLESS = "lossless"
 
@@ -62,6 +64,8 @@ class SavedAdapter:
     """A few values of the base's weights, see `live.identity`."""
     method: str | None = None
     """Name of the method by which it was trained, where it is recorded."""
+    template: str | None = None
+    """The prompt template with which it was trained, where it is recorded."""
 
 
 def base_place(
@@ -101,7 +105,8 @@ def read_adapter(path: str | os.PathLike[str], base: str | os.PathLike[str] | No
     Raises:
         CheckpointError: it is no PEFT LoRA, or incomplete, or of a kind that a plain LoRA cannot express.
     """
-    directory = _adapter_directory(adapter_directory(path))
+    named = adapter_directory(path)
+    directory = _adapter_directory(named)
     config = _read_config(directory)
     factors, layouts, others = read_factors(directory, config)
     manifest = read_manifest(directory) or {}
@@ -127,7 +132,8 @@ def read_adapter(path: str | os.PathLike[str], base: str | os.PathLike[str] | No
     gaps = residual.gaps if residual is not None else {}
     sample = manifest.get("base_sample") or marks(config).get("base")
     method = manifest.get("method") or (residual.method if residual is not None else None)
-    return SavedAdapter(factors, layouts, config, recorded, others, residual, gaps, sample, method)
+    template = recorded_template(named)
+    return SavedAdapter(factors, layouts, config, recorded, others, residual, gaps, sample, method, template)
 
 
 def _with_initial(
@@ -153,7 +159,7 @@ def _adapter_directory(path: Path) -> Path:
     elif residual_at(path) is not None:
         path = path / INITIAL  # the residual by itself: its adapter is the one at step 0
     if not (path / CONFIG).is_file():
-        raise CheckpointError(f"{path} has no {CONFIG}; give a finished run or a PEFT adapter directory")
+        raise CheckpointError(no_adapter_in(path))
     return path
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from ..outside.text import on_one_line
+from ..stages import stage
+
+LINE_SECONDS = 4.0
+"""Between two lines, where there is no terminal."""
 
 
 class BytesBar:
@@ -15,9 +23,15 @@ class BytesBar:
     def __init__(self, progress: Progress, label: str) -> None:
         self._progress, self._label = progress, label
         self._task = None
+        self._said = 0.0
 
     def show(self, note: str, done: int, total: int) -> None:
-        """Move the bar to so many bytes."""
+        """Move the bar to so many bytes; where it is no terminal, say so in a line now and then."""
+        if not self._progress.console.is_terminal:
+            if time.monotonic() - self._said > LINE_SECONDS or done == total:
+                self._said = time.monotonic()
+                print(f"{self._label} {done:,} of {total:,} bytes  {on_one_line(note)}", file=sys.stderr)
+            return
         if self._task is None:
             self._task = self._progress.add_task(self._label, total=total, note=note)
         self._progress.update(self._task, completed=done, total=total, note=note)
@@ -36,8 +50,9 @@ def bytes_bar(label: str) -> Iterator[BytesBar]:
         console=Console(stderr=True),
     )
     bar = BytesBar(progress, label)
-    try:
-        progress.start()
-        yield bar
-    finally:
-        progress.stop() if progress.tasks else progress.live.stop()
+    with stage(label):
+        try:
+            progress.start()
+            yield bar
+        finally:
+            progress.stop() if progress.tasks else progress.live.stop()

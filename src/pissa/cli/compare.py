@@ -15,14 +15,17 @@ from ..lab.comparison.plan import ComparisonPlan, read_rates, search_runs_within
 from ..training.recipe import Recipe, read_recipe, recipe_from
 from .flags import with_settings
 from .output import show
-from .places import check_file, check_model_name, check_source, check_text, check_writable
+from .places import check_file, check_model, check_output, check_rows, check_text
 
+RECORD = "compare.json"
+"""What only a comparison's directory has."""
 CALLED = {"evaluation": "--eval", "evaluation_data": "--eval-data"}
 """Flags that are not called like their fields."""
 PLANNED = tuple(name for name in settings_of(ComparisonPlan) if name not in ("recipe", "rates"))
 SHARED = ("rank", "batch_size", "micro_batch_size", "max_length", "template", "dtype")
 """Settings of a run that all of a comparison's runs share; any other is given in a YAML file."""
 REBUILD_TAKES = ("out", "rebuild", "report", "as_json")
+INTERRUPTED = "all finished runs are saved: the same command goes on from there"
 
 
 @with_settings(ComparisonPlan, only=PLANNED, names=CALLED, into="planned")
@@ -58,6 +61,8 @@ def command(
     """
     if rebuild:
         _refuse_unused(context)
+        if not (out / RECORD).is_file():
+            raise ConfigError(f"{out} holds no comparison ({RECORD}); give the --out of one")
         from ..lab.comparison.run import rebuild as rebuild_results
 
         results = rebuild_results(out, report=report)
@@ -66,15 +71,15 @@ def command(
             raise ConfigError("compare needs --model and --data (only --rebuild does without)")
         recipe = read_recipe(config, **settings) if config is not None else recipe_from(settings, "the command line")
         plan = _plan(planned, recipe, lrs, budget)
-        check_model_name(model)
+        check_model(model)
         for source in (data, test, validation):
             if source is not None:
-                check_source(source)
+                check_rows(source)
         if plan.forgetting is not None:
             check_text(plan.forgetting)
         if plan.evaluation_data is not None:
             check_file(plan.evaluation_data, CALLED["evaluation_data"])
-        check_writable(out)
+        check_output(out, RECORD, "comparison")
         from ..lab.comparison.run import compare
 
         called = shlex.join(["pissa", *sys.argv[1:]])

@@ -10,7 +10,9 @@ import typer
 from ..evaluation.options import EvaluationOptions
 from .flags import with_settings
 from .output import show
-from .places import check_file, check_model_name, check_writable
+from .places import check_file, check_model, check_output, check_subject
+
+INTERRUPTED = "with --out, the samples so far are kept and the same command goes on; without, it starts again"
 
 
 @with_settings(EvaluationOptions)
@@ -43,12 +45,14 @@ def command(
     for name in ("judge_prompts", "references"):
         if getattr(options, name) is not None:
             check_file(getattr(options, name), f"--{name.replace('_', '-')}")
-    check_model_name(model)
+    check_subject(model)
     if base is not None:
-        check_model_name(base)
+        check_model(base)
     if out is not None:
-        check_writable(out)
-    find_task(task).check(options)
+        check_output(out, "eval.json", "evaluation")
+    found = find_task(task)
+    found.check(options)
+    found.load(Path(data), options.limit)
     from ..evaluation.run import evaluate
     from ..evaluation.summary import results_text
 

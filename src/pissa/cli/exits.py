@@ -11,30 +11,56 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
 
 from ..errors import PissaError
 from ..outside.text import on_one_line
+from .heartbeat import heartbeat
 from .output import complain
 
 
-def interruptible(command: Callable[..., None], name: str = "pissa") -> Callable[..., None]:
-    """The command, with what an interruption says printed before typer turns it into an exit code."""
+def interruptible(
+    command: Callable[..., None], name: str = "pissa", saved: str = "the same command starts again"
+) -> Callable[..., None]:
+    """The command, with what an interruption says printed before typer turns it into an exit code.
+
+    Args:
+        command: what is called.
+        name: what complaints begin with.
+        saved: what there is of the work, and what to do, where the interruption itself does not say.
+    """
 
     @functools.wraps(command)
     def speaking(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
         except KeyboardInterrupt as interrupt:
-            complain(str(interrupt) or "interrupted", name)
+            complain(str(interrupt) or f"interrupted; {saved}", name)
             raise
 
     return speaking
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While the block runs, SIGTERM interrupts it as Ctrl-C does; work that can stop in good order listens itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") -> None:
@@ -43,9 +69,13 @@ def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") 
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers would fetch kernels from the hub, and run them, wherever the package `kernels` is installed
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    # PEFT's remark on every adapter that was moved, or whose base was; which base it fits is checked by its weights
+    warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
     shown, warnings.showwarning = warnings.showwarning, _warn
     try:
-        code = app(arguments, standalone_mode=False)
+        # in a program of its own; whoever calls from Python, a test for one, hears no more than it says
+        with terminable(), heartbeat(name) if arguments is None else nullcontext():
+            code = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except PissaError as error:
         complain(str(error), name)
@@ -77,5 +107,13 @@ def _usage_error(error: Exception) -> str | None:
     if not message():
         return ""  # without any words, the help has been shown
     context = getattr(error, "ctx", None)
-    hint = f"; see {context.command_path} --help" if context is not None else ""
-    return f"{message().rstrip('.')}{hint}"
+    said, values = re.subn(r"^Invalid value for '([^']+)': Input should be (.*)", _wanted, message().rstrip("."))
+    hint = f"; see {context.command_path} --help" if context is not None and not values else ""
+    return f"{said}{hint}"
+
+
+def _wanted(found: re.Match[str]) -> str:
+    """What a flag takes, in the words of our own checks."""
+    kinds = {"a valid integer": "a whole number", "a valid number": "a number"}
+    wanted = found[2].split(",")[0].replace("greater than or equal to", "a number of at least")
+    return f"{found[1]}: give {kinds.get(wanted, wanted.replace('less than or equal to', 'a number of at most'))}"

@@ -10,12 +10,14 @@ import typer
 from ..checkpoint.disk.write import check_free
 from ..data.prompts import TEMPLATES
 from ..errors import ConfigError
+from ..export.llama_cpp import check_gguf_target, find_converter
 from .output import show
-from .places import check_adapter_name, check_choice, check_writable
+from .places import check_adapter, check_choice, check_model, check_writable
 
 FORMATS: dict[str, Any] = {"peft": "peft", "gguf-lora": "gguf", "gguf": None}
 """What --to takes -> export_lora's format; None for a whole model."""
 FORMS = ("f16", "bf16", "q8_0")
+INTERRUPTED = "nothing is written: the same command starts again"
 
 
 def command(
@@ -78,12 +80,22 @@ def command(
     given = [flag for flag, value in own.items() if value is not None]
     if given and to != "gguf":
         raise ConfigError(f"{', '.join(given)} is for --to gguf alone; leave it out")
-    check_adapter_name(run)
+    check_adapter(run)
     check_free(out)
     check_writable(out)
+    if base is not None:
+        check_model(base)
+    if to == "gguf":
+        find_converter(llama_cpp)
+    if to == "gguf-lora":
+        check_gguf_target(out)
     if base is not None and whole is None and to == "peft":
         _check_residual(base)
-    from ..export import export_lora, export_merged
+    from ..export.lora import export_lora
+    from ..export.merged import export_merged
+    from ..training.run import quieten
+
+    quieten()
 
     if to == "gguf":
         document, text = _whole_gguf(run, out, form, template, base, llama_cpp)
@@ -102,7 +114,7 @@ def command(
 
 def _described(export: Any, out: Path, *, for_vllm: bool) -> tuple[dict[str, Any], str]:
     """What is printed of a LoRA: as a document, and for people."""
-    from ..export import gap_figures
+    from ..export.files import gap_figures
     from ..export.vllm import CHECKED, needed_rank
 
     worst = max(export.errors.values(), default=0.0)

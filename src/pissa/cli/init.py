@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..training.recipe import QUANTIZATION_OWN, Recipe, recipe_from
 from .flags import with_settings
 from .output import show
-from .places import check_choice, check_model_name, check_writable
+from .places import check_choice, check_model, check_output
 
 SPLIT = (
     "rank", "alpha", "method", "component", "random_fraction", "cur_core", "cur_rcond", "target_modules",
@@ -22,6 +22,7 @@ SPLIT = (
 )  # fmt: skip
 """The settings of a recipe that a split has."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+INTERRUPTED = "what was split so far is kept: the same command goes on from there"
 
 
 @with_settings(Recipe, only=SPLIT)
@@ -48,8 +49,9 @@ def command(
         raise ConfigError("method full has no adapter, so there is nothing to prepare")
     check_choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     limit = _bytes(memory) if memory is not None else None
-    check_model_name(model)
-    check_writable(out)
+    check_model(model)
+    if not (out / "pissa.json").is_file():  # which a finished one has
+        check_output(out, ".pissa-init/run.json", "split")
     from ..checkpoint.stream.init import Step, init_checkpoint
     from ..training.run import quieten
     from .bytes_bar import bytes_bar
@@ -118,4 +120,7 @@ def _bytes(text: str) -> int:
     unit = UNITS[found[2].upper()]
     if found[3]:
         unit = 2 ** (10 * " KMGT".index(found[2].upper() or " "))
-    return int(float(found[1]) * unit)
+    size = int(float(found[1]) * unit)
+    if size < 1:
+        raise ConfigError(f"--memory is {text!r}; give a size such as 8G, or leave it out")
+    return size

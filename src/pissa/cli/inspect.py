@@ -9,7 +9,9 @@ import typer
 from ..lab.inspection.settings import InspectionSettings
 from .flags import with_settings
 from .output import show
-from .places import check_model_name, check_text, check_writable
+from .places import check_model, check_text, check_writable
+
+INTERRUPTED = "nothing is kept: the same command starts again"
 
 
 @with_settings(InspectionSettings)
@@ -20,7 +22,7 @@ def command(
 ) -> None:
     """Show what splitting and quantising MODEL would cost, layer kind by layer kind."""
     asked = InspectionSettings(**settings)
-    check_model_name(model)
+    check_model(model)
     for text in (asked.calibration, asked.held_out):
         if text is not None:
             check_text(text)

@@ -18,7 +18,7 @@ from ..config.settings import BOOL, did_you_mean
 from .exits import interruptible
 
 COMMANDS = ("init", "train", "eval", "export", "verify", "inspect", "compare", "demo")
-"""A command's module has its name and holds it as `command`."""
+"""A command's module has its name and holds it as `command`, and as INTERRUPTED what an interruption leaves."""
 SPOKEN = {"true": True, "false": False}
 
 
@@ -102,8 +102,9 @@ def load_command(name: str) -> Any:
     """The command of this name, from the module of this name."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     help_names = {"help_option_names": ["-h", "--help"]}
-    command = import_module(f".{name}", __package__).command
-    app.command(name, cls=Command, context_settings=help_names)(interruptible(command))
+    module = import_module(f".{name}", __package__)
+    speaking = interruptible(module.command, saved=module.INTERRUPTED)
+    app.command(name, cls=Command, context_settings=help_names)(speaking)
     return typer.main.get_command(app)
 
 

@@ -12,7 +12,9 @@ from ..training.passed_on import named_values
 from ..training.recipe import Recipe, read_recipe, recipe_from
 from .flags import with_settings
 from .output import show
-from .places import check_model_name, check_source, check_text, check_writable
+from .places import check_model, check_output, check_rows, check_text
+
+INTERRUPTED = "no step was done: the same command starts again, or continues from the last checkpoint"
 
 
 @with_settings(Recipe, only=settings_of(Recipe).keys() - {"training"})
@@ -42,11 +44,11 @@ def command(
     if assigned:
         settings = {**settings, "training": named_values(assigned)}
     recipe = read_recipe(config, **settings) if config is not None else recipe_from(settings, "the command line")
-    check_model_name(model)
-    check_source(data)
+    check_model(model)
+    check_rows(data)
     if recipe.calibration is not None:
         check_text(recipe.calibration)
-    check_writable(out)
+    check_output(out, "state/run.json", "run")
     from ..training.run import train
 
     result = train(model, data, out, recipe)

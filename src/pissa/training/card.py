@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint.card import BESIDE, cautions, front_matter, loading, ranks_of
-from ..export import LoraExport
+from ..export.files import LoraExport
 from ..outside.text import in_code, in_markdown
 
 

@@ -22,7 +22,7 @@ from ..checkpoint.residual import residual_state
 from ..checkpoint.saved_residual import SavedResidual, residual_at
 from ..checkpoint.source.load import load_base, load_tokenizer
 from ..data.text import calibration_batches
-from ..export import gap_figures
+from ..export.files import gap_figures
 from ..live.record import record_of
 from ..live.targets import resolve_targets
 from ..provenance import fingerprint

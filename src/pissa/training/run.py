@@ -33,7 +33,8 @@ from ..data.read import read_examples
 from ..data.rows import examples_from_rows
 from ..data.vocabulary import check_known, known_to
 from ..errors import ConfigError, Interrupted, TrainingError
-from ..export import LoraExport, export_lora, write_lora
+from ..export.files import LoraExport, write_lora
+from ..export.lora import export_lora
 from ..live.offset import trained_values
 from ..live.record import record_of
 from ..optimizers.names import SPECTRAL

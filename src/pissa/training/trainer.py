@@ -33,7 +33,8 @@ from ..checkpoint.disk.write import TEMPORARY_PREFIX, durable_rename, explained
 from ..checkpoint.residual import write_trained
 from ..data.encode import IGNORED, Encoded
 from ..errors import ConfigError, MissingExtraError, OutputError, TrainingError
-from ..export import export_state, write_lora
+from ..export.files import write_lora
+from ..export.lora import export_state
 from ..live.adalora import penalty
 from ..live.factors import MAGNITUDE
 from ..live.record import record_of

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 from ...errors import CheckpointError
 from ...outside.documents import LARGEST, Unreadable, parse_object
-from ..disk.header import DAMAGED
 
 CONFIG = "config.json"
 Form = Literal["safetensors", "pickle", "gguf"]
@@ -100,7 +99,7 @@ def read_json(file: Path) -> dict[str, Any]:
         try:
             return parse_object(stream.read(LARGEST + 1))
         except Unreadable as reason:
-            raise CheckpointError(f"{file} {reason}; {DAMAGED}") from reason
+            raise CheckpointError(f"{file} {reason}; download it again") from reason
 
 
 def other_files(directory: Path) -> list[Path]:

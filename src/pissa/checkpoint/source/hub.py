@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ...errors import CheckpointError
+from ...stages import stage
 from .files import COPIED_NAMES, COPIED_SUFFIXES
 from .names import check_adapter_name, check_model_name
 
@@ -73,6 +74,11 @@ def is_in_hub(model: str, name: str) -> bool:
     return True
 
 
+def unreachable(name: str, error: BaseException) -> str:
+    """What to say of a name that is no directory and that the hub does not give."""
+    return f"there is no directory {name}, and as a hub id it cannot be loaded: {first_line(error)}"
+
+
 def first_line(error: BaseException) -> str:
     """An exception's message as one line."""
     return " ".join(str(error).split())[:400] or type(error).__name__
@@ -83,8 +89,7 @@ def _download(model: str, weights: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, weights]))
+        with stage(f"fetching {model} from the hub"):
+            return Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, weights]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"there is no directory {model}, and as a hub id it cannot be loaded: {first_line(error)}"
-        ) from error
+        raise CheckpointError(unreachable(model, error)) from error

@@ -7,6 +7,13 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names."""
+OLD_ADAPTER_WEIGHTS = "adapter_model.bin"
+"""What PEFT wrote before it wrote safetensors."""
+INITIAL = "pissa_init"
+"""Where the adapter at step 0 lies, below a residual or a run."""
+
 
 def looks_like_path(source: str | os.PathLike[str]) -> bool:
     """Whether a source can only be a path: hub ids are `name` or `org/name`."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, MissingExtraError, PissaError
+from ...stages import stage
 from .hub import first_line
 
 
@@ -34,7 +35,8 @@ def through_transformers(kind: str, source: str | os.PathLike[str], what: str, *
 
     _check_kernels(source)
     try:
-        return getattr(transformers, kind).from_pretrained(source, **options, trust_remote_code=False)
+        with stage(f"loading {what} from {source}"):
+            return getattr(transformers, kind).from_pretrained(source, **options, trust_remote_code=False)
     except PissaError:
         raise
     except MemoryError as error:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..disk.header import Entry, read_header
-from .files import CONFIG, WeightFiles, find_weights, open_plain, other_files, read_json
+from .files import CONFIG, WeightFiles, find_weights, open_plain, other_files
 from .hub import local_directory
+from .look import config_in
 from .no_foreign_code import check_kernels
 
 CHUNK = 1 << 24
@@ -188,10 +189,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it is no JSON object, or the model needs code of its own.
     """
-    file = directory / CONFIG
-    if not os.path.lexists(file):
-        raise CheckpointError(f"{directory} has no config.json; a model directory holds config.json and its weights")
-    config = read_json(file)
+    file, config = directory / CONFIG, config_in(directory)
     check_kernels(config, str(file))
     if config.pop("auto_map", None) is not None:
         from transformers import CONFIG_MAPPING

@@ -22,6 +22,7 @@ from ...errors import CheckpointError
 from ...live.factors import AdapterFactors, merged_weight
 from ...live.layers import Place, combine_each, place_named
 from ...live.marks import check_always_on, is_marked_offset
+from ...stages import stage
 from ..card import merged_card, write_card
 from ..companions import copy_companions
 from ..disk.header import KIND_OF
@@ -30,6 +31,7 @@ from ..disk.outputs import Outputs
 from ..disk.write import output_directory, write_json
 from ..factors import PREFIX
 from ..read import SavedAdapter, base_place, fitted, read_adapter
+from ..recorded import record_template
 from ..saved_residual import SavedResidual
 from ..source.reader import Source, open_source
 from ..source.skeleton import Names, build, checkpoint_names
@@ -63,7 +65,8 @@ def merge_saved(path: str | os.PathLike[str], out: str | os.PathLike[str], base:
         merge = _Merge(path, saved, source, residual)
         if not merge.is_possible:
             return False
-        merge.write(out)
+        with stage(f"merging into {place}"):
+            merge.write(out)
     return True
 
 
@@ -168,7 +171,8 @@ class _Merge:
 
     def _write_small(self, directory: Path, *, untied: bool) -> None:
         """Configuration, card, and what lies with the base and the run: tokenizer, generation settings, licence."""
-        write_card(directory, merged_card(self.saved.base, self.saved.method))
+        write_card(directory, merged_card(self.saved.base, self.saved.method, self.saved.template))
+        record_template(directory, self.saved.base, self.saved.template)
         settings: Any = deepcopy(self.model.config)
         settings.dtype, settings.architectures = self.dtype, [type(self.model).__name__]
         if untied:

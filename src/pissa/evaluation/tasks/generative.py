@@ -8,16 +8,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.conversation import Example, Message, RowError
 from ...data.prompts import Template, prompt_text, resolve_template
 from ...data.read import file_rows
 from ...data.rows import collect, unusable_rows
 from ...errors import DataError
-from ..generate import Continuation, continuations
 from ..samples import SampleLog
 from ..task import Evaluation, EvaluationOptions, Progress, Task, accuracy
+
+if TYPE_CHECKING:
+    from ..generate import Continuation
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class GenerativeTask(Task):
         progress: Progress | None,
     ) -> Evaluation:
         """Generate in batches and judge."""
+        from ..generate import continuations
+
         template = resolve_template(options.template or self.template, tokenizer)
         posed = self._posed(problems, tokenizer, template)
         limit = options.max_new_tokens or self.max_new_tokens

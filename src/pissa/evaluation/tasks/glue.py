@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from ...data.conversation import RowError
 from ...data.read import file_rows
 from ...data.rows import unusable_rows
@@ -148,8 +146,9 @@ class Understanding(Task):
             raise RowError(f"has label {given!r}; allowed: {allowed}")
         return value
 
-    @torch.no_grad()
     def _by_head(self, model: Any, tokenizer: Any, rows: Sequence[GlueRow]) -> Iterator[tuple[float, list[float]]]:
+        import torch
+
         found = len(model.config.id2label)
         if found != self.classes:
             raise ConfigError(f"{self.name} needs {self.classes} outputs; the model's head has {found}")
@@ -159,7 +158,8 @@ class Understanding(Task):
         training = model.training
         model.eval()
         try:
-            logits = model(**batch.to(model.device)).logits.float().cpu()
+            with torch.no_grad():
+                logits = model(**batch.to(model.device)).logits.float().cpu()
         finally:
             model.train(training)
         for row in logits.tolist():

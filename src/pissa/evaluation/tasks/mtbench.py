@@ -12,17 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.prompts import ALPACA, Template, resolve_template
 from ...errors import ConfigError, DataError
 from ...outside.templates import TemplateRefusedError, apply_template
-from ..generate import Continuation, continuations
 from ..intervals import bootstrap
 from ..samples import SampleLog
 from ..task import Evaluation, EvaluationOptions, Progress, Task
 from .generative import instruction_prompt, problem_rows
 from .judge import Judge, rating_of
+
+if TYPE_CHECKING:
+    from ..generate import Continuation
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose answers are judged against a reference."""
@@ -129,6 +131,8 @@ class MtBench(Task):
         log: SampleLog,
     ) -> Iterator[tuple[int, list[Continuation]]]:
         """Both turns of every question that is not in the log, batch by batch."""
+        from ..generate import continuations
+
         settings: dict[str, Any] = {
             "max_new_tokens": options.max_new_tokens or self.max_new_tokens,
             "batch_size": options.batch_size,

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...data.conversation import Example
-from ...data.encode import IGNORED, encode
 from ...data.read import read_examples
 from ...data.text_files import texts_of
 from ...errors import ConfigError, DataError
 from ..intervals import bootstrap
-from ..loss import held_out_loss
-from ..perplexity import window_loss, windows_of
 from ..samples import SampleLog
 from ..task import Evaluation, EvaluationOptions, Progress, Task
 
@@ -80,6 +77,8 @@ def _value(samples: list[dict[str, Any]]) -> float:
 def _windows(
     model: Any, tokenizer: Any, text: str, options: EvaluationOptions, log: SampleLog
 ) -> tuple[Iterator[list[dict[str, Any]]], int]:
+    from ..perplexity import window_loss, windows_of
+
     if options.window < 2:
         raise ConfigError(f"window is {options.window!r}; give at least 2 tokens")
     ids = tokenizer(text, verbose=False)["input_ids"]
@@ -99,6 +98,9 @@ def _windows(
 def _examples(
     model: Any, tokenizer: Any, examples: list[Example], options: EvaluationOptions, template: Any, log: SampleLog
 ) -> tuple[Iterator[list[dict[str, Any]]], int]:
+    from ...data.encode import IGNORED, encode
+    from ..loss import held_out_loss
+
     template = options.template or template
     encoded = encode(examples, tokenizer, template=template, max_length=UNCUT)
     unseen = sum(all(label == IGNORED for label in labels[: options.window]) for labels in encoded.labels)

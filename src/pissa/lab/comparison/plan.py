@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from ...config.kinds import Count, CountFromTwo, CountFromZero, File, Name, Names
 from ...config.settings import Rule, check_settings, did_you_mean
 from ...errors import ConfigError
+from ...evaluation.tasks.registry import check_task_name
 from ...training.rate_search import FIRST
 from ...training.recipe import ADAPTER_ONLY, TRAINING_METHODS, Recipe
 
@@ -17,6 +18,10 @@ MOST_SEARCH_RUNS = 12
 """Rung 0 has at most so many runs: after as many the gaps between rates are below 5 %."""
 OWN = {"method": "methods", "learning_rate": "rates (--lrs)", "max_steps": "steps", "epochs": "steps", "seed": "seed"}
 """Settings of a run that a comparison chooses itself, and what it is told instead."""
+USUAL = "gsm8k"
+"""The task that compares the answers that solution and reference state."""
+UNDECIDED = ("perplexity", "mt-bench", "glue/stsb")
+"""Tasks that judge nothing right or wrong."""
 NULL_METHOD = "lora"
 NULL_SEED = 500
 Seeds = Annotated[int, Rule(f"allowed: 1 to {NULL_SEED}", lambda value: 1 <= value <= NULL_SEED)]
@@ -93,6 +98,7 @@ class ComparisonPlan:
         check_settings(self)
         _check_rates(self)
         _check_methods(self)
+        _check_task(self)
         if self.rates is not None:
             object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
         recipes = [self.run_recipe(method, 1e-5, self.steps, self.seed) for method in self.methods]
@@ -211,6 +217,23 @@ def _check_rates(plan: ComparisonPlan) -> None:
             raise ConfigError(f"learning rate {rate!r}; give positive numbers")
     if plan.rates is not None and not plan.rates:
         raise ConfigError("no learning rate is given; name some, or leave them out to have them searched")
+
+
+def _check_task(plan: ComparisonPlan) -> None:
+    """Refuse settings that nothing would use, and tasks without a right and wrong."""
+    if plan.evaluation is None and plan.evaluation_data is not None:
+        raise ConfigError("evaluation_data (--eval-data) is of a task; name it with --eval")
+    if plan.evaluation is None and plan.allow_code_execution:
+        raise ConfigError("allow_code_execution (--allow-code-execution) is of a task; name it with --eval")
+    if plan.evaluation is not None:
+        check_task_name(plan.evaluation)
+    if plan.evaluation in UNDECIDED:
+        instead = "--forgetting" if plan.evaluation == "perplexity" else "pissa eval on a run (--keep-runs)"
+        raise ConfigError(f"task {plan.evaluation} judges nothing right or wrong; {instead} measures it")
+    if plan.evaluation not in (None, USUAL) and plan.evaluation_data is None:
+        raise ConfigError(f"task {plan.evaluation} has problems of its own; give their file with --eval-data")
+    if plan.accuracy_problems == 0 and (plan.evaluation is not None or plan.curve_accuracy):
+        raise ConfigError("accuracy_problems is 0, so that nothing is solved; leave it out, or leave the task out")
 
 
 def _check_methods(plan: ComparisonPlan) -> None:

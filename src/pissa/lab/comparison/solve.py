@@ -10,13 +10,8 @@ from ...errors import ConfigError
 from ...evaluation.task import EvaluationOptions
 from ...evaluation.task import Task as EvaluationTask
 from ...evaluation.tasks.registry import find_task
-from .plan import ComparisonPlan
+from .plan import USUAL, ComparisonPlan
 from .task import Task
-
-USUAL = "gsm8k"
-"""Compares the answers that solution and reference state."""
-UNDECIDED = ("perplexity", "mt-bench", "glue/stsb")
-"""Tasks that judge nothing right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +33,9 @@ def make_solver(task: Task, tokenizer: Any, plan: ComparisonPlan) -> Solver | No
     """The solver of a plan; None where nothing is to be solved.
 
     Raises:
-        ConfigError: no such task, one that judges nothing right or wrong, or problems that are not of its kind.
+        ConfigError: problems that are not of the task's kind.
         DataError: the problems' file cannot be read.
     """
-    _check(plan)
     count = plan.accuracy_problems
     if count == 0:
         return None
@@ -63,8 +57,6 @@ def make_solver(task: Task, tokenizer: Any, plan: ComparisonPlan) -> Solver | No
     found.check(options)
     if plan.evaluation_data is not None:
         return _solver(found, tokenizer, found.load(plan.evaluation_data, count), options)
-    if plan.evaluation not in (None, USUAL):
-        raise ConfigError(f"task {plan.evaluation} has problems of its own; give their file with --eval-data")
     if not task.has_answers:
         raise ConfigError(
             f'task {found.name} reads its answers from "The answer is: N" or "#### N", and not every test problem ends '
@@ -77,16 +69,3 @@ def _solver(task: EvaluationTask, tokenizer: Any, problems: Sequence[Any], optio
     if len(problems) < 2:
         raise ConfigError("one problem makes no accuracy to compare; give at least 2, or accuracy_problems 0")
     return Solver(task, tokenizer, problems, options)
-
-
-def _check(plan: ComparisonPlan) -> None:
-    """Refuse settings that nothing would use, and tasks without a right and wrong."""
-    if plan.evaluation is None and plan.evaluation_data is not None:
-        raise ConfigError("evaluation_data (--eval-data) is of a task; name it with --eval")
-    if plan.evaluation is None and plan.allow_code_execution:
-        raise ConfigError("allow_code_execution (--allow-code-execution) is of a task; name it with --eval")
-    if plan.evaluation in UNDECIDED:
-        instead = "--forgetting" if plan.evaluation == "perplexity" else "pissa eval on a run (--keep-runs)"
-        raise ConfigError(f"task {plan.evaluation} judges nothing right or wrong; {instead} measures it")
-    if plan.accuracy_problems == 0 and (plan.evaluation is not None or plan.curve_accuracy):
-        raise ConfigError("accuracy_problems is 0, so that nothing is solved; leave it out, or leave the task out")

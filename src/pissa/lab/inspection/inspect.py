@@ -12,6 +12,7 @@ from torch import nn
 from ...checkpoint.saved_residual import check_is_base
 from ...config import PissaConfig
 from ...provenance import hardware, package_versions
+from ...stages import stage
 from ...training.run import quieten
 from ..load import load_any_tokenizer, load_model
 from .layers import kind_of, select_targets
@@ -25,6 +26,7 @@ HALVINGS = 4
 """Ranks in a curve where one is given."""
 
 
+@stage("measuring what a split would cost")
 def inspect(source: str, asked: InspectionSettings, *, progress: Progress | None = None) -> dict[str, Any]:
     """Load a model and measure its split; the whole of `pissa inspect`.
 
