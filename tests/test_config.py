@@ -89,7 +89,7 @@ def test_every_method_has_a_function() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"format": "fp4"}, "format is 'fp4'; allowed: nf4, int8, gptq"),
+        ({"format": "fp4"}, "format is 'fp4'; allowed: nf4, int8, gptq, nvfp4"),
         ({"method": "lora"}, "method is 'lora'"),
         ({"iterations": 0}, "iterations is 0"),
         ({"iterations": True}, "iterations is True"),

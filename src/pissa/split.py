@@ -25,14 +25,14 @@ from .config import PissaConfig, Quantization
 from .decompose.certificate import Certificate
 from .decompose.methods import FACTORS, Request
 from .decompose.precision import full_precision
-from .decompose.scale import magnitude
+from .decompose.scale import magnitude, safe_exponent
 from .decompose.svd import TruncatedSVD
 from .errors import ConfigError, WeightError
-from .quantize.alternate import Alternation, alternate
+from .quantize.alternate import Alternation, alternate, norm
 from .quantize.error import matrix_norm, plain_error
 from .quantize.formats import Packed
 from .quantize.lowrank import OVERSAMPLING, singular_triplets
-from .quantize.metric import metric
+from .quantize.metric import Metric, metric
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_LINE = 64
@@ -251,12 +251,13 @@ def quantized(W: Tensor, request: Request, quantization: Quantization, moment: T
     """The residual in few bits, and the adapter that goes with it."""
     start, config, scale = time.perf_counter(), request.config, request.scale
     try:
+        matters = None if moment is None else metric(moment.to(W.device), W.shape[1], name=label)
         found = alternate(
             request.W,
             config.rank,
             quantization,
             dtype=W.dtype,
-            metric=None if moment is None else metric(moment.to(W.device), W.shape[1], name=label),
+            metric=matters,
             tolerance=config.tolerance,
             algorithm=config.algorithm,
             seed=request.seed,
@@ -268,7 +269,7 @@ def quantized(W: Tensor, request: Request, quantization: Quantization, moment: T
         raise error if label in str(error) else WeightError(f"{label}: {error}") from error
     residual = found.packed.dequantize()
     error = torch.addmm(W.float() - residual.float(), B, A, alpha=-scale)
-    certificate = certify(W, error, found, time.perf_counter() - start)
+    certificate = certify(W, error, found, time.perf_counter() - start, matters)
     if not math.isfinite(certificate.rounding):
         raise WeightError(f"{label} is too large: its residual overflows {W.dtype}; use a wider dtype")
     return Split(A, B, scale, residual, certificate, found.packed)
@@ -284,10 +285,16 @@ def factors(request: Request, found: Alternation) -> tuple[Tensor, Tensor]:
     return (root[:, None] * Vh).contiguous(), (U * root).contiguous()
 
 
-def certify(W: Tensor, error: Tensor, found: Alternation, seconds: float) -> Certificate:
+def certify(W: Tensor, error: Tensor, found: Alternation, seconds: float, metric: Metric | None) -> Certificate:
     """What the quantised split cost."""
     total, left = matrix_norm(W, "frobenius"), matrix_norm(error, "frobenius")
-    plain = matrix_norm(plain_error(W, found.packed), "frobenius")
+    baseline = plain_error(W, found.packed)
+    plain = matrix_norm(baseline, "frobenius")
+    output = None
+    if metric is not None:
+        exponent = safe_exponent(magnitude(W))
+        unfitted = norm(baseline, metric, exponent)
+        output = 100 * (1 - norm(error, metric, exponent) / unfitted) if unfitted > 0 else 0.0
     svd = found.certificate or Certificate("subspace", 0, 0.0, 1.0, "upper bound")
     return replace(
         svd,
@@ -295,6 +302,7 @@ def certify(W: Tensor, error: Tensor, found: Alternation, seconds: float) -> Cer
         rounding=left / total if total > 0 else 0.0,
         quantization_error=left,
         quantization_reduction=100 * (1 - left / plain) if plain > 0 else 0.0,
+        output_reduction=output,
         iterations=found.iterations,
     )
 

@@ -165,11 +165,11 @@ def test_moments_of_one_block_are_in_memory_at_a_time(make: Any, monkeypatch: py
 
 def test_the_text_passes_through_each_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_llama()
-    batches, calls = batches_of(5), []
+    batches, rows = batches_of(5), []
     for block in model.model.layers:
-        block.mlp.register_forward_hook(lambda *_: calls.append(1))
+        block.mlp.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
     list(second_moments(model, batches, linear_names(model)))
-    assert len(calls) == 2 * (len(batches) + 1)  # and the first batch once more
+    assert sum(rows) == 2 * (sum(len(batch["input_ids"]) for batch in batches) + 1)  # and the first row once more
 
 
 def test_padding_does_not_count() -> None:

@@ -386,8 +386,8 @@ def test_wrong_input_leaves_nothing_behind(tmp_path: Path) -> None:
         (PissaConfig(4, target_modules=["nothing"]), ValueError, "no module matches"),
         (PissaConfig(4, method="lora-kaiming"), ConfigError, "nothing to prepare"),
         (PissaConfig(4, placement="offset"), ConfigError, "nothing to prepare"),
-        (PissaConfig(4, quantization=Quantization("gptq")), ConfigError, "use nf4 or int8"),
-        (PissaConfig(4, quantization=Quantization(calibration="t.txt")), ConfigError, "pissa train --quantize"),
+        (PissaConfig(4, quantization=Quantization("gptq")), ConfigError, "nf4 and int8, not gptq"),
+        (PissaConfig(4, quantization=Quantization(calibration="t.txt")), ConfigError, "pass it as batches"),
         (PissaConfig(4, quantization=Quantization()), ValueError, "block_size"),
     ]
     for config, kind, message in wrong:

@@ -41,7 +41,18 @@ def test_calibration_adds_methods_and_the_held_out_error(
     assert {(r["method"], r["norm"]) for r in document["rows"]} == {
         (method, norm) for norm in ("frobenius", "output") for method in ("qlora", "ours-1+gptq")
     }
-    assert document["calibration"]["held_out_windows"] == 2
+    assert document["calibration"]["held_out_windows"] == 2 and document["moments_seconds"] > 0
+
+
+def test_fewer_bits_cost_more(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    errors = []
+    for bits in ("4", "2"):
+        flags = ["--quantize", "gptq", "--block-size", "32", "--bits", bits, "--methods", "qlora,ours-2"]
+        assert exit_code("inspect", model, "--rank", "2", *flags, "--norm", "frobenius", "--json") == 0
+        plain, ours = json.loads(capsys.readouterr().out)["rows"]
+        assert ours["error"] < plain["error"]
+        errors.append(plain["error"])
+    assert errors == sorted(errors)
 
 
 def test_without_a_format_the_plain_split_is_shown(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +67,7 @@ def test_without_a_format_the_plain_split_is_shown(model: str, capsys: pytest.Ca
     [
         (["--rank", "two"], "give a whole number"),
         (["--methods", "ours-5"], "say --quantize"),
-        (["--quantize", "nf3"], "--quantize is 'nf3'; allowed: nf4, int8, gptq; did you mean nf4?"),
+        (["--quantize", "nf3"], "--quantize is 'nf3'; allowed: nf4, int8, gptq, nvfp4; did you mean nf4?"),
         ([*NF4, "--methods", "best"], "no quantisation is called 'best'"),
         ([*NF4, "--methods", "ours-1+gptq"], "needs calibration text"),
         ([*NF4, "--norm", "max"], "allowed: nuclear, frobenius"),

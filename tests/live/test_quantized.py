@@ -11,7 +11,7 @@ from torch import nn
 
 from pissa import PissaConfig, Quantization, adapt, quantization_preset, reference, restore, split_weight
 from pissa.calibrate.moments import second_moments
-from pissa.errors import ConfigError, DataError, MissingExtraError, TargetError
+from pissa.errors import DataError, MissingExtraError, TargetError
 from pissa.live.layers import place_of
 from pissa.live.quantized import bits_of, dequantized, quantized_layer, quantized_layers, skip_patterns
 from pissa.live.state import adapter_layers, base_layer
@@ -153,11 +153,6 @@ def test_what_cannot_be_quantised_is_named_before_anything_changes() -> None:
     special = nn.Sequential(Special(64, 64))
     with pytest.raises(TargetError, match=r"0 \(Special\)"):
         adapt(special, config("nf4"))
-
-
-def test_no_live_layer_holds_gptq() -> None:
-    with pytest.raises((TargetError, ConfigError), match="GPTQ"):
-        adapt(tiny_llama(hidden=64), config("nf4", quantization=Quantization("gptq", iterations=1, momentum=0.0)))
 
 
 def test_a_missing_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

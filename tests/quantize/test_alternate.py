@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -87,11 +88,20 @@ def test_the_error_never_rises_and_is_that_of_the_result(
     W = trained_like(*shape, seed=seed)
     config = Quantization(form, iterations=6, momentum=momentum, double_quant=double_quant)
     found = alternate(W, 2, config, dtype=torch.float32)
-    assert len(found.errors) == 6 and 1 <= found.iterations <= 6
+    assert 1 <= found.iterations <= len(found.errors) <= 6
     assert list(found.errors) == sorted(found.errors, reverse=True)
     assert found.low_rank is not None
     left = found.low_rank.subtract_from(W - found.packed.dequantize())
     assert float(left.double().norm()) == pytest.approx(found.errors[-1], rel=1e-5)
+
+
+def test_no_iteration_follows_one_that_gained_next_to_nothing() -> None:
+    W, M = trained_like(96, 128), metric(second_moment(128, 2000), 128)
+    for weighting in (None, M):
+        found = alternate(W, 8, Quantization(iterations=40), dtype=torch.float32, metric=weighting).errors
+        *gaining, last = [1 - after / before for before, after in pairwise(found)]
+        least = 0.005 if weighting is None else 0.02
+        assert len(found) < 30 and all(gain > 0.99 * least for gain in gaining) and last < 1.01 * least
 
 
 def test_a_moment_lowers_the_output_error_and_feedback_lowers_it_further() -> None:

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 import pissa
 from pissa.checkpoint.source.load import load_base
 from pissa.cli import main
+from pissa.data.encode import Encoded
 from pissa.data.text import calibration_batches
 from pissa.errors import CheckpointError, ConfigError, WeightError
 from pissa.live.quantized import quantized_layers
+from pissa.training.fitting import row_batches, token_count
 from pissa.training.progress import StepLog
 from pissa.training.recipe import Recipe
 from tiny import largest_difference, logits_of, same_tensors, tiny_llama, tiny_tokenizer
@@ -171,6 +173,18 @@ def test_placement_offset_trains_a_base_that_is_quantised_already(
     assert torch.equal(logits_of(pissa.load(tmp_path / "whole", load_base(base))), logits_of(whole.model))
 
 
+def test_a_run_in_gptqs_format_continues_to_the_same_result(
+    wide_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(quantize="gptq", bits=2, iterations=1, max_steps=3, save_every=1)
+    whole = run(wide_base, tmp_path / "whole", settings)
+    interrupted_run(wide_base, tmp_path / "cut", settings, monkeypatch, at=2)
+    run(wide_base, tmp_path / "cut", settings)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert whole.results["quantization"]["format"] == "gptq" and whole.results["mean_output_reduction"] > 0
+    assert torch.equal(logits_of(pissa.load(tmp_path / "whole")), logits_of(whole.model))
+
+
 def test_the_command_line_trains_and_exports_a_quantised_run(
     wide_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +206,8 @@ def test_calibration_text_lowers_the_error_of_what_the_layers_put_out(
     """At step 0 the run with the text is closer to the base on such text than the run without it."""
     rows = write_rows(tmp_path / "rows.jsonl", count=64)
     text = {"calibration": str(rows), "calibration_windows": 16, "calibration_length": 32}
-    run(wide_base, tmp_path / "fitted", recipe(**QUANTIZED, **text, max_steps=1))
+    results = run(wide_base, tmp_path / "fitted", recipe(**QUANTIZED, **text, max_steps=1)).results
+    assert results["mean_output_reduction"] > 5 and results["quantization"]["calibration"] == str(rows)
     batches = calibration_batches(rows, tiny_tokenizer(), 32, 16)
     base = load_base(wide_base).eval()
 
@@ -201,7 +216,43 @@ def test_calibration_text_lowers_the_error_of_what_the_layers_put_out(
         with torch.no_grad():
             return sum(float((model(**batch).logits - base(**batch).logits).square().sum()) for batch in batches)
 
-    assert error(tmp_path / "fitted" / "residual") < 0.9 * error(finished[0] / "residual")
+    plain = {**QUANTIZED, "calibration": "none"}
+    assert run(wide_base, tmp_path / "plain", recipe(**plain, max_steps=1)).results["mean_output_reduction"] is None
+    unfitted = error(tmp_path / "plain" / "residual")
+    assert error(tmp_path / "fitted" / "residual") < 0.9 * unfitted
+    assert error(finished[0] / "residual") < 0.9 * unfitted  # to its own rows, where nothing else is said
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"quantize": "nf4"}, "data"),
+        ({"method": "qpissa"}, "data"),
+        ({"quantize": "nf4", "calibration": "none"}, None),
+        ({"quantize": "nf4", "calibration": "t.txt"}, "t.txt"),
+        ({"quantize": "int8"}, None),
+        ({"method": "qlora"}, None),
+        ({"method": "loftq"}, None),
+        ({"method": "qlora", "rounding": "gptq"}, "data"),
+        ({"quantize": "nf4", "quantize_method": "qpissa-5"}, None),
+        ({"quantize": "nf4", "rank_budget": 10**6}, None),
+    ],
+)
+def test_the_librarys_own_way_is_fitted_to_the_training_rows_and_published_ways_are_not(
+    settings: dict[str, Any], text: str | None
+) -> None:
+    quantization = Recipe(**settings).quantization
+    assert quantization is not None and quantization.calibration == text
+
+
+def test_rows_of_like_length_are_taken_all_over_the_data() -> None:
+    ids = [[row] * (5 + row % 7) for row in range(100)]
+    encoded = Encoded(ids, ids, 0, 0, 64)
+    batches = row_batches(encoded, tokens=160, pad_id=0)
+    rows = [row[mask != 0].tolist() for b in batches for row, mask in zip(*b.values(), strict=True)]
+    assert all(row in ids for row in rows) and 0.8 * 160 < token_count(batches) < 1.2 * 160
+    assert len({row[0] // 10 for row in rows}) == 10
+    assert token_count(row_batches(encoded, tokens=10**6, pad_id=0)) == sum(map(len, ids))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +260,9 @@ def test_calibration_text_lowers_the_error_of_what_the_layers_put_out(
     [
         ({"calibration": "text.txt"}, "quantised residual"),
         ({"method": "qlora", "calibration": "text.txt", "rounding": "nearest"}, "fits nothing"),
-        ({"quantize": "nf4", "rounding": "gptq"}, "--calibration"),
+        ({"quantize": "nf4", "rounding": "gptq", "calibration": "none"}, "calibration none"),
+        ({"method": "qlora", "calibration": "data"}, "fits nothing"),
+        ({"calibration": "none"}, "quantised residual"),
         ({"quantize": "int8", "calibration": "text.txt", "rounding": "gptq"}, "int8"),
         ({"quantize": "nf4", "calibration": "text.txt", "calibration_windows": 0}, "at least 1"),
         ({"iterations": 3}, "quantize"),

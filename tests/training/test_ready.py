@@ -34,7 +34,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_is_that_of_the_base(base: Path, tmp_path: Path, quantize: str | None, monkeypatch) -> None:
     if quantize:
         pytest.importorskip("bitsandbytes")
-    settings = recipe(rank=RANK, quantize=quantize, iterations=1 if quantize else None, dtype="fp32")
+    quantized = {"quantize": quantize, "iterations": 1, "calibration": "none"} if quantize else {}
+    settings = recipe(rank=RANK, dtype="fp32", **quantized)
     data = str(write_rows(tmp_path / "data.jsonl"))
     run(base, tmp_path / "expected", settings, data)
     made = tmp_path / "made"

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..calibrate.moments import Moment
+from ..calibrate.moments import Moment, second_moments
 from ..config import PissaConfig, Quantization
 from ..decompose.adalora import orthonormal_factors, random_factors
 from ..decompose.certificate import Certificate, worst
@@ -58,8 +58,8 @@ def adapt(
         moments: second moments of the targets' inputs, for a quantisation that minimises output error (and a rank
             budget that counts energy as outputs have it): module name -> (in, in), or `calibrate.second_moments` as it
             streams, so that a few of them are in memory at a time.
-        batches: keyword arguments of the model's forward, with labels, from the data that it is to learn: what
-            component "scored" chooses by.
+        batches: keyword arguments of the model's forward, from the data that it is to learn: what a quantisation is
+            fitted to, by the second moments taken on them, and, with labels, what component "scored" chooses by.
         progress: called with (module name, how many are done, how many there are) after each split.
 
     Returns:
@@ -81,17 +81,16 @@ def adapt(
 
     Source: paper, section 3.
     """
+    _check_data(config, moments, batches)
     if config.quantization is not None:
-        _check_live_format(config.quantization, moments)
+        _check_live_format(config.quantization)
     keep_unpacked(model)
-    if (batches is not None) != config.needs_gradient:
-        raise ConfigError(
-            'batches are for component "scored", which chooses by them; leave them out'
-            if batches is not None
-            else 'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
-        )
     targets = resolve_targets(model, config)
     check_tokens(model, config.trainable_token_indices, [target.name for target in targets])
+    if batches is not None and config.quantization is not None:
+        moments = second_moments(model, batches, [target.name for target in targets])
+        if config.rank_budget is not None:  # which looks at all of them before the first split
+            moments = {name: moment.matrix for moment in moments for name in moment.names}
     if config.rank_budget is not None:
         targets = with_planned_ranks(targets, config, moments)
         moments = moments if config.quantization is not None else None
@@ -101,7 +100,10 @@ def adapt(
     factors: dict[str, tuple[Tensor, ...]] = {}
     certificates: dict[str, Certificate] = {}
     packed: dict[str, Packed] = {}
-    found = splits_of(targets, config, moments) if batches is None else scored_splits(model, targets, config, batches)
+    if batches is not None and config.needs_gradient:
+        found = scored_splits(model, targets, config, batches)
+    else:
+        found = splits_of(targets, config, moments)
     for done, (target, splits) in enumerate(found, start=1):
         A, B = torch.stack([split.A for split in splits]), torch.stack([split.B for split in splits])
         factors[target.name] = (A, B) if target.is_stack else (A[0], B[0])
@@ -137,19 +139,39 @@ def _warn_of_dead(factors: Mapping[str, tuple[Tensor, ...]]) -> None:
         )
 
 
-def _check_live_format(quantization: Quantization, moments: object) -> None:
+def _check_data(config: PissaConfig, moments: object, batches: object) -> None:
+    """Refuse data that nothing would use, and settings that need data where there is none.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    quantization = config.quantization
+    if config.needs_gradient and batches is None:
+        raise ConfigError(
+            'component "scored" chooses by your data: pass batches with labels, as the model\'s forward takes them'
+        )
+    if batches is not None and quantization is None and not config.needs_gradient:
+        raise ConfigError('batches are for a quantisation and for component "scored"; leave them out')
+    if batches is not None and moments is not None:
+        raise ConfigError("moments and batches both say what the layers see; pass one of them")
+    if quantization is None:
+        return
+    if batches is not None and not quantization.is_fitted:
+        raise ConfigError("rounding to the nearest value fits nothing to data; leave batches out")
+    if quantization.calibration is not None and moments is None and batches is None:
+        raise ConfigError(
+            f"calibration {quantization.calibration!r} says which text to fit to; pass it as batches, or the second "
+            "moments that were taken on it as moments, or leave calibration out"
+        )
+
+
+def _check_live_format(quantization: Quantization) -> None:
     """Refuse a quantisation that live layers cannot carry out.
 
     Raises:
         ConfigError, MissingExtraError: with the way out.
     """
-    if quantization.format == "gptq":
-        raise ConfigError(
-            "no live layer holds GPTQ's format; use format nf4 or int8, or split_weight for single weights"
-        )
-    if quantization.calibration is not None and moments is None:
-        raise ConfigError(
-            f"calibration {quantization.calibration!r} says which text to take second moments from; pass them as "
-            "moments, or leave calibration out"
-        )
-    require_bitsandbytes()
+    if quantization.format == "nvfp4":
+        raise ConfigError("no live layer holds NVFP4; use format nf4, int8 or gptq, or split_weight for single weights")
+    if quantization.format != "gptq":
+        require_bitsandbytes()

@@ -59,7 +59,9 @@ def block_of(name: str, blocks: Sequence[str]) -> str | None:
 
 def run(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """One forward pass, given up where a hook says that it is done."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    devices = (parameter.device for parameter in model.parameters())
+    # on the meta device lies what is fetched when its layer is called
+    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs.setdefault("use_cache", False)

@@ -63,7 +63,8 @@ class Accumulator:
         """The moment; the sum is given up."""
         if self.total is None or self.tokens == 0:
             raise DataError(
-                f"no token of the calibration text reached {', '.join(names)}; give more text, or exclude these layers"
+                f"no token of the calibration text reached {', '.join(names)}; give more text, exclude these "
+                "layers, or fit to no text (--calibration none)"
             )
         matrix = self.total.div_(self.tokens).float()
         self.total = None
@@ -78,7 +79,7 @@ class Accumulator:
 def second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Iterator[Moment]:
     """The second moment of every layer's input, in the order in which the model runs.
 
-    The text passes through the model once (and its first batch once more, to learn the model's shape). The moments of
+    The text passes through the model once (and its first row once more, to learn the model's shape). The moments of
     one block are in memory at a time; whoever consumes them keeps what it needs. Later blocks are fed by what the model
     returned before a moment was handed over, so the consumer may change the weights of layers that it has been given.
 
@@ -104,7 +105,7 @@ def second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], names
         ...     print(moment.names, moment.tokens, moment.matrix.shape[0] == model.config.hidden_size)
         ('model.layers.0.self_attn.q_proj',) 4 True
     """
-    batches, names = list(batches), list(dict.fromkeys(names))
+    batches, names = first_row_apart(list(batches)), list(dict.fromkeys(names))
     modules = dict(model.named_modules())
     missing = [name for name in names if name not in modules]
     if missing:
@@ -125,6 +126,18 @@ def second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], names
         done.update(moment.names)
         yield moment
     yield from in_passes(model, batches, [group for group in groups if group[0] not in done])
+
+
+def first_row_apart(batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The same rows, the first one a batch of its own where batches are rows of tensors: it goes through the model once
+    more than the others."""
+    values = list(batches[0].values()) if batches else []
+    if not values or not all(isinstance(value, Tensor) and value.ndim > 1 for value in values):
+        return batches
+    if {len(value) for value in values} == {1} or len({len(value) for value in values}) > 1:
+        return batches
+    first, others = ({key: value[rows] for key, value in batches[0].items()} for rows in (slice(1), slice(1, None)))
+    return [first, others, *batches[1:]]
 
 
 def groups_of(names: Sequence[str], trace: Trace) -> list[list[str]]:

@@ -73,6 +73,7 @@ class ModuleEntry:
     rounding: Share = 0.0
     quantization_error: float | None = None
     quantization_reduction: float | None = None
+    output_reduction: float | None = None
     iterations: int | None = None
     residual_norm: float | None = None
     mean_absolute_error: float | None = None

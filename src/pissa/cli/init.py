@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
-from ..training.recipe import QUANTIZATION_OWN, Recipe, recipe_from
+from ..training.recipe import DATA, NONE, QUANTIZATION_OWN, Recipe, recipe_from
 from .flags import with_settings
 from .output import show
-from .places import check_choice, check_model, check_output
+from .places import check_choice, check_model, check_output, check_text
 
 SPLIT = (
     "rank", "alpha", "method", "component", "random_fraction", "cur_core", "cur_rcond", "target_modules",
     "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "tolerance", "algorithm", "seed", "quantize",
-    "quantize_method", "iterations", *QUANTIZATION_OWN,
+    "quantize_method", "iterations", *QUANTIZATION_OWN, "calibration", "calibration_windows", "calibration_length",
+    "rounding",
 )  # fmt: skip
 """The settings of a recipe that a split has."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -47,12 +49,23 @@ def command(
     recipe = recipe_from(settings, "the command line")
     if not recipe.adapts:
         raise ConfigError("method full has no adapter, so there is nothing to prepare")
+    if recipe.calibration == DATA:
+        raise ConfigError("calibration data means the rows of pissa train, and here are none: give a .txt or .jsonl")
+    if recipe.calibration is None:
+        if recipe.rounding == "gptq":
+            raise ConfigError('rounding "gptq" needs text to see what the layers see; add --calibration FILE')
+        recipe = replace(recipe, calibration=NONE if recipe.quantization is not None else None)
+    config = recipe.pissa_config()
+    text = config.quantization.calibration if config.quantization is not None else None
     check_choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     limit = _bytes(memory) if memory is not None else None
     check_model(model)
+    if text is not None:
+        check_text(text)
     if not (out / "pissa.json").is_file():  # which a finished one has
         check_output(out, ".pissa-init/run.json", "split")
     from ..checkpoint.stream.init import Step, init_checkpoint
+    from ..training.fitting import batches_of
     from ..training.run import quieten
     from .bytes_bar import bytes_bar
 
@@ -65,7 +78,13 @@ def command(
                 bar.show(_note(step), step.size, step.all_size)
 
         result = init_checkpoint(
-            model, out, recipe.pissa_config(), dtype=None if dtype == "auto" else dtype, memory=limit, progress=report
+            model,
+            out,
+            config,
+            dtype=None if dtype == "auto" else dtype,
+            memory=limit,
+            batches=None if text is None else batches_of(text, model, recipe),
+            progress=report,
         )
     if first:
         document, text = _summary(model, out, result)

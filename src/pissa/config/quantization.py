@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .kinds import Count, File, ShareBelowOne
 from .settings import check_settings, did_you_mean
 
-QuantizationFormat = Literal["nf4", "int8", "gptq"]
+QuantizationFormat = Literal["nf4", "int8", "gptq", "nvfp4"]
 QuantizationMethod = Literal["qlora", "loftq", "qpissa"]
 ScaleSearch = Literal["absmax", "unsigned", "signed"]
 Rounding = Literal["nearest", "gptq"]
@@ -32,42 +32,56 @@ class Quantization:
     """
 
     format: QuantizationFormat = "nf4"
-    """bitsandbytes' 4-bit NF4, bitsandbytes' row-wise INT8, or GPTQ's 4-bit integers."""
+    """bitsandbytes' 4-bit NF4, bitsandbytes' row-wise INT8, GPTQ's integers, or NVFP4."""
     method: QuantizationMethod = "qpissa"
     """"qlora" quantises the weight and leaves the adapter at zero, "loftq" alternates from the quantised weight,
     "qpissa" from the principal components."""
     iterations: Count = 10
-    """How often residual and adapter are fitted to each other. "qlora" has nothing to iterate and ignores it."""
+    """How often residual and adapter are fitted to each other. Where the best iterate is taken, at most so often: one
+    that gains next to nothing is the last. "qlora" has nothing to iterate and ignores it."""
     refit: bool = True
     """End on an SVD of what the quantised residual leaves over. LoftQ always does, published QPiSSA does not."""
     scale_search: ScaleSearch = "signed"
     """"absmax" takes each block's largest magnitude as its scale, as bitsandbytes does; "unsigned" and "signed" search
     the scale of least error. In int8 and gptq a sign gains nothing and the two are the same."""
-    momentum: ShareBelowOne = 0.9
-    """How far each iteration is extrapolated beyond the last one. 0 is plain alternation."""
+    momentum: ShareBelowOne | None = None
+    """How far each iteration is extrapolated beyond the last one; 0 is plain alternation. Left out, 0.9, and 0.5 where
+    text says which directions matter."""
     rounding: Rounding = "nearest"
     """"gptq" carries each rounding error on to the columns not yet rounded; it needs calibration."""
     double_quant: bool = True
     """Store NF4's block scales in 8 bits themselves."""
     calibration: File | None = None
-    """A text file whose activations say which directions matter. Left out, all directions count alike."""
+    """What the activations that say which directions matter come from: a text file, or "data" for the rows that the
+    model is trained on. Left out, all directions count alike."""
     block_size: BlockSize = 64
-    """How many values share a scale: NF4's block, GPTQ's group. INT8 has one scale per row."""
+    """How many values share a scale: NF4's block, GPTQ's group. INT8 has one scale per row, NVFP4 one for 16."""
+    bits: Literal[2, 3, 4] = 4
+    """How many bits a code of format gptq has."""
 
     def __post_init__(self) -> None:
         check_settings(self, "quantization: ")
-        if not self.refit and (self.method == "loftq" or self.momentum > 0):
+        if not self.refit and (self.method == "loftq" or self.momentum != 0):
             raise ConfigError(
                 "quantization: refit is off; LoftQ and momentum both end on an SVD, so leave refit on, or take method "
                 '"qpissa" with momentum 0'
             )
-        if self.rounding == "gptq" and self.format == "int8":
-            raise ConfigError('quantization: rounding "gptq" is for the formats nf4 and gptq; int8 takes "nearest"')
+        if self.bits != 4 and self.format != "gptq":
+            raise ConfigError(f"quantization: bits {self.bits} are for format gptq; leave them out for {self.format}")
+        if self.rounding == "gptq" and self.format not in ("nf4", "gptq"):
+            raise ConfigError(
+                f'quantization: rounding "gptq" is for the formats nf4 and gptq; {self.format} takes "nearest"'
+            )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether text that says which directions matter would change the result."""
+        return self.method != "qlora" or self.rounding == "gptq" or self.scale_search != "absmax"
 
     @property
     def keeps_best(self) -> bool:
         """Whether the best iterate is taken; the published methods take the last one."""
-        return self.scale_search != "absmax" or self.momentum > 0
+        return self.scale_search != "absmax" or self.momentum != 0
 
 
 def quantization_preset(name: str, **changes: Any) -> Quantization:

@@ -40,6 +40,9 @@ class Certificate:
     """`‖W − (Q + scale·B·A)‖`, Frobenius; None where the residual is not quantised."""
     quantization_reduction: float | None = None
     """By how many percent that is below the plain format's `‖W − Q(W)‖`; 0 for W = 0."""
+    output_reduction: float | None = None
+    """By how many percent the expected error of the layer's output, on the text that the split was fitted to, is below
+    the plain format's; None where it was fitted to none."""
     iterations: int | None = None
     """How many iterations the quantised split took; later ones were no better."""
     residual_norm: float | None = None

@@ -112,6 +112,7 @@ def merged_state(model: PeftModel) -> dict[str, Tensor]:
             key = f"{key}.{own.removeprefix('base_layer.')}"
             tensor = wrapper.token_adapter.get_merged_weights([adapter]).detach() if own.endswith("weight") else tensor
         key = without_wrappers(key)
+        key = f"{key.removesuffix('qweight')}weight" if key.endswith(".qweight") else key
         name, _, kind = key.rpartition(".")
         owner = key.partition(".weight.")[0] if ".weight." in key else name
         if owner in quantized and kind not in ("weight", "bias"):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ..decompose.dora import magnitudes as row_norms
 from ..errors import PissaError
-from ..quantize.formats import Packed
+from ..quantize.formats import Packed, form_of
 from .adalora import layer_scale
 from .conversion import settle_names
 from .identity import base_sample
 from .layers import combine_each
 from .marks import ROWS, set_marks
 from .offset import concatenated, freeze_second_halves, offset_config
-from .quantized import bitsandbytes_config, declare_quantized, quantized_layer
+from .quantized import declare_quantized, quantization_description, quantized_layer
 from .record import Record, Undo, keep_record
 from .runtime import keep_slow_path
 from .state import INITIAL, TRAINABLE, adapter_layers, base_layer, place_at, set_factors, set_magnitude
@@ -104,7 +104,7 @@ def _attach(
         set_marks(lora_config, **{ROWS: rows})
     if packed:
         _quantize_layers(model, packed)
-        set_marks(lora_config, residual="int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4")
+        set_marks(lora_config, residual=form_of(next(iter(packed.values()))))
     with warnings.catch_warnings():
         # PEFT looks for the keys among modules alone, though it finds those of bare parameters as well
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
@@ -155,10 +155,9 @@ def _initial_config(lora_config: LoraConfig) -> LoraConfig:
 
 
 def _quantize_layers(model: nn.Module, packed: Mapping[str, Packed]) -> None:
-    """Put bitsandbytes' layers with these weights in the place of the model's own."""
-    first = next(iter(packed.values()))
-    description = bitsandbytes_config(model, packed, first, first.dtype)
+    """Put layers in few bits with these weights in the place of the model's own."""
+    description = quantization_description(model, packed)
     for name, weight in packed.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized_layer(model.get_submodule(name), weight))
-    declare_quantized(model, 8 if description.load_in_8bit else 4, description)
+    declare_quantized(model, 8 if form_of(next(iter(packed.values()))) == "int8" else 4, description)

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4- and 8-bit layers, holding codes and scales of our own.
+"""Layers in 4 or 8 bits, bitsandbytes' and GPTQ's (`gptq.py`), holding codes and scales of our own.
 
 A packed residual is put into the layer as it is: nothing is quantised again, so what the layer computes with is
 `split.residual`, bit for bit. bitsandbytes is imported only where a layer is made; layers are recognised by their
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..config import Quantization
 from ..errors import MissingExtraError, TargetError
 from ..quantize.formats import Packed
+from ..quantize.gptq import PackedGPTQ
 from ..quantize.int8 import INVERSE, PackedInt8
 from ..quantize.nested import NESTED_BLOCK, NestedScales
 from ..quantize.nf4 import PackedNF4
+from .gptq import GPTQLinear, description
 
 Bits = Literal[4, 8]
 WEIGHT_CLASSES: dict[str, Bits] = {"Params4bit": 4, "Int8Params": 8}
@@ -46,7 +49,9 @@ def require_bitsandbytes() -> Any:
 
 
 def bits_of(module: nn.Module) -> Bits | None:
-    """4 or 8 for a layer of bitsandbytes that is quantised, None for any other module."""
+    """4 or 8 for a layer that is quantised (GPTQ's of fewer bits count as 4), None for any other module."""
+    if isinstance(module, GPTQLinear):
+        return 4
     return WEIGHT_CLASSES.get(type(module._parameters.get("weight")).__name__)
 
 
@@ -59,6 +64,8 @@ def dequantized(module: nn.Module) -> Tensor:
     """What a quantised layer's weight stands for, (out, in): 4-bit in the dtype it was quantised from, 8-bit in the
     model's where that is known, else in fp32."""
     layer: Any = module
+    if isinstance(module, GPTQLinear):
+        return module.weight
     if bits_of(module) == 8:
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         dtype = getattr(module, "source_dtype", torch.float32)
@@ -68,15 +75,19 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def quantized_layer(module: nn.Module, packed: Packed) -> nn.Module:
-    """A layer of bitsandbytes with these codes and scales, in place of an nn.Linear or a Conv1D.
+    """A layer with these codes and scales, in place of an nn.Linear or a Conv1D.
 
     Args:
         module: the layer to replace; its bias is shared, its device kept.
         packed: the weight (out, in).
     """
+    bias: Any = module.bias
+    if isinstance(packed, PackedGPTQ):
+        held = GPTQLinear(packed, bias)
+        held.source_cls = type(module)
+        return held.train(module.training)
     bnb = require_bitsandbytes()
     out, columns = packed.shape
-    bias: Any = module.bias
     if isinstance(packed, PackedNF4):
         nested = isinstance(packed.absmax, NestedScales)
         layer = bnb.nn.Linear4bit(
@@ -100,7 +111,7 @@ def quantized_layer(module: nn.Module, packed: Packed) -> nn.Module:
         codes, scales = packed.codes.contiguous(), packed.absmax
         layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     else:
-        raise TargetError("no live layer holds GPTQ's format; use format nf4 or int8")
+        raise TargetError("no live layer holds NVFP4; use format nf4, int8 or gptq")
     layer.bias = bias
     # transformers' quantiser keeps the replaced class under the same name
     layer.source_cls, layer.source_dtype = type(module), packed.dtype
@@ -149,8 +160,8 @@ def remember_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.source_dtype = dtype  # pyright: ignore[reportArgumentType]
 
 
-def check_quantizable(model: nn.Module, modules: Mapping[str, nn.Module], bits: Bits, block_size: int) -> None:
-    """Refuse, by name and before anything is changed, what a layer of bitsandbytes cannot hold.
+def check_quantizable(model: nn.Module, modules: Mapping[str, nn.Module], form: Quantization) -> None:
+    """Refuse, by name and before anything is changed, what a layer in few bits cannot hold.
 
     Raises:
         TargetError: naming every such module.
@@ -160,8 +171,8 @@ def check_quantizable(model: nn.Module, modules: Mapping[str, nn.Module], bits: 
     ]
     if kinds:
         raise TargetError(
-            f"cannot quantise {', '.join(kinds)}: bitsandbytes replaces nn.Linear and Conv1D itself, not classes made "
-            "from them; name them in exclude_modules"
+            f"cannot quantise {', '.join(kinds)}: layers in few bits replace nn.Linear and Conv1D itself, not classes "
+            "made from them; name them in exclude_modules"
         )
     kept: Iterable[str] = getattr(model, "_keep_in_fp32_modules", None) or ()
     full = [name for name in modules if any(f".{key}." in f".{name}." for key in kept)]
@@ -171,8 +182,9 @@ def check_quantizable(model: nn.Module, modules: Mapping[str, nn.Module], bits: 
             "name them in exclude_modules"
         )
     inputs = {name: _inputs(module) for name, module in modules.items()}
+    block_size = form.block_size
     uneven = [f"{name} ({count} inputs)" for name, count in inputs.items() if count % block_size]
-    if bits == 4 and uneven:
+    if form.format == "nf4" and uneven:
         raise TargetError(
             f"cannot quantise {', '.join(uneven)}: bitsandbytes reads NF4 wrongly on CPUs where the block size, "
             f"{block_size}, does not divide the number of inputs; choose a smaller block_size, or name them in "
@@ -188,7 +200,10 @@ def declare_quantized(model: nn.Module, bits: Bits, config: Any = None) -> None:
     """
     runtime: Any = model
     runtime.is_loaded_in_4bit, runtime.is_loaded_in_8bit = bits == 4, bits == 8
-    if isinstance(model, PreTrainedModel) and config is not None:
+    if isinstance(model, PreTrainedModel) and isinstance(config, dict):
+        # transformers' own quantiser of this method would ask for packages that these layers do without
+        runtime.config.quantization_config = config
+    elif isinstance(model, PreTrainedModel) and config is not None:
         from transformers.quantizers.auto import AutoHfQuantizer
 
         runtime.config.quantization_config = config
@@ -203,6 +218,14 @@ def undeclare_quantized(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+def quantization_description(model: nn.Module, packed: Mapping[str, Packed]) -> Any:
+    """What config.json says of a model in which just these layers are quantised, as `declare_quantized` takes it."""
+    first = next(iter(packed.values()))
+    if isinstance(first, PackedGPTQ):
+        return description(first)
+    return bitsandbytes_config(model, packed, first, first.dtype)
 
 
 def bitsandbytes_config(model: nn.Module, chosen: Iterable[str], packed: Packed, dtype: torch.dtype) -> Any:

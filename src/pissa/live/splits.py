@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..calibrate.gradients import weight_gradients
@@ -15,7 +16,10 @@ from ..split import Split, Weight, split_each
 from .targets import Target
 
 MOMENT_BYTES = 1 << 28
-"""Streamed moments held at a time: enough for several weights to be split side by side."""
+"""Streamed moments held at a time, at most."""
+WAITING = 8
+"""Weights for each thread that are split side by side once their moments are there: enough to keep all threads at work,
+few enough for the first to be done soon."""
 
 
 def splits_of(
@@ -44,7 +48,8 @@ def scored_splits(
 
 
 def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mapping[str, Tensor]]:
-    """Moments by module name, as many at a time as fit into MOMENT_BYTES, at least those of one input."""
+    """Moments by module name: as many at a time as keep all threads at work and fit into MOMENT_BYTES, at least those
+    of one input."""
     if isinstance(moments, Mapping):
         yield moments  # pyright: ignore[reportReturnType]
         return
@@ -53,7 +58,7 @@ def _groups(moments: Mapping[str, Tensor] | Iterable[Moment]) -> Iterator[Mappin
     for moment in moments:
         group |= dict.fromkeys(moment.names, moment.matrix)
         size += moment.matrix.nbytes
-        if size >= MOMENT_BYTES:
+        if size >= MOMENT_BYTES or len(group) >= WAITING * torch.get_num_threads():
             yield group
             group, size = {}, 0
     yield group

@@ -73,8 +73,7 @@ def resolve_targets(model: nn.Module, config: PissaConfig, *, loaded: bool = Tru
     if loaded and config.use_dora:
         _check_rows(targets)
     if config.quantization is not None:
-        bits = 8 if config.quantization.format == "int8" else 4
-        check_quantizable(model, {t.name: t.module for t in targets}, bits, config.quantization.block_size)
+        check_quantizable(model, {t.name: t.module for t in targets}, config.quantization)
     return targets
 
 

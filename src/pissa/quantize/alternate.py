@@ -12,8 +12,9 @@ T times:
 Ours adds what costs no byte and little time. A last SVD fits L to the Q that is stored. Scales are searched, of either
 sign (`scales.py`). Momentum: rounding has dead zones, since a small change of L changes few codes, and plain
 alternation stalls in them; so the next Q rounds `W − (L_t + β (L_t − L_{t−1}))`, which walks on through them. That
-can overshoot, so the best iterate is kept. With a second moment of the layer's input, scales and fits are taken in
-its metric (`metric.py`).
+can overshoot, so the best iterate is kept; and the first that gains next to nothing is the last. Scales are searched
+all over once, and then near those of the iterate before. With a second moment of the layer's input, scales and fits
+are taken in its metric (`metric.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ from .formats import Packed, quantize_matrix, rounded_matrix
 from .lowrank import LowRank, best_fit, extrapolated, in_metric, power_step, started
 from .metric import Metric
 from .nf4 import rounding_error
+
+STALLED, STALLED_IN_METRIC = 0.005, 0.02
+"""Share of the error by which an iteration has to lower it for another one to follow. In a metric, later ones gain less
+on text held out than on the text of the fit."""
+MOMENTUM, MOMENTUM_IN_METRIC = 0.9, 0.5
+"""Where nothing else is said. In a metric the steps are uneven, and a large momentum stalls (docs/few-bits.md)."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,19 @@ def alternate(
     count, packed, low_rank, error = next(found)
     best, errors = Alternation(packed, low_rank, (), count), [error]
     for count, packed, low_rank, error in found:
-        if error < errors[-1]:
+        before = errors[-1]
+        if error < before:
             best = Alternation(packed, low_rank, (), count)
-        errors.append(min(error, errors[-1]))
+        errors.append(min(error, before))
+        if error > (1 - (STALLED if metric is None else STALLED_IN_METRIC)) * before:
+            break
     if config.refit and best.low_rank is not None:
         E = less(W, best.packed)
         L = best_fit(
             E, rank, metric, best.low_rank, tolerance=tolerance, algorithm=algorithm, seed=seed, exponent=exponent
         )
-        error = norm(L.subtract_from(E, out=E), metric, exponent)
-        if error <= errors[-1]:
-            best, errors[-1] = replace(best, low_rank=L), error
+        if L.error <= errors[-1]:
+            best, errors[-1] = replace(best, low_rank=L), L.error
         best = replace(best, certificate=L.certificate)
     return replace(best, errors=tuple(errors))
 
@@ -121,21 +130,24 @@ def iterates(
         yield 1, packed, None, norm(less(W, packed), metric, exponent)
         return
     L = fit(W, None) if config.method == "qpissa" else None
-    target, room = L, None
+    momentum = config.momentum
+    if momentum is None:
+        momentum = MOMENTUM if metric is None else MOMENTUM_IN_METRIC
+    target, room, packed = L, None, None
     for step in range(config.iterations):
         if not config.keeps_best and step < config.iterations - 1:
             room = left_over(W, target, config, dtype, metric, exact=algorithm == "exact", room=room)
             target = L = fit(room, L if L is not None or start is None else started(start))
             continue
         R = W if target is None else target.subtract_from(W, out=room)
-        packed = quantize_matrix(R, config, dtype, metric)
+        packed = quantize_matrix(R, config, dtype, metric, near=packed)
         if not config.refit and step == config.iterations - 1:
             yield step + 1, packed, L, norm(less(R, packed), metric, exponent)
             return
         E = less(W, packed)
         previous, L = L, fit(E, L if L is not None or start is None else started(start))
-        yield step + 1, packed, L, norm(L.subtract_from(E, out=E), metric, exponent)
-        target = L if previous is None or config.momentum == 0 else extrapolated(L, previous, config.momentum)
+        yield step + 1, packed, L, L.error
+        target = L if previous is None or momentum == 0 else extrapolated(L, previous, momentum)
 
 
 def left_over(

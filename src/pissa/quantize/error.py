@@ -20,6 +20,7 @@ from .formats import Packed, quantize_matrix
 from .gptq import PackedGPTQ
 from .int8 import PackedInt8
 from .nested import NestedScales
+from .nvfp4 import PackedNVFP4
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -79,6 +80,8 @@ def plain_error(W: Tensor, packed: Packed) -> Tensor:
     """`W − format(W)`, (out, in) fp32, in the format, dtype and block size of a packed matrix."""
     if isinstance(packed, PackedInt8):
         config = Quantization("int8", scale_search="absmax")
+    elif isinstance(packed, PackedNVFP4):
+        config = Quantization("nvfp4", scale_search="absmax")
     elif isinstance(packed, PackedGPTQ):
         return W.detach().float() - plain_gptq(W, packed)
     else:
@@ -95,7 +98,7 @@ def plain_gptq(W: Tensor, packed: PackedGPTQ) -> Tensor:
     from .gptq import quantize_gptq
 
     size = int(torch.bincount(packed.g_idx.long()).max())
-    return quantize_gptq(W.detach().float(), group_size=size, dtype=packed.dtype).dequantize()
+    return quantize_gptq(W.detach().float(), group_size=size, dtype=packed.dtype, bits=packed.bits).dequantize()
 
 
 def matrix_norm(E: Tensor, norm: Norm) -> float:

@@ -6,17 +6,36 @@ import torch
 from torch import Tensor
 
 from ..config import Quantization
+from ..config.quantization import QuantizationFormat
 from ..errors import ConfigError
 from .feedback import round_nf4_with_feedback
 from .gptq import PackedGPTQ, quantize_gptq
 from .int8 import PackedInt8, quantize_int8
 from .metric import Metric
 from .nf4 import PackedNF4, quantize_nf4, rounded_nf4
+from .nvfp4 import PackedNVFP4, quantize_nvfp4
 
-Packed = PackedNF4 | PackedInt8 | PackedGPTQ
+Packed = PackedNF4 | PackedInt8 | PackedGPTQ | PackedNVFP4
+FORMS: dict[type, QuantizationFormat] = {
+    PackedNF4: "nf4",
+    PackedInt8: "int8",
+    PackedGPTQ: "gptq",
+    PackedNVFP4: "nvfp4",
+}
 
 
-def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric: Metric | None = None) -> Packed:
+def form_of(packed: Packed) -> QuantizationFormat:
+    """The name of a packed matrix's format."""
+    return FORMS[type(packed)]
+
+
+def quantize_matrix(
+    R: Tensor,
+    config: Quantization,
+    dtype: torch.dtype,
+    metric: Metric | None = None,
+    near: Packed | None = None,
+) -> Packed:
     """A matrix (out, in) fp32 in the format, with the scale search and rounding that the configuration asks for.
 
     Args:
@@ -24,6 +43,7 @@ def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric:
         config: format, scale search, rounding, double quantisation and block size; the rest is not looked at.
         dtype: that the packed matrix dequantises to.
         metric: which errors matter; needed for rounding "gptq".
+        near: a matrix near R in the same format, which shortens the search for scales of NF4 and NVFP4.
     """
     weights = None if metric is None else metric.weights
     if config.format == "int8":
@@ -31,8 +51,17 @@ def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric:
     if config.format == "gptq":
         moment = metric.moment if metric is not None and config.rounding == "gptq" else None
         return quantize_gptq(
-            R, moment, group_size=config.block_size, scale_search=config.scale_search, weights=weights, dtype=dtype
+            R,
+            moment,
+            group_size=config.block_size,
+            scale_search=config.scale_search,
+            weights=weights,
+            dtype=dtype,
+            bits=config.bits,
         )
+    scales = near.scales if isinstance(near, PackedNF4 | PackedNVFP4) else None
+    if config.format == "nvfp4":
+        return quantize_nvfp4(R, scale_search=config.scale_search, weights=weights, dtype=dtype, near=scales)
     packed = quantize_nf4(
         R,
         block_size=config.block_size,
@@ -40,6 +69,7 @@ def quantize_matrix(R: Tensor, config: Quantization, dtype: torch.dtype, metric:
         scale_search=config.scale_search,
         weights=weights,
         dtype=dtype,
+        near=scales,
     )
     if config.rounding == "gptq":
         if metric is None:

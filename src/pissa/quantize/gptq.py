@@ -1,4 +1,4 @@
-"""4-bit integers with a scale and a zero point per group of inputs, stored as GPTQ checkpoints store them.
+"""Integers of 4, 3 or 2 bits with a scale and a zero point per group of inputs, stored as GPTQ checkpoints store them.
 
     dequantised = (code − zero) · scale                  one (scale, zero) per output and group of consecutive inputs
 
@@ -11,6 +11,7 @@ Without a second moment every code is the nearest one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,13 @@ from ..config import ScaleSearch
 from ..errors import WeightError
 from .feedback import round_with_feedback
 
-LEVELS = 15
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Multiples of a group's range among which a searched scale is found."""
-PER_WORD = 8
-"""4-bit codes in an int32."""
+FURTHER = (0.65, 0.6, 0.55, 0.5, 0.45)
+"""More of them for codes of fewer than 4 bits, where the steps are so wide that clipping pays."""
+WORD = 32
+"""Bits of an int32, which codes fill without a gap: the first code in the lowest bits, and of 3 bits the eleventh and
+the twenty-second lie in two words."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +35,34 @@ class PackedGPTQ:
     """A matrix in GPTQ's format (version 1: zero points are stored less one)."""
 
     qweight: Tensor
-    """(in / 8, out) int32, eight inputs a word, the earliest in the lowest bits."""
+    """(in · bits / 32, out) int32: the codes of each output, the earliest input in the lowest bits."""
     qzeros: Tensor
-    """(groups, out / 8) int32, eight outputs a word; the zero point less one."""
+    """(groups, out · bits / 32) int32; the zero point less one."""
     scales: Tensor
     """(groups, out) fp16."""
     g_idx: Tensor
     """(in,) int32: the group of each input."""
     dtype: torch.dtype
     """Of the dequantised matrix."""
+    bits: int = 4
+    """Of a code."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.qweight.shape[1], self.qweight.shape[0] * PER_WORD
+        return self.qweight.shape[1], self.qweight.shape[0] * WORD // self.bits
 
     def dequantize(self) -> Tensor:
         """(out, in) in `dtype`."""
-        codes = unpack_rows(self.qweight)
-        zeros = (unpack_rows(self.qzeros.mT).mT + 1) & LEVELS
+        codes = unpack_rows(self.qweight, self.bits)
+        zeros = (unpack_rows(self.qzeros.mT, self.bits).mT + 1) & levels(self.bits)
         group = self.g_idx.long()
         return ((codes - zeros[group]).float() * self.scales.float()[group]).mT.contiguous().to(self.dtype)
+
+
+def levels(bits: int) -> int:
+    """The largest code."""
+    return (1 << bits) - 1
 
 
 def quantize_gptq(
@@ -64,26 +74,29 @@ def quantize_gptq(
     scale_search: ScaleSearch = "absmax",
     weights: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    bits: int = 4,
 ) -> PackedGPTQ:
-    """A matrix in 4-bit GPTQ.
+    """A matrix in GPTQ's format.
 
     Args:
-        W: (out, in), finite; both sides multiples of 8.
+        W: (out, in), finite; both sides fill whole words.
         moment: (in, in) positive definite (damped) second moment of the inputs; None rounds to nearest.
         group_size: inputs that share scale and zero point; the last group may be smaller.
         act_order: take inputs in order of falling second moment.
         scale_search: "absmax" spans each group's range; the others search the shrunk range of least error.
         weights: (in,) positive weights of the columns' squared errors in the search; None for all alike.
         dtype: of the dequantised matrix; None for W's own.
+        bits: 4, 3 or 2, of a code.
 
     Raises:
-        WeightError: a side that is not a multiple of 8.
+        WeightError: a side that does not fill whole words: no multiple of 8, 32 or 16 for 4, 3 or 2 bits.
     """
     out, n = W.shape
-    if out % PER_WORD or n % PER_WORD:
+    whole = WORD // math.gcd(WORD, bits)
+    if out % whole or n % whole:
         raise WeightError(
-            f"GPTQ packs 8 codes a word and {tuple(W.shape)} has a side that is no multiple of 8; exclude the layer or "
-            'take format "nf4"'
+            f"GPTQ packs codes of {bits} bits into words of 32 and {tuple(W.shape)} has a side that is no multiple of "
+            f'{whole}; exclude the layer or take format "nf4"'
         )
     order = torch.arange(n, device=W.device)
     if act_order and moment is not None:
@@ -99,11 +112,11 @@ def quantize_gptq(
     def begin_group(first: int, columns: Tensor) -> None:
         here = None if importance is None else importance[first : first + columns.shape[1]]
         g = first // group_size
-        scale[g], zero[g] = group_grid(columns, scale_search, here)
+        scale[g], zero[g] = group_grid(columns, scale_search, here, bits)
 
     def round_column(j: int, column: Tensor) -> Tensor:
         s, z = scale[groups[j]].float(), zero[groups[j]]
-        code = ((column / s).round_() + z).clamp_(0, LEVELS)
+        code = ((column / s).round_() + z).clamp_(0, levels(bits))
         codes[order[j]] = code.to(torch.int32)
         return (code - z) * s
 
@@ -117,20 +130,21 @@ def quantize_gptq(
         round_with_feedback(w, by_energy, round_column, width=group_size, begin_block=begin_group)
     g_idx = torch.empty(n, dtype=torch.int32, device=W.device)
     g_idx[order] = groups.to(torch.int32)
-    stored = (zero.to(torch.int32) - 1) & LEVELS
-    return PackedGPTQ(pack_rows(codes), pack_rows(stored.mT).mT.contiguous(), scale, g_idx, dtype or W.dtype)
+    stored = (zero.to(torch.int32) - 1) & levels(bits)
+    qweight, qzeros = pack_rows(codes, bits), pack_rows(stored.mT, bits).mT.contiguous()
+    return PackedGPTQ(qweight, qzeros, scale, g_idx, dtype or W.dtype, bits)
 
 
-def group_grid(w: Tensor, scale_search: ScaleSearch, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale (out,) fp16 and zero point (out,) fp32 in 0 … 15 for one group (out, k) of inputs."""
-    low, high = w.amin(1).clamp_(max=0), w.amax(1).clamp_(min=0)
-    best, error = grid_of(low, high), None
+def group_grid(w: Tensor, scale_search: ScaleSearch, weights: Tensor | None, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Scale (out,) fp16 and zero point (out,) fp32, a code, for one group (out, k) of inputs."""
+    low, high, most = w.amin(1).clamp_(max=0), w.amax(1).clamp_(min=0), levels(bits)
+    best, error = grid_of(low, high, most), None
     if scale_search == "absmax":
         return best
-    for shrink in SHRINKS:
-        scale, zero = grid_of(low * shrink, high * shrink)
+    for shrink in SHRINKS if bits >= 4 else SHRINKS + FURTHER:
+        scale, zero = grid_of(low * shrink, high * shrink, most)
         s, z = scale.float()[:, None], zero[:, None]
-        found = ((((w / s).round_() + z).clamp_(0, LEVELS) - z) * s - w).square_()
+        found = ((((w / s).round_() + z).clamp_(0, most) - z) * s - w).square_()
         found = found.sum(1) if weights is None else found @ weights
         better = found < (torch.full_like(found, torch.inf) if error is None else error)
         best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
@@ -138,22 +152,32 @@ def group_grid(w: Tensor, scale_search: ScaleSearch, weights: Tensor | None) -> 
     return best
 
 
-def grid_of(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale, fp16, and zero point that span [low, high] ∋ 0."""
+def grid_of(low: Tensor, high: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Scale, fp16, and zero point with which the codes 0 … most span [low, high] ∋ 0."""
     smallest = torch.finfo(torch.float16).smallest_normal
-    scale = ((high - low) / LEVELS).clamp_(smallest, torch.finfo(torch.float16).max).half()
-    return scale, (-low / scale.float()).round_().clamp_(0, LEVELS)
+    scale = ((high - low) / most).clamp_(smallest, torch.finfo(torch.float16).max).half()
+    return scale, (-low / scale.float()).round_().clamp_(0, most)
 
 
-def pack_rows(codes: Tensor) -> Tensor:
-    """(n, k) integers of 4 bits -> (n / 8, k) int32, the earliest row in the lowest bits."""
-    words = codes.long().view(-1, PER_WORD, codes.shape[1])
-    shifts = 4 * torch.arange(PER_WORD, device=codes.device)
-    packed = (words << shifts[:, None]).sum(1)
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+def pack_rows(codes: Tensor, bits: int = 4) -> Tensor:
+    """(n, k) codes -> (n · bits / 32, k) int32, the earliest row in the lowest bits."""
+    codes = codes.to(torch.int32)
+    first = torch.arange(0, len(codes) * bits, WORD, device=codes.device)
+    words = torch.zeros(len(first), codes.shape[1], dtype=torch.int32, device=codes.device)
+    for bit in range(WORD):
+        place = first + bit
+        words |= ((codes[place // bits] >> (place % bits)[:, None].int()) & 1) << bit
+    return words
 
 
-def unpack_rows(words: Tensor) -> Tensor:
-    """(n / 8, k) int32 -> (n, k) int32."""
-    shifts = 4 * torch.arange(PER_WORD, device=words.device, dtype=torch.int32)
-    return ((words[:, None] >> shifts[:, None]) & LEVELS).reshape(-1, words.shape[1])
+def unpack_rows(words: Tensor, bits: int = 4) -> Tensor:
+    """(n · bits / 32, k) int32 -> (n, k) int32."""
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, device=words.device, dtype=torch.int32)
+        return ((words[:, None] >> shifts[:, None]) & levels(bits)).reshape(-1, words.shape[1])
+    first = torch.arange(0, len(words) * WORD, bits, device=words.device)
+    codes = torch.zeros(len(first), words.shape[1], dtype=torch.int32, device=words.device)
+    for bit in range(bits):
+        place = first + bit
+        codes |= ((words[place // WORD] >> (place % WORD)[:, None].int()) & 1) << bit
+    return codes

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..decompose.certificate import Certificate
 from ..decompose.lapack import symmetric_eigen
 from ..decompose.product import product_svd
-from ..decompose.scale import unscaled
+from ..decompose.scale import energy, unscaled
 from ..decompose.svd import fix_signs, truncated_svd
 from .metric import Metric
 
@@ -24,6 +24,8 @@ WARM_STEPS = 1
 """Subspace iterations from the previous fit."""
 COLD_STEPS = 4
 """Subspace iterations from a random start."""
+CANCELLING = 0.05
+"""Where a fit leaves less than this share of the energy, what it leaves is not the difference of two sums in fp32."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class LowRank:
     """(in, k), k ≥ r: spans the right singular vectors in the metric, where the next SVD begins."""
     certificate: Certificate | None = None
     """Of the SVD that it comes from, where that was a certified one."""
+    error: float = 0.0
+    """`‖E − L‖` in the metric, where L was fitted to E; by Pythagoras, since L is a projection of E."""
 
     def subtract_from(self, W: Tensor, out: Tensor | None = None) -> Tensor:
         """`W − left·right`, (out, in) fp32, written to `out` where that is given; W itself may be."""
@@ -70,7 +74,8 @@ def best_fit(
         weighted, rank, tolerance=tolerance, algorithm=algorithm, seed=seed, warm_start=warm
     )
     right = Vh if metric is None else metric.undo(Vh)
-    return LowRank(U * unscaled(S, exponent), right, Vh.mT.contiguous(), certificate)
+    error = left_out(weighted, U, S[:, None] * Vh, exponent)
+    return LowRank(U * unscaled(S, exponent), right, Vh.mT.contiguous(), certificate, error)
 
 
 def power_step(
@@ -98,8 +103,20 @@ def power_step(
     _, turn = symmetric_eigen(unit.mT @ unit)
     turn = turn.flip(-1).float()
     left, right = left @ turn, right @ turn
-    fitted = unscaled(right[:, :rank], exponent).mT
-    return LowRank(left[:, :rank], fitted if metric is None else metric.undo(fitted), unit_columns(right))
+    fitted = right[:, :rank].mT
+    error = left_out(weighted, left[:, :rank], fitted, exponent)
+    fitted = unscaled(fitted, exponent)
+    fitted = fitted if metric is None else metric.undo(fitted)
+    return LowRank(left[:, :rank], fitted, unit_columns(right), error=error)
+
+
+def left_out(weighted: Tensor, U: Tensor, fitted: Tensor, exponent: int) -> float:
+    """`‖E − L‖` where E, brought to size, is `weighted`, and L its projection: U (out, r) times `fitted` (r, in)."""
+    whole = energy(weighted)
+    left = whole - energy(fitted)
+    if left < CANCELLING * whole:
+        left = energy(torch.addmm(weighted, U, fitted, alpha=-1))
+    return float(left.sqrt()) * 2.0**-exponent
 
 
 def in_metric(E: Tensor, metric: Metric | None, exponent: int) -> Tensor:

@@ -88,6 +88,7 @@ def quantize_nf4(
     scale_search: ScaleSearch = "absmax",
     weights: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    near: Tensor | None = None,
 ) -> PackedNF4:
     """A matrix in NF4. With `scale_search="absmax"` codes and scales are those of bitsandbytes' `quantize_4bit`.
 
@@ -98,9 +99,10 @@ def quantize_nf4(
         scale_search: see `Quantization.scale_search`.
         weights: (in,) positive weights of the columns' squared errors in the search; None for all alike.
         dtype: of the dequantised matrix; None for W's own.
+        near: (blocks,) searched scales of a matrix near W, close to which W's are searched; None to search all over.
     """
     flat = W.detach().reshape(-1)
-    absmax, scales = choose_scales(flat, block_size, double_quant, scale_search, weights)
+    absmax, scales = choose_scales(flat, block_size, double_quant, scale_search, weights, near)
     codes, done = torch.empty(flat.numel() + flat.numel() % 2, dtype=torch.uint8, device=W.device), 0
     codes[flat.numel() :] = ZERO_CODE
     scratch = chunk_scratch(flat, block_size)
@@ -166,16 +168,23 @@ def rounding_error(W: Tensor, left: Tensor, right: Tensor, block_size: int, out:
 
 
 def choose_scales(
-    flat: Tensor, block_size: int, double_quant: bool, scale_search: ScaleSearch, weights: Tensor | None
+    flat: Tensor,
+    block_size: int,
+    double_quant: bool,
+    scale_search: ScaleSearch,
+    weights: Tensor | None,
+    near: Tensor | None = None,
 ) -> tuple[Tensor | NestedScales, Tensor]:
     """The scales to store, and those (blocks,) that codes are chosen for."""
-    parts = []
+    parts, done = [], 0
     for blocks, importance, short in each_chunk(flat, block_size, weights):
         if scale_search == "absmax":
             parts.append(absmax_scales(blocks, short))
         else:
-            signed = scale_search == "signed"
-            parts.append(search_scales(blocks, nf4_table(flat.device), signed=signed, weights=importance))
+            here = None if near is None else near[done : done + len(blocks)]
+            table, signed = nf4_table(flat.device), scale_search == "signed"
+            parts.append(search_scales(blocks, table, signed=signed, weights=importance, near=here))
+        done += len(blocks)
     scales = torch.cat(parts)
     if not double_quant:
         return scales, scales
@@ -209,7 +218,12 @@ def each_chunk(flat: Tensor, block_size: int, weights: Tensor | None) -> Iterato
             part = torch.nn.functional.pad(part, (0, missing))
         blocks = part.view(-1, block_size)
         importance = None
-        if weights is not None:
+        if weights is not None and len(weights) % block_size == 0:
+            # rows are whole blocks, and a block's weights lie together
+            by_block = weights.view(-1, block_size)
+            numbers = torch.arange(start // block_size, start // block_size + len(blocks), device=flat.device)
+            importance = by_block.index_select(0, numbers % len(by_block))
+        elif weights is not None:
             columns = torch.arange(start, start + len(part), device=flat.device) % len(weights)
             importance = weights.index_select(0, columns).view_as(blocks)
         yield blocks, importance, missing > 0

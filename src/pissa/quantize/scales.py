@@ -29,6 +29,9 @@ STARTS = (1.06, 1.0, 0.93, 0.86, 0.79, 0.72)
 REFINEMENTS = (1.0, 0.97, 1.03)
 """Multiples of the best scale so far to go on from."""
 
+NEAR_REFINEMENTS = (0.97, 1.03)
+"""The same where the search began close by."""
+
 
 class Table:
     """A sorted table of values with a lookup for the nearest one.
@@ -106,7 +109,9 @@ def reciprocal(scales: Tensor) -> Tensor:
     return torch.where(scales < 0, -1.0, 1.0).div_(magnitude)
 
 
-def search_scales(blocks: Tensor, table: Table, *, signed: bool, weights: Tensor | None = None) -> Tensor:
+def search_scales(
+    blocks: Tensor, table: Table, *, signed: bool, weights: Tensor | None = None, near: Tensor | None = None
+) -> Tensor:
     """The scale of least (weighted) squared error for each block.
 
     Args:
@@ -114,6 +119,8 @@ def search_scales(blocks: Tensor, table: Table, *, signed: bool, weights: Tensor
         table: of the format.
         signed: try negative scales too.
         weights: (n, block), positive; None for all alike.
+        near: (n,) scales of nearly the same blocks, where they are known: the search then begins and ends close to
+            them.
 
     Returns:
         (n,) fp32; 0 for an all-zero block.
@@ -136,9 +143,11 @@ def search_scales(blocks: Tensor, table: Table, *, signed: bool, weights: Tensor
         best.copy_(torch.where(better, xt / tt, best))
         gain.copy_(torch.where(better, found, gain))
 
-    for start in STARTS:
+    if near is not None:
+        improve(torch.where(near == 0, 1.0, near * reciprocal(absmax)))
+    for start in STARTS if near is None else ():
         for sign in (1.0, -1.0) if signed else (1.0,):
             improve(torch.full_like(absmax, sign * start))
-    for factor in REFINEMENTS:
+    for factor in REFINEMENTS if near is None else NEAR_REFINEMENTS:
         improve(best * factor)
     return best * absmax

@@ -6,8 +6,9 @@ no second split could come out different.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,11 @@ from rich.progress import Progress
 
 from ..adapted.adapt import adapt
 from ..adapted.load import load
-from ..calibrate.moments import Moment, second_moments
 from ..checkpoint.residual import residual_state
 from ..checkpoint.saved_residual import SavedResidual, residual_at
-from ..checkpoint.source.load import load_base, load_tokenizer
-from ..data.text import calibration_batches
+from ..checkpoint.source.load import load_base
 from ..export.files import gap_figures
 from ..live.record import record_of
-from ..live.targets import resolve_targets
 from ..provenance import fingerprint
 from .directory import RunDirectory, read_record
 from .engine import storage_dtype
@@ -52,7 +50,7 @@ def prepare(
     device: torch.device,
     progress: Progress | None,
     label: str,
-    batches: list[dict[str, Any]] | None = None,
+    batches: Callable[[], list[dict[str, Any]] | None] = lambda: None,
     check: Callable[[Any], None] | None = None,
 ) -> Prepared:
     """The model to train, as the last checkpoint left it where there is one.
@@ -64,7 +62,7 @@ def prepare(
         device: where it is trained. bitsandbytes' layers must be made there, others are moved by the trainer.
         progress: a bar for the split, or None.
         label: the run's name on the bar.
-        batches: of the data, where components are scored by it.
+        batches: gives those of the data that components are scored by or a quantisation is fitted to; None for none.
         check: called with a base before anything is split; what it raises ends the run.
     """
     checkpoint = directory.last_checkpoint
@@ -85,7 +83,7 @@ def prepare(
     if recipe.quantization is not None and device.type != "cpu":
         base.to(device)
     start = time.perf_counter()
-    adapted = _adapted(base, source, recipe, progress, label, batches)
+    adapted = _adapted(base, recipe, progress, label, batches())
     seconds = time.perf_counter() - start
     if recipe.quantization is not None:
         mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
@@ -127,7 +125,6 @@ def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) ->
 
 def _adapted(
     base: Any,
-    source: str,
     recipe: Recipe,
     progress: Progress | None,
     label: str,
@@ -144,21 +141,10 @@ def _adapted(
         progress.console.print(f"{left}: left alone, since the data is text", markup=False, highlight=False)
     recipe = for_text(base, recipe)
     try:
-        moments = _moments(base, source, recipe)
-        return adapt(base, recipe.pissa_config(), moments=moments, batches=batches, progress=show)
+        return adapt(base, recipe.pissa_config(), batches=batches, progress=show)
     finally:
         if progress is not None and task is not None:
             progress.remove_task(task)
-
-
-def _moments(base: Any, source: str, recipe: Recipe) -> Iterator[Moment] | None:
-    """Second moments of the targets' inputs on the calibration text, as they are taken."""
-    if recipe.calibration is None:
-        return None
-    batches = calibration_batches(
-        recipe.calibration, load_tokenizer(source), recipe.calibration_length, recipe.calibration_windows
-    )
-    return second_moments(base, batches, [target.name for target in resolve_targets(base, recipe.pissa_config())])
 
 
 def _checkpoint_activations(base: Any, recipe: Recipe) -> None:
@@ -170,10 +156,12 @@ def _checkpoint_activations(base: Any, recipe: Recipe) -> None:
 
 def _figures(seconds: float, certificates: dict[str, Any]) -> dict[str, float | None]:
     """What the split cost, for the results."""
+    fitted = [c.output_reduction for c in certificates.values() if c.output_reduction is not None]
     gaps = {name: c.rounding for name, c in certificates.items() if c.quantization_error is not None}
     return {
         "init_seconds": seconds,
         "largest_captured_energy_loss": max((c.captured_energy_loss for c in certificates.values()), default=None),
         "largest_rounding_error": max((c.rounding for c in certificates.values()), default=None),
         **gap_figures(gaps),
+        "mean_output_reduction": statistics.fmean(fitted) if fitted else None,
     }

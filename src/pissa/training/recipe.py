@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ ADAPTER_ONLY = (
     "loraplus_ratio",
 )
 """Settings that full fine-tuning would ignore, and therefore refuses; a comparison gives it the others' rank."""
-QUANTIZATION_OWN = ("refit", "scale_search", "momentum", "double_quant", "block_size")
+QUANTIZATION_OWN = ("refit", "scale_search", "momentum", "double_quant", "block_size", "bits")
 """Settings of a quantisation that change its preset where they are given."""
+DATA, NONE = "data", "none"
+"""In the place of a calibration file: the training rows, and no text."""
 AUTO = "auto"
 """In the place of a learning rate: it is estimated."""
 
@@ -83,7 +85,15 @@ class Recipe(DataGroup, TrainingGroup, QuantizationGroup, AdapterGroup):
             name = {"loftq": "loftq", "qpissa": "ours"}[kind]
             kind = f"{name}-{self.iterations or ITERATIONS[kind]}"
         own = {name: getattr(self, name) for name in QUANTIZATION_OWN if getattr(self, name) is not None}
-        return quantization_preset(kind, format=form, calibration=self.calibration, rounding=self.rounding, **own)
+        chosen = quantization_preset(kind, format=form, rounding=self.rounding, **own)
+        return replace(chosen, calibration=self._calibration(chosen))
+
+    def _calibration(self, quantization: Quantization) -> str | None:
+        """The text that a quantisation is fitted to: a file, "data", or None."""
+        if self.calibration is not None:
+            return None if self.calibration == NONE else self.calibration
+        ours = quantization.format != "int8" and quantization.keeps_best and self.rank_budget is None
+        return DATA if ours or quantization.rounding == "gptq" else None
 
     def pissa_config(self) -> PissaConfig:
         """The adapter's configuration."""
@@ -205,16 +215,17 @@ def _quantize_method(method: str) -> str:
 
 def _check_calibration(recipe: Recipe) -> None:
     quantization = recipe.quantization
-    if recipe.calibration is not None and recipe.rank_budget is not None:
+    fitted = quantization is not None and quantization.calibration is not None
+    if fitted and recipe.rank_budget is not None:
         raise ConfigError(
             "rank_budget and calibration each go through all the calibration's moments; leave one out, or pass moments "
             "as a mapping to pissa.adapt"
         )
-    if recipe.calibration is None:
-        if recipe.rounding == "gptq":
-            raise ConfigError('rounding "gptq" needs text to see what the layers see; add calibration (--calibration)')
+    if recipe.rounding == "gptq" and recipe.calibration == NONE:
+        raise ConfigError('rounding "gptq" needs text to see what the layers see; leave out calibration none')
+    if recipe.calibration is None or (recipe.calibration == NONE and quantization is not None):
         return
     if quantization is None:
         raise ConfigError("calibration is for a quantised residual; add quantize (--quantize nf4), or leave it out")
-    if quantization.method == "qlora" and quantization.rounding == "nearest":
+    if not quantization.is_fitted:
         raise ConfigError("rounding to the nearest value fits nothing to calibration text; leave calibration out")

@@ -65,22 +65,28 @@ class QuantizationGroup:
 
     panel: ClassVar[str] = "Quantisation"
 
-    quantize: Literal["nf4", "int8"] | None = None
-    """Format of the frozen residual. Left out, it is kept in dtype."""
+    quantize: Literal["nf4", "int8", "gptq"] | None = None
+    """Format of the frozen residual. Left out, it is kept in dtype. A start in nf4 takes two CPU cores about half a
+    minute for each 100 million weights."""
+    bits: Literal[2, 3, 4] | None = None
+    """How many bits a code of gptq has. Left out, 4."""
     quantize_method: Name | None = None
     """How residual and adapter are fitted to each other: qlora; loftq, as published; qpissa, with this library's scale
     search, refit and momentum; or a preset such as qpissa-5, the published one with 5 iterations. Left out, it is
     qpissa for pissa and qlora for lora."""
     iterations: Count | None = None
-    """How often residual and adapter are fitted to each other. Left out, 10 times with qpissa and 5 with loftq."""
+    """How often residual and adapter are fitted to each other. Left out, at most 10 times with qpissa,
+    until nothing is gained, and 5 times with loftq."""
     calibration: File | None = None
-    """Text that the quantised residual is fitted to: a .txt or .jsonl file, each also as .gz."""
-    calibration_windows: Count = 80
-    """How many windows of the calibration text are used."""
+    """Text that the quantised residual is fitted to: a .txt or .jsonl file, each also as .gz; data for the training
+    rows as the model is given them; none for no text. Left out, it is data where nf4 is chosen by this library's own
+    method, and none for the published ones."""
+    calibration_windows: Count = 16
+    """How many windows of the calibration text are used; of data, as many tokens. Time grows with it."""
     calibration_length: Count = 256
     """How many tokens a window has."""
     rounding: Rounding = "nearest"
-    """"gptq" carries each rounding error on to the columns that are not yet rounded; it needs calibration text."""
+    """"gptq" carries each rounding error on to the columns that are not yet rounded; it is fitted to text."""
     refit: bool | None = None
     """End on an SVD of what the quantised residual leaves over. Left out, the method's own."""
     scale_search: ScaleSearch | None = None
@@ -91,7 +97,7 @@ class QuantizationGroup:
     double_quant: bool | None = None
     """Store NF4's block scales in 8 bits themselves. Left out, they are."""
     block_size: BlockSize | None = None
-    """How many values of NF4 share a scale. Left out, 64."""
+    """How many values share a scale: of NF4, or of a group of GPTQ's. Left out, 64."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ from .directory import (
     write_record,
 )
 from .engine import autocasts, is_main_process, process_count, storage_dtype, training_arguments
+from .fitting import fitting_batches, what_it_takes
 from .prepare import prepare
 from .progress import StepLog, StopAtStepEnd, make_progress, read_log
 from .rate_adviser import advise, probe_data
@@ -179,7 +180,14 @@ def _train(
     check_checkpoint(directory, checkpoint)
     if progress is not None and checkpoint is not None:
         progress.console.print(f"continuing from {checkpoint}", markup=False)
-    scored = _scored_batches(encoded, recipe, tokenizer.pad_token_id) if recipe.component == "scored" else None
+
+    def batches() -> list[dict[str, Any]] | None:
+        if recipe.component == "scored":
+            return _scored_batches(encoded, recipe, tokenizer.pad_token_id)
+        found = fitting_batches(model, recipe, encoded, tokenizer.pad_token_id)
+        if recipe.quantization is not None and progress is not None and label is None:
+            progress.console.print(what_it_takes(recipe, found), markup=False, highlight=False, soft_wrap=True)
+        return found
 
     def check(base: Any) -> None:
         if recipe.resize_embeddings and len(tokenizer) > (rows_of(base) or len(tokenizer)):
@@ -187,7 +195,7 @@ def _train(
         check_known(encoded.input_ids, rows_of(base), tokenizer, model)
         check_causal(base)
 
-    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method, scored, check)
+    prepared = prepare(model, recipe, directory, arguments.device, progress, label or recipe.method, batches, check)
     fingerprints = {**prepared.fingerprints, "data": _fingerprint_of_data(encoded)}
     check_same_inputs(directory, fingerprints)
     split = prepared.split if prepared.split is not None else read_record(directory)["split"]

@@ -11,10 +11,11 @@ import torch
 
 from ...errors import CheckpointError
 from ...live.quantized import keep_unpacked, remember_dtype
-from .files import find_weights
+from .files import CONFIG, find_weights
+from .gptq import is_gptq, load_gptq
 from .names import looks_like_path
 from .no_foreign_code import through_transformers
-from .reader import check_source, open_source
+from .reader import check_source, open_source, read_config
 from .skeleton import check_size
 
 
@@ -41,6 +42,9 @@ def load_base(
     # by default a mismatch is an error that names no tensor
     reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     what = "a language model" if kind == "AutoModelForCausalLM" else "a model"
+    if (Path(source) / CONFIG).is_file() and is_gptq(read_config(Path(source))):
+        place = options.get("device_map")
+        return load_gptq(source, dtype, place[""] if isinstance(place, dict) else place)
     model, report = through_transformers(kind, source, what, dtype=dtype, **{**options, **reporting})
     _check_all_loaded(source, report)
     keep_unpacked(model)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -48,8 +49,12 @@ class Names:
     """Names in the checkpoint that the model does not have."""
 
 
-def build(source: Source) -> PreTrainedModel:
+def build(source: Source, *, buffers: bool = False) -> PreTrainedModel:
     """The model that config.json describes, on the meta device, in evaluation mode, its ties tied.
+
+    Args:
+        source: whose config.json it is.
+        buffers: whether buffers get their values, so that the model can run once it is given its weights.
 
     Raises:
         CheckpointError: the configuration is none that transformers knows, or does not fit the weights.
@@ -68,9 +73,12 @@ def build(source: Source) -> PreTrainedModel:
         )
         with ExitStack() as held:
             held.enter_context(bounded(BUILD_SECONDS, BUILD_MEMORY))
-            for context in (initialization.no_init_weights(), initialization.meta_device_safe_creation_ops()):
-                held.enter_context(context)
-            held.enter_context(torch.device("meta"))
+            held.enter_context(initialization.no_init_weights())
+            if buffers:
+                held.enter_context(init_empty_weights(include_buffers=False))
+            else:
+                held.enter_context(initialization.meta_device_safe_creation_ops())
+                held.enter_context(torch.device("meta"))
             model = _model_class(settings, config)(config)
             model.tie_weights()
     except CheckpointError:

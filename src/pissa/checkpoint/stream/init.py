@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from ..disk.write import explained
 from ..manifest import MANIFEST, read_manifest
 from ..saved_residual import check_is_base
 from ..source.reader import Source, open_source
+from .activations import Moments
 from .plan import DTYPES, Job, StreamPlan, make_plan
 from .run_identity import identity
 from .unfinished import Workspace
@@ -88,6 +89,7 @@ def init_checkpoint(
     *,
     dtype: str | None = None,
     memory: int | None = None,
+    batches: Sequence[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> InitResult:
     """Split a model on disk into a residual and an initial adapter on disk, without ever holding it.
@@ -103,6 +105,8 @@ def init_checkpoint(
         dtype: "fp32", "bf16" or "fp16" for the weights; None for what transformers would load them in.
         memory: bytes that the weights in work may take together; at least one is worked on. None for four times what
             the largest takes.
+        batches: keyword arguments of the model's forward, tensors by name: text that a quantisation is fitted to. It
+            goes through the model block by block, each layer's weights read when it is called.
         progress: called after each tensor.
 
     Returns:
@@ -122,28 +126,49 @@ def init_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    _check_fitted(config, batches)
     start = time.perf_counter()
     out = Path(os.path.realpath(out))
     threads = max(1, torch.get_num_threads())
     check_is_base(source)
     with open_source(source) as base:
-        workspace = Workspace(out, identity(source, base, config, dtype))
+        workspace = Workspace(out, identity(source, base, config, dtype, batches))
         finished = workspace.finished()
         if finished is not None:
             return InitResult(out, finished, 0.0, len(finished["base_tensors"]), 1, threads)
-        plan = make_plan(base, config, out, dtype)
+        plan = make_plan(base, config, out, dtype, as_it_runs=batches is not None)
         team = assemble(workspace.path)
-        run = _Run(base, workspace, plan, team, memory or MATRICES * max(t.memory for t in plan.jobs), progress)
+        memory = memory or MATRICES * max(t.memory for t in plan.jobs)
+        run = _Run(base, workspace, plan, team, memory, progress, batches)
         run.complete()
     seconds = time.perf_counter() - start
     return InitResult(out, read_manifest(out) or {}, seconds, run.continued, team.size, threads)
+
+
+def _check_fitted(config: PissaConfig, batches: Sequence[Mapping[str, Any]] | None) -> None:
+    """Refuse text that nothing is fitted to, and a configuration that asks for text where there is none."""
+    quantization = config.quantization
+    if batches is None:
+        if quantization is not None and (quantization.calibration is not None or quantization.rounding == "gptq"):
+            raise ConfigError(
+                "the quantisation is fitted to text: pass it as batches (--calibration FILE), or leave calibration out"
+            )
+    elif quantization is None or not quantization.is_fitted:
+        raise ConfigError("batches are for a quantisation that is fitted to them; leave them out")
 
 
 class _Run:
     """One process's part of the work."""
 
     def __init__(
-        self, source: Source, workspace: Workspace, plan: StreamPlan, team: Team, memory: int, progress: Progress | None
+        self,
+        source: Source,
+        workspace: Workspace,
+        plan: StreamPlan,
+        team: Team,
+        memory: int,
+        progress: Progress | None,
+        batches: Sequence[Mapping[str, Any]] | None,
     ) -> None:
         self.source, self.workspace, self.plan, self.team = source, workspace, plan, team
         self.memory, self.progress = memory, progress
@@ -151,6 +176,9 @@ class _Run:
         self.done: dict[str, Record] = {}
         self.continued = self.size = self.whole = 0
         self.stopping = threading.Event()
+        self.moments: Moments | None = None
+        if batches is not None:
+            self.moments = Moments(source, batches, plan.jobs, plan.dtype, self.stopping)
 
     def complete(self) -> None:
         """Do what is left, and publish."""
@@ -243,7 +271,8 @@ class _Run:
         waiting = next(queue, None)
         while waiting is not None or running:
             while waiting is not None and self._fits(waiting, running):
-                running[pool.submit(do, waiting, self.plan.model, self.source, outputs, computing)] = waiting
+                moment = None if self.moments is None else self.moments.of(waiting)
+                running[pool.submit(do, waiting, self.plan.model, self.source, outputs, computing, moment)] = waiting
                 waiting = next(queue, None)
             finished, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
             for future in finished:

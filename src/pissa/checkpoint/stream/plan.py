@@ -80,7 +80,7 @@ class StreamPlan:
     """Everything that will be written."""
 
     jobs: list[Job]
-    """The costly ones first."""
+    """The costly ones first, or as the model runs."""
     files: list[FileLayout]
     """With the places of all tensors: the shards, and the initial adapter last."""
     documents: dict[str, str]
@@ -96,7 +96,14 @@ class StreamPlan:
         return sum(file.size for file in self.files)
 
 
-def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], dtype: str | None) -> StreamPlan:
+def make_plan(
+    source: Source,
+    config: PissaConfig,
+    out: str | os.PathLike[str],
+    dtype: str | None,
+    *,
+    as_it_runs: bool = False,
+) -> StreamPlan:
     """StreamPlan what `init_checkpoint` does.
 
     Args:
@@ -104,6 +111,7 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
         config: how it is split.
         out: the directory that the result will have; its configuration names it.
         dtype: "fp32", "bf16" or "fp16" for all floating-point weights; None for what transformers would load them in.
+        as_it_runs: whether weights are split in the model's order, not the costly ones first.
 
     Raises:
         CheckpointError: the base is none that can be split, or not whole.
@@ -132,7 +140,8 @@ def make_plan(source: Source, config: PissaConfig, out: str | os.PathLike[str], 
     files = shards
     if adapter:
         files = [*shards, file_layout(f"{INITIAL}/{WEIGHTS}", adapter)]
-    jobs = sorted(splits + copies + heads, key=lambda job: (-job.cost, job.name))
+    jobs = sorted((copies if as_it_runs else splits + copies) + heads, key=lambda job: (-job.cost, job.name))
+    jobs = splits + jobs if as_it_runs else jobs
     return StreamPlan(jobs, files, documents, model, chosen)
 
 
@@ -165,12 +174,10 @@ def check_config(config: PissaConfig) -> None:
         )
     if config.quantization is None:
         return
-    if config.quantization.format == "gptq":
-        raise ConfigError("no layer that transformers loads holds codes of ours in GPTQ's format; use nf4 or int8")
-    if config.quantization.calibration is not None or config.quantization.rounding == "gptq":
+    if config.quantization.format not in ("nf4", "int8"):
         raise ConfigError(
-            "calibration needs the model's activations, so the model itself in memory, which streaming avoids: use "
-            "pissa train --quantize … --calibration …, or leave calibration out"
+            f"pissa init writes the formats nf4 and int8, not {config.quantization.format}: use one of these, or pissa "
+            "train --quantize gptq"
         )
     require_bitsandbytes()
 

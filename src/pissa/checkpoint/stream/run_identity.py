@@ -7,7 +7,7 @@ nothing to read. Where a file was touched since, what was made of it is held aga
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,19 @@ from typing import Any
 from ...config import PissaConfig
 from ...errors import CheckpointError
 from ...provenance import package_versions, sha256, sha256_of_document, sha256_of_file
+from ..disk.layout import raw_bytes
 from ..disk.resumable import as_recorded
 from ..source.reader import Source
 from .plan import Job
 
 
-def identity(source: str | os.PathLike[str], base: Source, config: PissaConfig, dtype: str | None) -> dict[str, Any]:
+def identity(
+    source: str | os.PathLike[str],
+    base: Source,
+    config: PissaConfig,
+    dtype: str | None,
+    batches: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """All that has to be the same for a run to be continued, as JSON has it."""
     document = {
         "base": str(Path(source).absolute()) if Path(source).is_dir() else str(source),
@@ -29,6 +36,13 @@ def identity(source: str | os.PathLike[str], base: Source, config: PissaConfig, 
         "base_files": describe_base(base),
         "versions": package_versions(),
     }
+    if batches is not None:
+        document["text"] = sha256(
+            part
+            for batch in batches
+            for name, value in sorted(batch.items())
+            for part in (f"{name} {tuple(value.shape)} ".encode(), raw_bytes(value.contiguous()))
+        )
     return as_recorded(document)
 
 

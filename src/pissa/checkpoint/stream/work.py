@@ -32,7 +32,12 @@ Record = dict[str, Any]
 
 
 def do(
-    job: Job, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
+    job: Job,
+    model: PreTrainedModel,
+    source: Source,
+    outputs: Outputs,
+    computing: AbstractContextManager[Any],
+    moment: Tensor | None = None,
 ) -> Record:
     """Carry a job out.
 
@@ -42,6 +47,7 @@ def do(
         source: the base.
         outputs: where the result goes.
         computing: held while the processor is needed, so that others can read and write meanwhile.
+        moment: (in, in) second moment of the layer's input, that a quantisation is fitted to.
 
     Returns:
         The job's name, the sha256 of each tensor of the base and of each one written, and the certificate of a split.
@@ -50,18 +56,25 @@ def do(
         WeightError, CheckpointError: the weight cannot be split or read.
         OSError: it cannot be written.
     """
-    return _copy(job, source, outputs) if job.target is None else _split(job, model, source, outputs, computing)
+    if job.target is None:
+        return _copy(job, source, outputs)
+    return _split(job, model, source, outputs, computing, moment)
 
 
 def _split(
-    job: Job, model: PreTrainedModel, source: Source, outputs: Outputs, computing: AbstractContextManager[Any]
+    job: Job,
+    model: PreTrainedModel,
+    source: Source,
+    outputs: Outputs,
+    computing: AbstractContextManager[Any],
+    moment: Tensor | None,
 ) -> Record:
     assert job.config is not None and job.target is not None
     weight, digests = read_weight(job.sources, job.dtype, model, source)
     with computing:
-        weights = weights_of(job.target, job.target.kind.matrices(weight), job.config)
+        weights = weights_of(job.target, job.target.kind.matrices(weight), job.config, moment)
         del weight
-        splits = [split_weight(each.W, each.config, name=each.name) for each in weights]
+        splits = [split_weight(each.W, each.config, moment=moment, name=each.name) for each in weights]
         del weights
         tensors = _tensors(job, splits)
     written = {name: outputs.write(name, tensor) for name, tensor in tensors.items()}

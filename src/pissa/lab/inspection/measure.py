@@ -84,7 +84,7 @@ def inspect_quantized(
     Returns:
         `rows`, one for each method, rank and norm: `method`, `rank`, `norm`, `by_kind` (kind of layer -> mean reduction
         in percent), `mean` (over all layers), `error` and `plain_error` (mean norms), `seconds` (of all splits);
-        `layers`: how many there are.
+        `layers`: how many there are; with text, `moments_seconds`: how long the second moments took, of both parts.
 
     Raises:
         PissaError: a layer that cannot be split, a rank too large, text too short.
@@ -93,7 +93,8 @@ def inspect_quantized(
     measures: list[Measure] = [*norms, *(["output"] if calibration is not None else [])]  # pyright: ignore[reportAssignmentType]
     task = None if progress is None else progress.add_task("splitting", total=len(targets), note="")
     found: list[Measurement] = []
-    for target, fit, held_out in with_moments(model, targets, calibration):
+    text = Timed(with_moments(model, targets, calibration))
+    for target, fit, held_out in text:
         for name, W in matrices_of(target):
             found += measure_weight(name, W, variants, ranks, measures, fit, held_out, seed)
         if progress is not None and task is not None:
@@ -104,7 +105,23 @@ def inspect_quantized(
         for measure in measures
         for variant in variants
     ]
-    return {"layers": len(targets), "rows": rows}
+    taken = {"moments_seconds": text.seconds} if calibration is not None else {}
+    return {"layers": len(targets), "rows": rows, **taken}
+
+
+class Timed(Iterator[Any]):
+    """Goes through an iterator and adds up how long it takes to give what comes next."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self.seconds = 0.0
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        try:
+            return next(self._iterator)
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def inspect_split(

@@ -61,6 +61,8 @@ class InspectionSettings:
     """Store NF4's block scales in 8 bits themselves."""
     block_size: BlockSize = 64
     """How many values share a scale: NF4's block, GPTQ's group."""
+    bits: Literal[2, 3, 4] = 4
+    """How many bits a code of gptq has."""
     target_modules: Modules = "all-linear"
     """Which modules would get an adapter: "all-linear", names or name endings, or one regular expression."""
     max_layers: Count | None = None
@@ -72,7 +74,7 @@ class InspectionSettings:
         read_settings(self)
         check_settings(self)
         if self.quantize is None and self.methods is not None:
-            raise ConfigError("--methods are ways to quantise; say --quantize nf4, int8 or gptq")
+            raise ConfigError("--methods are ways to quantise; say --quantize nf4, int8, gptq or nvfp4")
         if self.rank_budget is not None and self.methods is not None:
             raise ConfigError("--rank-budget plans for a format, not for --methods; leave either out")
         if self.rank_budget is not None and (self.calibration is not None or len(self.rank) > 1):
@@ -82,6 +84,8 @@ class InspectionSettings:
             raise ConfigError(
                 "without --quantize, inspect shows the plain split at one rank: no calibration, no figures"
             )
+        if self.bits != 4 and self.quantize != "gptq":
+            raise ConfigError("--bits are of gptq's codes; say --quantize gptq, or leave them out")
         if self.held_out is not None and self.calibration is None:
             raise ConfigError("held-out text is for methods with calibration; give --calibration FILE")
         _ = self.variants  # each has checked itself
@@ -110,4 +114,9 @@ class InspectionSettings:
 
     @property
     def _format(self) -> dict[str, Any]:
-        return {"format": self.quantize, "double_quant": self.double_quant, "block_size": self.block_size}
+        return {
+            "format": self.quantize,
+            "double_quant": self.double_quant,
+            "block_size": self.block_size,
+            "bits": self.bits,
+        }

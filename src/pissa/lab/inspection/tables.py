@@ -24,6 +24,10 @@ def inspection_table(document: dict[str, Any]) -> str:
             else "energy in the adapter"
         )
         lines += ["", f"{title} (%), rank {rank}", *aligned(rows)]
+    if "moments_seconds" in document:
+        text = document["calibration"]
+        count = (text["windows"] + text["held_out_windows"]) * text["length"]
+        lines += ["", f"second moments of {count} tokens: {document['moments_seconds']:.1f} s"]
     if not isinstance(layers, int):
         worst = max(layers, key=lambda layer: layer["captured_energy_loss"])
         loss = f"{worst['captured_energy_loss']:.1e} ({worst['bound']})"

@@ -15,7 +15,7 @@ from ...config import PRESETS, PissaConfig, Quantization, quantization_preset
 from ...errors import ConfigError
 
 PUBLISHED = ("qlora", "loftq-1", "loftq-5", "qpissa-1", "qpissa-5", "ours-5", "ours-10")
-CALIBRATED = ("ours-5+aware", "ours-5+gptq")
+CALIBRATED = ("ours-10+aware", "ours-5+gptq")
 SUFFIXES = ("aware", "gptq")
 
 
@@ -34,7 +34,8 @@ class Variant:
     def plain(self) -> Quantization:
         """The same format as it comes, which errors are compared with."""
         q = self.quantization
-        return quantization_preset("qlora", format=q.format, double_quant=q.double_quant, block_size=q.block_size)
+        same = {name: getattr(q, name) for name in ("format", "double_quant", "block_size", "bits")}
+        return quantization_preset("qlora", **same)
 
     def config(self, rank: int, seed: int) -> PissaConfig:
         """The settings with which `split_weight` makes this variant, at this rank."""

@@ -1,0 +1,267 @@
+"""Which way of fitting a model in few bits to text is worth its time: perplexity, block by block.
+
+    independent     every layer's moment is taken in the model as it was                       min ‖(W − Ŵ) X‖
+    sequential      each block's inputs X' are what the blocks before it, quantised, put out   min ‖W* X' − Ŵ X'‖
+
+W* = W + α·W (E[x x'ᵀ] − M') M'⁻¹ is the weight that maps what now comes in to what should come out (QEP, arXiv
+2504.09629; α = 1 is the least-squares answer, α = 0 leaves W alone and only takes the moments anew). SRR (arXiv
+2602.02001) chooses how much of the rank begins as principal part: k* = argmin_k ρ_k(SW)·ρ_{r−k}(SE).
+
+The text's first half calibrates and its second half measures. A run that was stopped goes on where it was.
+
+    python benchmarks/few_bits.py --text WIKITEXT2/valid.txt.gz --methods plain,qpissa-5,ours --out few-bits.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa.calibrate.blocks import Sweep, block_names, block_of, probe
+from pissa.calibrate.moments import groups_of, second_moments
+from pissa.checkpoint.source.load import load_base, load_tokenizer
+from pissa.config import PissaConfig, Quantization, quantization_preset
+from pissa.data.text_files import texts_of
+from pissa.evaluation.perplexity import perplexity
+from pissa.lab.models import smollm2
+from pissa.live.layers import place_of
+from pissa.live.targets import resolve_targets
+from pissa.provenance import hardware, package_versions
+from pissa.quantize.alternate import MOMENTUM_IN_METRIC, less
+from pissa.quantize.formats import quantize_matrix
+from pissa.quantize.lowrank import LowRank, best_fit, extrapolated, power_step
+from pissa.quantize.metric import Metric, metric
+from pissa.split import split_weight
+
+METHODS = "plain,qpissa-5,ours,sequential-0,sequential-0.5,sequential-1,srr"
+DAMPING = 0.01
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    out = Path(arguments.out)
+    document: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"rows": []}
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "methods", "model", "text", "threads")}
+    if document.get("settings", settings) != settings:
+        raise SystemExit(f"{out} holds another measurement; name another --out")
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
+    document |= {"settings": settings, "versions": package_versions(), "hardware": hardware()}
+    document["command"] = f"python benchmarks/few_bits.py --text WIKITEXT2/valid.txt.gz {flags}"
+
+    tokenizer = load_tokenizer(arguments.model or smollm2())
+    ids = tokenizer("".join(texts_of(arguments.text)), verbose=False)["input_ids"]
+    half, test = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+    states: list[Tensor] = []
+    batches = windows(half, arguments.calibration_windows, arguments.calibration_length)
+    for name in ("fp32", *arguments.methods.split(",")):
+        if name in {row["method"] for row in document["rows"]} and not (arguments.blocks and name == "fp32"):
+            continue
+        model = load_base(arguments.model or smollm2(), dtype=torch.float32).eval().requires_grad_(False)
+        if arguments.blocks:
+            model.model.layers = model.model.layers[: arguments.blocks]
+        start, load = time.process_time(), hardware()["load_average"]
+        more = quantized(model, name, arguments, batches) if name != "fp32" else {}
+        seconds = time.process_time() - start
+        row = {"method": name, **measured(model, test, arguments, states), "cpu_seconds": round(seconds, 1), **more}
+        others = [other for other in document["rows"] if other["method"] != name]
+        document["rows"] = [*others, {**row, "load_average": load}]
+        out.write_text(json.dumps(document, indent=1) + "\n")
+        out.with_suffix(".md").write_text(table(document))
+        print(f"{name:16s} {row['value']:9.4f}  {seconds:.0f} CPU s", flush=True)
+
+
+def measured(model: Any, test: Sequence[int], arguments: Any, states: list[Tensor]) -> dict[str, Any]:
+    """The perplexity of a whole model; of its first blocks alone, how far what they put out is from `states`, which the
+    first model that is measured leaves there."""
+    if not arguments.blocks:
+        found = perplexity(model, test, window=512, count=arguments.windows)
+        return {"value": found.value, "losses": found.losses}
+    found = [model.model(**batch, use_cache=False).last_hidden_state for batch in windows(test, arguments.windows, 256)]
+    states[:] = states or found
+    apart = sum(float((h - own).square().sum()) for h, own in zip(found, states, strict=True))
+    return {"value": (apart / sum(float(own.square().sum()) for own in states)) ** 0.5}
+
+
+def windows(ids: Sequence[int], count: int, length: int) -> list[dict[str, Tensor]]:
+    """Windows at even distances, eight to a batch."""
+    rows = [ids[i * (len(ids) // count) :][:length] for i in range(count)]
+    return [{"input_ids": torch.tensor(rows[i : i + 8])} for i in range(0, count, 8)]
+
+
+def quantized(model: Any, method: str, arguments: Any, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Put `Q + s·B·A` in the place of every linear layer's weight."""
+    names = [target.name for target in resolve_targets(model, PissaConfig(rank=arguments.rank))]
+    form: dict[str, Any] = {"format": arguments.quantize, "bits": arguments.bits, "block_size": arguments.block_size}
+    ours = replace(Quantization(**form), iterations=arguments.iterations or Quantization().iterations)
+    notes: dict[str, Any] = {}
+    kind, _, alpha = method.partition("-")
+    if kind in ("plain", "qpissa", "loftq"):
+        preset = quantization_preset("qlora" if kind == "plain" else method, **form)
+        way = PissaConfig(arguments.rank, method="lora-kaiming" if kind == "plain" else "pissa", quantization=preset)
+        for name in names:
+            put(model, name, split_weight(place_of(model.get_submodule(name)).matrices(), way, name=name).restore())
+        return notes
+    config = PissaConfig(arguments.rank, quantization=ours)
+
+    def fit(name: str, W: Tensor, M: Tensor) -> Tensor:
+        if kind == "srr":
+            notes.setdefault("principal", {})[name], restored = srr(W, M, arguments.rank, ours)
+            return restored
+        return split_weight(W, config, moment=M, name=name).restore()
+
+    if kind == "sequential":
+        fitted = sequential(model, batches, names, fit, float(alpha))
+    else:
+        fitted = independent(model, batches, names, fit)
+    for name, error in fitted:
+        notes.setdefault("errors", {})[name] = error
+    return notes
+
+
+def put(model: Any, name: str, W: Tensor) -> None:
+    place_of(model.get_submodule(name)).put(W)
+
+
+def independent(model: Any, batches: Any, names: Sequence[str], fit: Any) -> Iterator[tuple[str, float]]:
+    """Fit every layer to its moment in the model as it was; (name, relative output error on that text)."""
+    for moment in second_moments(model, batches, names):
+        for name in moment.names:
+            W = place_of(model.get_submodule(name)).matrices().clone()
+            restored = fit(name, W, moment.matrix)
+            put(model, name, restored)
+            yield name, relative(W - restored, W, moment.matrix)
+
+
+def sequential(model: Any, batches: Any, names: Sequence[str], fit: Any, alpha: float) -> Iterator[tuple[str, float]]:
+    """The same on what the quantised blocks put out, towards what the model as it was puts out."""
+    blocks = block_names(model, names)
+    trace = probe(model, batches[0], names, blocks)
+    groups = [group for group in groups_of(names, trace) if block_of(group[0], blocks)]
+    full, ours = Sweep(model, batches, blocks), Sweep(model, batches, blocks)
+    for block in trace.calls:
+        here = [group for group in groups if block_of(group[0], blocks) == block]
+        wanted, found = Inputs(here), Inputs(here)
+        full.advance(wanted.hear)
+        for number in range(len(batches)):
+            ours._run(number, found.hear(number))
+        for group in here:
+            x, own = wanted.of(group[0]), found.of(group[0])
+            M = own.mT @ own / len(own)
+            shift = x.mT @ own / len(own) - M
+            damped = M + DAMPING * float(M.diagonal().mean()) * torch.eye(len(M))
+            shift = torch.linalg.solve(damped, shift, left=False)
+            for name in group:
+                W = place_of(model.get_submodule(name)).matrices().clone()
+                restored = fit(name, torch.addmm(W, W, shift, alpha=alpha), M)
+                put(model, name, restored)
+                apart = torch.linalg.vector_norm(x @ W.mT - own @ restored.mT)
+                yield name, float(apart / torch.linalg.vector_norm(x @ W.mT))
+        ours.advance(lambda number: {})
+
+
+class Inputs:
+    """What some layers were given, batch after batch."""
+
+    def __init__(self, groups: Sequence[Sequence[str]]) -> None:
+        self.seen: dict[str, list[Tensor]] = {group[0]: [] for group in groups}
+
+    def hear(self, number: int) -> Mapping[str, Any]:
+        """Functions that keep the inputs of the next batch."""
+        return {name: lambda x, kept=kept: kept.append(x.reshape(-1, x.shape[-1])) for name, kept in self.seen.items()}
+
+    def of(self, name: str) -> Tensor:
+        """(tokens, in)."""
+        return torch.cat(self.seen[name])
+
+
+def relative(E: Tensor, W: Tensor, M: Tensor) -> float:
+    """`‖E X‖ / ‖W X‖` on the text of the moment."""
+    return float((((E @ M) * E).sum().clamp_min(0) / ((W @ M) * W).sum()).sqrt())
+
+
+def principal_part(W: Tensor, weighting: Metric, rank: int, seed: int = 0) -> int:
+    """SRR's k*: how many of the rank's components begin as principal part."""
+    E = torch.empty_like(W).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
+    of_weight, of_error = (left_over(torch.linalg.svdvals(weighting.apply(X)), rank) for X in (W, E))
+    return int((of_weight * of_error.flip(0)).argmin())
+
+
+def left_over(S: Tensor, rank: int) -> Tensor:
+    """ρ_k for k = 0 … rank: the share of the norm that the best rank-k matrix leaves."""
+    squares = S.double().square()
+    tail = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])[: rank + 1]
+    return (tail.clamp_min(0) / squares.sum()).sqrt()
+
+
+def srr(W: Tensor, M: Tensor, rank: int, config: Quantization) -> tuple[int, Tensor]:
+    """(k*, `Q + L`) of the alternation begun with k* principal components."""
+    weighting = metric(M, W.shape[1])
+    k = principal_part(W, weighting, rank)
+    return k, begun_with(W, k, weighting, rank, config)[0]
+
+
+def begun_with(W: Tensor, k: int, weighting: Metric, rank: int, config: Quantization) -> tuple[Tensor, list[float]]:
+    """`Q + L` of the alternation whose first quantisation leaves out k components, and its errors step by step."""
+    L: LowRank | None = None
+    target = W
+    if k:
+        L = best_fit(W, k, weighting, None, tolerance=1e-3, algorithm="auto", seed=0)
+        target = L.subtract_from(W)
+        L = None
+    best, errors, packed = W, [], None
+    for _ in range(config.iterations):
+        packed = quantize_matrix(target, config, W.dtype, weighting, near=packed)
+        E = less(W, packed)
+        before, L = L, power_step(E, rank, weighting, L, 0)
+        if not errors or L.error < min(errors):
+            best = torch.addmm(packed.dequantize(), L.left, L.right)
+        errors.append(L.error)
+        target = (extrapolated(L, before, MOMENTUM_IN_METRIC) if before is not None else L).subtract_from(W)
+    return best, errors
+
+
+def table(document: dict[str, Any]) -> str:
+    """The rows for people."""
+    found = {row["method"]: row["value"] for row in document["rows"]}
+    what = "error of the hidden states" if document["settings"]["blocks"] else "perplexity"
+    lines = [f"`{document['command']}`", "", f"| method | {what} | share of the gap recovered | CPU s to split |"]
+    lines.append("| --- | --- | --- | --- |")
+    for row in document["rows"]:
+        gap = found.get("plain", found["fp32"]) - found["fp32"]
+        share = f"{100 * (found['plain'] - row['value']) / gap:.1f} %" if gap else ""
+        lines.append(f"| {row['method']} | {row['value']:.4f} | {share} | {row['cpu_seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory or hub id; SmolLM2-135M-Instruct from the cache")
+    parser.add_argument("--text", default=f"{os.environ.get('PISSA_DATA', '.')}/wikitext2/valid.txt.gz")
+    parser.add_argument("--methods", default=METHODS, help="separated by commas")
+    parser.add_argument("--quantize", default="nf4", choices=("nf4", "gptq"))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--iterations", type=int, default=0, help="0 for the default")
+    parser.add_argument("--blocks", type=int, default=0, help="only the first ones, and their hidden states; 0 for all")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--calibration-length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", default="few-bits.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
