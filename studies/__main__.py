@@ -53,7 +53,7 @@ def _run(
 ) -> None:
     from pissa.cli.output import show
     from pissa.errors import ConfigError
-    from pissa.training.progress import make_progress
+    from pissa.training.bar import make_progress
     from pissa.training.run import quieten
 
     from .judge import listed

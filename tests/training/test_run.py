@@ -35,7 +35,7 @@ from pissa.data.rows import examples_from_rows
 from pissa.errors import CheckpointError, ConfigError, OutputError, PissaError
 from pissa.lab.models import smollm2
 from pissa.training import prepare
-from pissa.training import run as run_module
+from pissa.training import rows as rows_module
 from pissa.training.directory import RunDirectory, only_writer
 from pissa.training.progress import StepLog
 from pissa.training.recipe import Recipe
@@ -44,7 +44,7 @@ from tiny import largest_difference, logits_of, same_tensors, tiny_llama, tiny_t
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 LORA = {"adapter_model.safetensors", "adapter_config.json", "pissa.json"}
-CARD = {"README.md", "results.json"}
+CARD = {"README.md", "results.json", "curves.png"}
 STATE = {"run.json", "log.jsonl", "checkpoint-4", "checkpoint-6"}
 CONTINUES = {"checkpoint.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
@@ -332,7 +332,7 @@ def test_subset_and_split_reach_the_hub_and_are_refused_for_rows(
         asked.append((source, split, subset))
         return examples_from_rows(rows())
 
-    monkeypatch.setattr(run_module, "read_examples", read)
+    monkeypatch.setattr(rows_module, "read_examples", read)
     settings = recipe(max_steps=1, data_split="test", data_subset="main")
     run(base_directory, tmp_path / "run", settings, "some/data")
     assert asked == [("some/data", "test", "main")]
@@ -382,7 +382,8 @@ def test_a_relative_base_is_recorded_so_that_it_is_found_from_everywhere(
     out, settings = tmp_path / "run", recipe(max_steps=1)
     first = train(base_directory.name, rows(), out, settings)
     # what the data came to is said before the first step
-    assert first.results["data"] in capsys.readouterr().err
+    assert "769, of which 550 are learned" in capsys.readouterr().err
+    assert first.results["data"] == "20 rows, 769 tokens, 550 of them learned"
     assert first.results["base"] == str(base_directory)
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_directory)
     assert train(str(base_directory), rows(), out, settings).model is None

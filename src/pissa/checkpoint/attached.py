@@ -12,9 +12,10 @@ from ..errors import CheckpointError
 from ..live.attach import attach, attach_offset
 from ..live.identity import is_other_base
 from ..live.marks import is_marked_offset
+from ..live.offset import concatenated, freeze_second_halves
 from ..live.quantized import keep_unpacked, quantized_layers
-from ..live.record import Record
-from ..live.state import TRAINABLE
+from ..live.record import Record, record_of
+from ..live.state import TRAINABLE, adapter_layers, is_offset, place_at, set_factors, set_magnitude
 from .read import SavedAdapter, base_place, fitted, read_adapter
 from .saved_residual import SavedResidual
 from .source.architecture import class_for
@@ -73,6 +74,37 @@ def attach_saved(
     if not is_trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def put_back(adapted: PeftModel, path: str | os.PathLike[str]) -> None:
+    """Give an adapted model the values that its own adapter had when it was saved; the initial adapter stays.
+
+    Args:
+        adapted: the model.
+        path: where its adapter was saved, at any step.
+
+    Raises:
+        CheckpointError: the adapter is missing, incomplete, or another one.
+    """
+    record = record_of(adapted)
+    saved = read_adapter(path, record.residual if record is not None else None)
+    layers = adapter_layers(adapted)
+    places = {name: place_at(layer) for name, layer in layers.items()}
+    factors = fitted(path, saved, adapted.get_base_model(), places)
+    if factors.keys() != layers.keys():
+        raise CheckpointError(f"{path} holds another adapter than the model's own")
+    trained = {name: _tensors(f.A, f.B, f.E) for name, f in factors.items()}
+    offset = is_offset(adapted, TRAINABLE)
+    if offset:
+        trained = concatenated(trained, {name: _tensors(f.A0, f.B0, f.E0) for name, f in factors.items()})
+    for name, layer in layers.items():
+        set_factors(layer, TRAINABLE, *trained[name], trainable=True)
+        if (magnitude := factors[name].magnitude) is not None:
+            set_magnitude(layer, TRAINABLE, magnitude, trainable=True)
+    if offset:
+        freeze_second_halves(adapted)
+    if saved.others:
+        _load_others(adapted, saved.others)
 
 
 def _tensors(*factors: Tensor | None) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ def command(
         check_writable(asked.figures)
     from ..lab.inspection.inspect import inspect
     from ..lab.inspection.tables import inspection_table
-    from ..training.progress import make_progress
+    from ..training.bar import make_progress
 
     with make_progress() as progress:
         document = inspect(model, asked, progress=progress)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config.settings import settings_of
+from ..stages import stage
 from ..training.passed_on import named_values
 from ..training.recipe import DATA, NONE, Recipe, read_recipe, recipe_from
 from .flags import with_settings
@@ -34,6 +35,9 @@ def command(
             rich_help_panel="Training",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be learned and what it takes, and stop there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
 ) -> None:
     """Fine-tune MODEL on DATA with PiSSA, LoRA or in full.
@@ -48,21 +52,28 @@ def command(
     check_rows(data)
     if recipe.calibration not in (None, DATA, NONE):
         check_text(recipe.calibration)
+    if recipe.eval_data is not None:
+        check_rows(recipe.eval_data)
     check_output(out, "state/run.json", "run")
-    from ..training.run import train
+    with stage("loading the libraries"):
+        from ..training.card import how_it_came_to_be, what_it_came_to
+        from ..training.run import rehearse, train
 
+    if dry_run:
+        found = rehearse(model, data, out, recipe)
+        show(found.as_dict(), found.text, as_json=as_json)
+        return
     result = train(model, data, out, recipe)
     results = result.results
-    losses = results["losses"]
     fitted = results.get("mean_output_reduction")
-    text = (
-        f"{results['data']}\n"
-        f"{results['method']}: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last of {len(losses)}\n"
-        + (f"fitted to text: what layers put out is {fitted:.0f} % closer than in plain 4 bits\n" if fitted else "")
-        + f"{result.directory} is "
-        + _what_it_is(recipe, results)
-    )
-    show({"directory": str(result.directory), **results}, text, as_json=as_json)
+    lines = [
+        results["data"],
+        f"{results['method']}, {len(results['losses'])} steps: {what_it_came_to(results)}",
+        *how_it_came_to_be(results),
+        *([f"fitted to text: what layers put out is {fitted:.0f} % closer than in plain 4 bits"] if fitted else []),
+        f"{result.directory} is {_what_it_is(recipe, results)}",
+    ]
+    show({"directory": str(result.directory), **results}, "\n".join(lines), as_json=as_json)
 
 
 def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:

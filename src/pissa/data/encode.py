@@ -39,12 +39,14 @@ class Encoded:
     """Token ids of each row, at most `max_length` of them."""
     labels: list[list[int]]
     """As long as the row's `input_ids`: the token id where it is learned, -100 elsewhere."""
-    truncated: int
-    """Rows that were cut at `max_length` and kept; they end without eos."""
+    cut: list[bool]
+    """Whether a row was cut at `max_length`; then it ends without eos."""
     dropped: int
     """Rows left out because no token of a response survived the cut."""
     max_length: int
     """Tokens that a row may have."""
+    longest: int
+    """Tokens of the longest row before any was cut."""
     notes: tuple[str, ...] = ()
     """What else the user should know, one line each."""
 
@@ -53,6 +55,11 @@ class Encoded:
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+
+    @property
+    def truncated(self) -> int:
+        """How many rows were cut and kept."""
+        return sum(self.cut)
 
     @property
     def lengths(self) -> list[int]:
@@ -130,10 +137,26 @@ def encode(
                 offenders.append(f"{examples[number - 1].where or f'row {number}'} {row}")
             else:
                 found.append(row)
+    _check_ends(found, tokenizer)
     if offenders:
         remedy = "Give rows that the template can hold, or another template"
         raise unusable_rows("the data", offenders, len(examples), remedy)
     return _cut(found, max_length, keep)
+
+
+def _check_ends(rows: Sequence[_Row], tokenizer: Any) -> None:
+    """Refuse rows of which not one ends in a learned end of sequence or other special token.
+
+    Raises:
+        ConfigError: naming what stands in its place.
+    """
+    ends = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if rows and all(ends.isdisjoint(row.labels) for row in rows):
+        last = tokenizer.convert_ids_to_tokens(rows[0].ids[-1])
+        raise ConfigError(
+            f"no row ends in a token that the tokenizer has for an end: its eos token {tokenizer.eos_token!r} comes "
+            f"out as text that ends in {last!r}, so no model would learn to stop; mend eos_token in its files"
+        )
 
 
 def default_bos(tokenizer: Any) -> list[int]:
@@ -232,14 +255,15 @@ def _cut(rows: list[_Row], max_length: int, keep: Kept) -> Encoded:
     part = slice(max_length) if keep == "start" else slice(-max_length, None)
     kept_ids: list[list[int]] = []
     kept_labels: list[list[int]] = []
-    truncated = dropped = 0
+    cut: list[bool] = []
+    dropped = 0
     counts: dict[str, int] = {}
     for row in rows:
         ids, labels = row.ids[part], row.labels[part]
         if all(label == IGNORED for label in labels[1:]):
             dropped += 1
             continue
-        truncated += len(row.ids) > max_length
+        cut.append(len(row.ids) > max_length)
         labels[0] = IGNORED
         kept_ids.append(ids)
         kept_labels.append(labels)
@@ -250,6 +274,6 @@ def _cut(rows: list[_Row], max_length: int, keep: Kept) -> Encoded:
             f"no response begins within max_length = {max_length} tokens in any of the {dropped} rows; "
             f"raise max_length (the shortest row has {min(len(row.ids) for row in rows)} tokens)"
         )
-    return Encoded(
-        kept_ids, kept_labels, truncated, dropped, max_length, tuple(note.format(n) for note, n in counts.items())
-    )
+    longest = max(len(row.ids) for row in rows)
+    notes = tuple(note.format(n) for note, n in counts.items())
+    return Encoded(kept_ids, kept_labels, cut, dropped, max_length, longest, notes)

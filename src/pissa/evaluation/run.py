@@ -16,8 +16,8 @@ from ..data.prompts import resolve_template
 from ..errors import CheckpointError, DataError, Interrupted
 from ..provenance import fingerprint, hardware, package_versions, sha256_of_file
 from ..stages import stage
+from ..training.bar import make_progress
 from ..training.directory import absolute
-from ..training.progress import make_progress
 from ..training.run import quieten
 from .directory import SAMPLES, begin, evaluation_directory, finish, finished
 from .load import Subject, load_subject

@@ -226,7 +226,8 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def listed(items: Sequence[str], most: int = 300) -> str:
-    """All the items in one line; a very long list is cut with the count of the rest."""
-    rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
+def listed(items: Sequence[str], most: int = 5) -> str:
+    """The items in one line; of more than `most`, three and how many more there are."""
+    shown = items if len(items) <= most else items[:3]
+    rest = len(items) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")

@@ -103,7 +103,7 @@ def _called_ones(model: nn.Module, targets: list[Target], config: PissaConfig) -
     wrong |= {name: f"{name} ({reason})" for name, reason in forbidden.items()}
     if not wrong:
         return targets
-    what = f"{listed([*wrong.values()], 20)}: an adapter there would be passed by"
+    what = f"{listed([*wrong.values()])}: an adapter there would be passed by"
     left = [target for target in targets if target.name not in wrong]
     endings = ", ".join(sorted({name.rpartition(".")[2] for name in wrong}))
     if config.target_modules != "all-linear" or not left:
@@ -143,7 +143,7 @@ def _check_carried(
     bare, transposed = ([t.name for t in targets if of(t.kind)] for of in (lambda k: k.bare, lambda k: k is TRANSPOSED))
     if bare and transposed:
         raise TargetError(
-            f"PEFT cannot adapt bare parameters ({listed(bare, 5)}) beside Conv1D layers ({listed(transposed, 5)}): "
+            f"PEFT cannot adapt bare parameters ({listed(bare)}) beside Conv1D layers ({listed(transposed)}): "
             "leave one or the other out by exclude_modules"
         )
 

@@ -63,8 +63,8 @@ def check_checkpoint(directory: RunDirectory, checkpoint: Path | None) -> None:
 
 def checkpoints(directory: RunDirectory) -> list[Path]:
     """The run's checkpoints, the last one first."""
-    found = [path for path in directory.state.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
-    return sorted(found, key=lambda path: _step(path) or 0, reverse=True)
+    found = [path for path in directory.state.glob("checkpoint-*") if path.is_dir() and step_of(path) is not None]
+    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 
 def problems(directory: RunDirectory, checkpoint: Path) -> list[str]:
@@ -75,7 +75,7 @@ def problems(directory: RunDirectory, checkpoint: Path) -> list[str]:
             wrong = [problem for name, entry in files.items() if (problem := _problem(checkpoint, name, entry))]
     except OutputError as error:
         return [str(error).partition("; ")[0]]
-    step = _step(checkpoint) or 0
+    step = step_of(checkpoint) or 0
     logged = [record["step"] for record in read_log(directory.log)]
     missing = sorted(set(range(1, step + 1)) - set(logged))
     if missing:
@@ -92,6 +92,7 @@ def _problem(checkpoint: Path, name: str, entry: dict[str, object]) -> str | Non
     return None if plain_file(path) == entry else f"{name} was changed"
 
 
-def _step(checkpoint: Path) -> int | None:
+def step_of(checkpoint: Path) -> int | None:
+    """The step after which a checkpoint was written; None for a directory of another name."""
     digits = checkpoint.name.removeprefix("checkpoint-")
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None

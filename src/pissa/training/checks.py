@@ -30,7 +30,8 @@ def check_causal(model: Any) -> None:
         ConfigError: saying so.
     """
     ids = _some_ids(model, LOOKED_AT)
-    seen = _dependence(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, lambda out: out[:, 0])
+    with _anywhere(model):
+        seen = _dependence(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, lambda out: out[:, 0])
     if seen is not None and bool(seen[0, 1:].any()):
         raise ConfigError(
             f"{type(model).__name__} sees the tokens that it is to predict (an encoder, whose config says is_decoder "
@@ -62,6 +63,27 @@ def check_packs(model: Any, collate: Any) -> None:
         )
 
 
+def without_gradient(model: Any, *, whole: bool = True) -> list[str]:
+    """Modules that a backward pass did not reach: with no gradient, or an adapter whose every gradient is zero.
+
+    Args:
+        model: an adapted model after a backward pass from learned tokens.
+        whole: whether each process holds whole gradients; of a part of one, zeros say nothing.
+    """
+    reached: set[str] = set()
+    alive: set[str] = set()
+    for name, parameter in model.named_parameters():
+        # which experts a batch is routed to is the router's choice
+        if parameter.requires_grad and "expert" not in name:
+            module, adapter, _ = name.removeprefix("base_model.model.").partition(".lora_")
+            # of what is trained in full a batch may use no row; factors that are all zero have been warned of
+            partial = not adapter or not whole
+            alive |= {module} if partial or bool(parameter.any()) else set()
+            found = parameter.grad is not None and (partial or bool(parameter.grad.any()))
+            reached |= {module} if found else set()
+    return sorted(alive - reached)
+
+
 def _some_ids(model: Any, count: int) -> Tensor:
     """(1, count) different token ids."""
     known = model.get_input_embeddings().weight.shape[0]
@@ -91,6 +113,20 @@ def _dependence(model: Any, inputs: dict[str, Any], chosen: Callable[[Tensor], T
         found = torch.autograd.grad((outputs * weights).sum(), embedded[0], allow_unused=True)[0]
     # of weights that are no numbers every gradient is none either; the split names them
     return found if found is not None and bool(found.isfinite().all()) else None
+
+
+@contextmanager
+def _anywhere(model: Any) -> Iterator[None]:
+    """The model with an attention that computes where it lies: the flash ones do on GPUs alone."""
+    chosen = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    stays = next(model.parameters()).device.type == "cuda" or not str(chosen).startswith(("flash", "flex"))
+    if not stays:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if not stays:
+            model.set_attn_implementation(chosen)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ RUN/results.json     settings, losses by step, speed, versions, hardware
 RUN/state/           what continues the run:
     run.json             settings, fingerprints of base and data, figures of the split
     log.jsonl            one line a step
+    validation.jsonl     one line for each time that the validation loss was measured
     checkpoint-N/        adapter (as RUN/'s itself is), optimizer, schedule, generators
 """
 
@@ -27,6 +28,9 @@ from ..errors import OutputError
 from ..outside.documents import read_document
 from .recipe import Recipe
 
+LENGTH = ("max_steps", "epochs")
+"""Settings that say how long a run is."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -40,6 +44,10 @@ class RunRecord:
     """Figures of the split."""
     advice: dict[str, Any] | None = None
     """The learning rate that was estimated, and what it rests on."""
+    resumed_from: str | None = None
+    """The checkpoint from which the run was made to go on."""
+    continued: list[dict[str, Any]] = field(default_factory=list)
+    """Each time that it was trained longer: the step, and the length that it had had."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,11 @@ class RunDirectory:
     def log(self) -> Path:
         """One JSON line a step."""
         return self.state / "log.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """One JSON line for each time that the validation loss was measured."""
+        return self.state / "validation.jsonl"
 
     @property
     def results(self) -> Path:
@@ -122,6 +135,7 @@ def discard(directory: RunDirectory) -> None:
         if place.is_dir():
             shutil.rmtree(place)
     directory.log.unlink(missing_ok=True)
+    directory.validation.unlink(missing_ok=True)
     directory.record.unlink(missing_ok=True)
 
 
@@ -134,11 +148,31 @@ def finished_results(directory: RunDirectory, settings: dict[str, Any]) -> dict[
     record = directory.resumable.read()
     if record is not None:
         before, now = _comparable(settings, record["settings"])
+        goes_on = directory.last_checkpoint is not None and _is_longer(before, now)
+        if goes_on:
+            before, now = as_one_length(record["settings"], settings)
         directory.resumable.check_same(before, now)
-        if directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
-            return _read_results(directory)
+        if not goes_on and directory.results.is_file() and (directory.path / last_file(settings["method"])).is_file():
+            results = _read_results(directory)
+            # what was trained longer has the results of its former length until it is finished again
+            if not any(results["settings"].get(name, now[name]) != now[name] for name in LENGTH):
+                return results
     check_writable(directory.path)
     return None
+
+
+def _is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether settings ask for more steps than a run had been meant to have."""
+    (steps, epochs), (now_steps, now_epochs) = ((each["max_steps"], each["epochs"]) for each in (before, now))
+    if now_steps is None:
+        return steps is None and now_epochs > epochs
+    return epochs == now_epochs and (steps is None or now_steps > steps)
+
+
+def as_one_length(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(recorded, new) settings of two runs, whose lengths do not count as a difference."""
+    before, now = _comparable(now, before)
+    return {**before, **{name: now[name] for name in LENGTH}}, now
 
 
 def _read_results(directory: RunDirectory) -> dict[str, Any]:
@@ -168,7 +202,8 @@ def check_same_inputs(directory: RunDirectory, fingerprints: dict[str, str]) -> 
         names = {
             "base": f"the weights of {record['settings']['model']}",
             "residual": f"the weights in {directory.residual}",
-            "data": f"the rows of {_data_name(record)}",
+            "data": f"the rows of {record['settings']['data']}",
+            "eval_data": f"the rows of {record['settings'].get('eval_data')}",
         }
         raise OutputError(
             f"{' and '.join(names[what] for what in changed)} are not those that {directory.path} was started with; "
@@ -231,8 +266,5 @@ def _comparable(now: dict[str, Any], before: dict[str, Any]) -> tuple[dict[str, 
     """(recorded, new) settings of two runs; a run that was started before a setting existed had its default."""
     before = {**as_recorded(Recipe().as_dict()), **before}
     before["model"] = absolute(str(before.get("model")))
+    before.pop("resume_from", None)
     return before, as_recorded(now)
-
-
-def _data_name(record: dict[str, Any]) -> str:
-    return str(record["settings"]["data"])

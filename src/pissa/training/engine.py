@@ -23,6 +23,17 @@ from .sampler import GROUPED
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
+FLASH = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn", "flash-attn-4"),
+}
+"""Attention -> the module that it needs, and its package."""
+APART = ("bfd", "bfd_split")
+"""Ways to pack under which attention stays inside each example."""
+MICRO_BATCH = 4
+"""Examples per forward pass where nothing is said."""
+
 
 def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
     """Trainer's arguments for a recipe; joins the other processes where a launcher started several.
@@ -36,18 +47,13 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
     except ImportError as error:
         raise MissingExtraError("training needs trl: pip install 'pissa[train]'") from error
     processes = process_count()
-    per_step = recipe.micro_batch_size * processes
-    if recipe.batch_size % per_step:
-        raise ConfigError(
-            f"batch_size {recipe.batch_size} is no multiple of micro_batch_size {recipe.micro_batch_size} times "
-            f"{processes} processes; change either"
-        )
-    if recipe.log_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise MissingExtraError("log_to tensorboard needs that package: pip install tensorboard")
+    micro = micro_batch(recipe)
+    per_step = micro * processes
+    _check_installed(recipe)
     cuda = torch.cuda.is_available()
     settings: dict[str, Any] = dict(
         output_dir=str(state),
-        per_device_train_batch_size=recipe.micro_batch_size,
+        per_device_train_batch_size=micro,
         gradient_accumulation_steps=recipe.batch_size // per_step,
         # the run puts what it estimates in the place of "auto"
         learning_rate=0.0 if isinstance(recipe.learning_rate, str) else recipe.learning_rate,
@@ -74,7 +80,9 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=recipe.save_every,
-        report_to=["tensorboard"] if recipe.log_to == "tensorboard" else [],
+        report_to=[*recipe.report_to],
+        use_liger_kernel=recipe.liger,
+        **_validation(recipe, micro),
         seed=recipe.seed,
         data_seed=recipe.seed,
         use_cpu=not cuda,
@@ -89,10 +97,63 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         arguments = SFTConfig(**{**settings, **passed_on(recipe.training)})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+    if arguments.packing and arguments.packing_strategy not in APART:
+        raise ConfigError(
+            f"training: packing_strategy {arguments.packing_strategy} lets packed examples see each other; leave it "
+            f"out, or give {' or '.join(APART)}"
+        )
     if arguments.n_gpu > 1:
         # one process drives one GPU; DataParallel would multiply the batch
         arguments._n_gpu = 1
     return arguments
+
+
+def _validation(recipe: Recipe, micro: int) -> dict[str, Any]:
+    """Trainer's arguments for a validation loss; the trainer itself keeps the best step, see `trainer.py`."""
+    if not recipe.validates:
+        return {}
+    return dict(
+        eval_strategy="steps",
+        eval_steps=recipe.eval_every or recipe.save_every,
+        per_device_eval_batch_size=micro,
+        eval_packing=False,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+    )
+
+
+def _check_installed(recipe: Recipe) -> None:
+    """Refuse settings whose packages are not there, which transformers would say much later.
+
+    Raises:
+        MissingExtraError: naming what to install.
+    """
+    wanted = [(f"report_to {name}", name, name) for name in recipe.report_to]
+    if recipe.liger:
+        wanted.append(("liger", "liger_kernel", "liger-kernel"))
+    if recipe.attention in FLASH:
+        wanted.append((f"attention {recipe.attention}", *FLASH[recipe.attention]))
+    missing = [(what, package) for what, module, package in wanted if find_spec(module) is None]
+    if missing:
+        raise MissingExtraError("; ".join(f"{what} needs a package: pip install {name}" for what, name in missing))
+    if (recipe.liger or recipe.attention in FLASH) and not torch.cuda.is_available():
+        what = "liger" if recipe.liger else f"attention {recipe.attention}"
+        raise ConfigError(f"{what} computes on GPUs alone, and there is none; leave it out")
+
+
+def micro_batch(recipe: Recipe) -> int:
+    """Examples per forward pass and process: what the recipe says, or as many as fit up to MICRO_BATCH.
+
+    Raises:
+        ConfigError: the batch cannot be shared evenly between the processes.
+    """
+    processes, given = process_count(), recipe.micro_batch_size
+    if recipe.batch_size % ((given or 1) * processes):
+        each = f"micro_batch_size {given} times {processes}" if given is not None else f"{processes}"
+        raise ConfigError(f"batch_size {recipe.batch_size} is no multiple of {each} processes; change either")
+    share = recipe.batch_size // processes
+    return given or next(size for size in range(MICRO_BATCH, 0, -1) if share % size == 0)
 
 
 def process_count() -> int:

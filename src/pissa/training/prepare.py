@@ -24,6 +24,7 @@ from ..checkpoint.source.load import load_base
 from ..export.files import gap_figures
 from ..live.record import record_of
 from ..provenance import fingerprint
+from .bar import shown
 from .directory import RunDirectory, read_record
 from .engine import storage_dtype
 from .ready import ready_split
@@ -70,7 +71,8 @@ def prepare(
         return _prepared_before(ready, recipe, directory, device, check)
     if recipe.quantization is not None and (checkpoint is not None or residual_at(directory.residual) is not None):
         return _continued(recipe, directory, device)
-    base = load_base(source, dtype=storage_dtype(recipe))
+    with shown(progress, f"{label}, loading {source}"):
+        base = load_base(source, dtype=storage_dtype(recipe), **_attention(recipe))
     mark = {"base": fingerprint(base)}
     if check is not None and checkpoint is None:
         check(base)
@@ -102,7 +104,7 @@ def _prepared_before(
     """What `pissa init` made, with the last checkpoint's adapter or, before the first, the initial one."""
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     # another dtype than the residual was rounded to would round it again
-    residual = load_base(ready.path, **place)
+    residual = load_base(ready.path, **place, **_attention(recipe))
     marks = {"base": fingerprint(residual_state(residual))}
     last = directory.last_checkpoint
     if check is not None and last is None:
@@ -115,7 +117,7 @@ def _prepared_before(
 def _continued(recipe: Recipe, directory: RunDirectory, device: torch.device) -> Prepared:
     """The saved residual, with the last checkpoint's adapter or, before the first, the initial one."""
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
-    residual = load_base(directory.residual, dtype=storage_dtype(recipe), **place)
+    residual = load_base(directory.residual, dtype=storage_dtype(recipe), **place, **_attention(recipe))
     marks = {**read_record(directory)["fingerprints"], "residual": fingerprint(residual_state(residual))}
     marks.pop("data", None)
     _checkpoint_activations(residual, recipe)
@@ -145,6 +147,10 @@ def _adapted(
     finally:
         if progress is not None and task is not None:
             progress.remove_task(task)
+
+
+def _attention(recipe: Recipe) -> dict[str, Any]:
+    return {} if recipe.attention is None else {"attn_implementation": recipe.attention}
 
 
 def _checkpoint_activations(base: Any, recipe: Recipe) -> None:

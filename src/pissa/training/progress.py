@@ -1,8 +1,9 @@
-"""What a run shows and writes while it goes: a line of numbers per step, and a bar for people."""
+"""What a run shows and writes while it goes: a line of numbers per step, and the numbers of its bar."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -13,45 +14,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.disk.write import TEMPORARY_PREFIX, explained
 from ..errors import OutputError
 from ..outside.documents import Unreadable, parse_object, wrong_fields
-from ..outside.text import for_terminal
 
 SAME_REQUEST_SECONDS = 1.0
 STEP_KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
-
-
-class PlainConsole(Console):
-    """A console on which text is text: no name in it steers the terminal."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's, with what a stranger may have written spelled out."""
-        super().print(*(for_terminal(each) if isinstance(each, str) else each for each in objects), **options)
-
-
-class _Progress(Progress):
-    """Ends without an empty line where there was nothing to show."""
-
-    def stop(self) -> None:
-        super().stop() if self.tasks else self.live.stop()
-
-
-def make_progress(console: Console | None = None) -> Progress:
-    """The bar that every long job shows, on stderr."""
-    return _Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console or PlainConsole(stderr=True),
-    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +43,8 @@ class StepLog(TrainerCallback):
         self.path, self.progress, self.label = path, progress, label
         self.trainer: Any = None
         self.task: Any = None
+        self.measuring: Any = None
+        self.validation: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -95,6 +68,8 @@ class StepLog(TrainerCallback):
         **context: Any,
     ) -> None:
         """Write the step's record."""
+        if logs is not None and "eval_loss" in logs:
+            self.validation = float(logs["eval_loss"])
         if logs is None or "loss" not in logs:
             return
         record = {"step": state.global_step, **{key: float(logs[key]) for key in STEP_KEYS if key in logs}}
@@ -110,7 +85,31 @@ class StepLog(TrainerCallback):
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror}; make room and run again") from error
         if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step, note=_note(record))
+            self.progress.update(self.task, completed=state.global_step, note=_note(record, self.validation))
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **context: Any,
+    ) -> None:
+        """Show how far a measurement of the validation loss is."""
+        if self.progress is None or not state.is_world_process_zero:
+            return
+        if self.measuring is None:
+            name = f"{self.label}, validation"
+            self.measuring = self.progress.add_task(name, total=len(eval_dataloader), note="")
+        self.progress.advance(self.measuring)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Take that away again."""
+        if self.progress is not None and self.measuring is not None:
+            self.progress.remove_task(self.measuring)
+            self.measuring = None
 
 
 class StopAtStepEnd(TrainerCallback):
@@ -186,8 +185,9 @@ def keep_up_to(path: Path, step: int, kind: type = StepRecord) -> None:
         partial.replace(path)
 
 
-def _note(record: dict[str, float]) -> str:
+def _note(record: dict[str, float], validation: float | None) -> str:
+    measured = f"  validation {validation:.3f}" if validation is not None else ""
     return (
-        f"loss {record['loss']:.3f}  grad {record.get('grad_norm', float('nan')):.2f}  "
-        f"{record['tokens_per_second']:,.0f} tok/s"
+        f"loss {record['loss']:.3f}{measured}  grad {record.get('grad_norm', math.nan):.2f}  "
+        f"rate {record.get('learning_rate', math.nan):.1e}  {record['tokens_per_second']:,.0f} tok/s"
     )

@@ -30,6 +30,7 @@ from ..data.encode import IGNORED, Collator, Encoded
 from ..errors import TrainingError
 from ..live.adalora import penalty
 from ..live.state import active_adapter_name
+from .engine import micro_batch
 from .loss import response_loss
 from .optimizer import trained_groups
 from .rate_search import next_on_grid, vertex
@@ -82,7 +83,7 @@ def probe_data(encoded: Encoded, recipe: Recipe, pad_id: int) -> ProbeData:
     learned, measured = chosen[apart:], chosen[:apart] or chosen
 
     def batches(indices: list[int]) -> list[Batch]:
-        size = recipe.micro_batch_size
+        size = micro_batch(recipe)
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
         return [Collator(pad_id)([encoded[index] for index in part]) for part in parts]
 

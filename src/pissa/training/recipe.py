@@ -1,4 +1,4 @@
-"""How a model is trained: the paper's recipe (section 5) as defaults, every value a field of one of four groups."""
+"""How a model is trained: the paper's recipe (section 5) as defaults, every value a field of one of five groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config.settings import check_settings, nearest, read_settings, settings_o
 from ..errors import ConfigError
 from ..optimizers.names import SPECTRAL, default_rate
 from .recipe_groups import TRAINING_METHODS as TRAINING_METHODS
-from .recipe_groups import AdapterGroup, DataGroup, QuantizationGroup, TrainingGroup
+from .recipe_groups import AdapterGroup, DataGroup, QuantizationGroup, TrainingGroup, ValidationGroup
 
 ALIASES = {"lora": "lora-kaiming", "qlora": "lora-kaiming", "loftq": "pissa", "qpissa": "pissa"}
 ALIASES |= {"dora": "lora-kaiming", "adalora": "lora-kaiming", "pissa+dora": "pissa", "pissa+adalora": "pissa"}
@@ -34,8 +34,8 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Recipe(DataGroup, TrainingGroup, QuantizationGroup, AdapterGroup):
-    """One training run's settings: those of its four groups (adapter, quantisation, training, data), all by name.
+class Recipe(DataGroup, ValidationGroup, TrainingGroup, QuantizationGroup, AdapterGroup):
+    """One training run's settings: those of its groups (adapter, quantisation, training, validation, data).
 
     Text is taken for what it means, as flags and YAML hold it: "2e-4" for a number, "q_proj,v_proj" for names.
 
@@ -56,13 +56,14 @@ class Recipe(DataGroup, TrainingGroup, QuantizationGroup, AdapterGroup):
         _check_optimizer(self)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", default_rate(self.optimizer))
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
             )
         if not self.adapts:
             _check_unused(self)
         _check_quantization(self)
+        _check_validation(self)
         if self.component != "scored" and self.scored_examples != Recipe.scored_examples:
             raise ConfigError('scored_examples is for component "scored"; leave it out')
         if self.adapts:
@@ -94,6 +95,11 @@ class Recipe(DataGroup, TrainingGroup, QuantizationGroup, AdapterGroup):
             return None if self.calibration == NONE else self.calibration
         ours = quantization.format != "int8" and quantization.keeps_best and self.rank_budget is None
         return DATA if ours or quantization.rounding == "gptq" else None
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation loss is measured."""
+        return self.eval_data is not None or self.eval_fraction is not None
 
     def pissa_config(self) -> PissaConfig:
         """The adapter's configuration."""
@@ -183,6 +189,17 @@ def _check_optimizer(recipe: Recipe) -> None:
         raise ConfigError(
             f"learning_rate auto estimates AdamW's rate; leave it out with optimizer {SPECTRAL}, whose own is "
             f"{default_rate(SPECTRAL):g}"
+        )
+
+
+def _check_validation(recipe: Recipe) -> None:
+    """Refuse settings that need validation rows where there are none."""
+    if recipe.eval_data is not None and recipe.eval_fraction is not None:
+        raise ConfigError("eval_data and eval_fraction both say what is measured on; leave one out")
+    given = [name for name in ("eval_every", "early_stopping", "keep_best") if getattr(recipe, name)]
+    if given and not recipe.validates:
+        raise ConfigError(
+            f"{' and '.join(given)} without a validation loss; add eval_fraction (--eval-fraction 0.05) or eval_data"
         )
 
 

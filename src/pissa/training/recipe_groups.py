@@ -20,7 +20,9 @@ from ..config.kinds import (
     NotNegative,
     Positive,
     Seed,
+    Share,
     ShareBelowOne,
+    listed,
 )  # fmt: skip
 from ..config.quantization import BlockSize, Rounding, ScaleSearch
 from ..config.settings import Rule
@@ -30,6 +32,13 @@ from .passed_on import named_values
 TrainingMethod = Literal[
     Method, "lora", "dora", "adalora", "pissa+dora", "pissa+adalora", "qlora", "loftq", "qpissa", "full"
 ]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
+TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
+Trackers = Annotated[
+    tuple[str, ...] | list[str],
+    Rule(f"allowed: {', '.join(TRACKERS)}", lambda value: set(value) <= set(TRACKERS), listed, "NAMES"),
+]
+OpenShare = Annotated[float, Rule("give a number between 0 and 1", lambda value: 0 < value < 1)]
 PassedOn = Annotated[
     Mapping[str, Any],
     Rule(
@@ -128,8 +137,9 @@ class TrainingGroup:
     """Stop after this many optimizer steps, whatever epochs says."""
     batch_size: Count = 128
     """Examples per optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: Count = 4
-    """Examples per forward pass and process; batch_size is made of these by gradient accumulation."""
+    micro_batch_size: Count | None = None
+    """Examples per forward pass and process; batch_size is made of these by gradient accumulation. Left out, 4, or
+    fewer where batch_size is no multiple of that."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     optimizer: Name = "adamw_torch"
@@ -139,12 +149,43 @@ class TrainingGroup:
     """NEFTune: noise of this size on the embeddings while it trains (arXiv 2310.05914)."""
     training: PassedOn = field(default_factory=dict)
     """Any other field of TRL's SFTConfig or transformers' TrainingArguments, by name."""
+    attention: Attention | None = None
+    """How attention is computed. Left out, sdpa where the model has it. The flash_attention_ ones need their packages
+    and a GPU."""
+    liger: bool = False
+    """Liger's Triton kernels for norms, rotary embeddings and gated activations, on GPUs, for the families that it
+    knows."""
     save_every: Count = 50
     """Steps between checkpoints."""
-    log_to: Literal["jsonl", "tensorboard"] = "jsonl"
-    """Where losses go beside the lines in state/log.jsonl, which are always written."""
+    resume_from: Name | None = None
+    """A checkpoint, or a run's directory for its last one, to continue from. Left out, a run continues from its own
+    last checkpoint. Where it is one of the run itself, later ones are removed; one of another run is copied, and that
+    run stays as it is."""
+    report_to: Trackers = ()
+    """Where losses go beside the lines in state/log.jsonl, which are always written: trackio, wandb, tensorboard or
+    mlflow, several separated by commas."""
     seed: Seed = 0
     """Seed of the initial factors and of the order of the data."""
+
+
+@dataclass(frozen=True)
+class ValidationGroup:
+    """What is measured on the way, and what follows from it."""
+
+    panel: ClassVar[str] = "Validation"
+
+    eval_data: Name | None = None
+    """Rows that are not learned, on which the validation loss is measured: as --data takes them."""
+    eval_split: Name = "test"
+    """Split of eval_data on the hub."""
+    eval_fraction: OpenShare | None = None
+    """Share of the data that is kept apart for that, drawn with the seed."""
+    eval_every: Count | None = None
+    """Steps between measurements of the validation loss; the last step is always one. Left out, save_every."""
+    early_stopping: Count | None = None
+    """Stop after this many measurements in a row without a lower validation loss. Left out, a run goes to its end."""
+    keep_best: bool = False
+    """The result is the model at the step of lowest validation loss, which gets a checkpoint, and not at the last."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +200,9 @@ class DataGroup:
     """Subset of data on the hub that has several ("main" of "openai/gsm8k")."""
     max_length: CountFromTwo = 512
     """Tokens per example; what is longer is cut and counted."""
+    max_cut_share: Share = 0.5
+    """Share of the examples that may be cut at max_length, or dropped since nothing of their response is left; a run
+    with more is refused."""
     resize_embeddings: bool = False
     """Give the model rows for tokens that only its tokenizer has, each the mean of its other rows. The adapter notes
     how many, so that the base is enlarged alike wherever pissa loads it. trainable_token_indices trains such rows."""

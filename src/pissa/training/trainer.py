@@ -1,8 +1,10 @@
-"""TRL's SFTTrainer with six things changed.
+"""TRL's SFTTrainer with seven things changed.
 
 loss          on processors too the vocabulary projection is computed at learned tokens only; adapters of the head train
 order         batches of similar length are a function of seed and epoch (`sampler.py`), so that a run continues exactly
 gradients     an adapter that the first step gives none ends the run, with its name
+validation    the loss is the mean over all learned tokens, and measuring it leaves training as it was; the step with
+              the lowest one gets a checkpoint and is what is left in the end, where that is asked for
 checkpoints   appear whole or not at all
 adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly; those of a
               quantised residual as they are, with its name
@@ -24,6 +26,7 @@ import transformers
 from datasets import Dataset
 from peft import AdaLoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.sft_config import SFTConfig
@@ -38,18 +41,21 @@ from ..export.lora import export_state
 from ..live.adalora import penalty
 from ..live.factors import MAGNITUDE
 from ..live.record import record_of
+from ..live.selection import listed
 from ..live.state import TRAINABLE, active_adapter_name, is_offset
 from ..optimizers.spectral import SpectralProduct
 from .checkpoints import list_files
-from .checks import check_packs
+from .checks import check_packs, without_gradient
 from .directory import RunDirectory
 from .loss import backbone_gives, next_labels, response_loss
+from .measured import Measured
 from .optimizer import parameter_groups
 from .sampler import GROUPED, LengthGroupedBatches
 
 KEPT_CHECKPOINTS = 2
 EXTENDED = ("_get_train_sampler", "_load_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint")
-EXTENDED += ("create_optimizer", "get_decay_parameter_names")
+EXTENDED += ("create_optimizer", "get_decay_parameter_names", "evaluate", "evaluation_loop", "prediction_step")
+EXTENDED += ("_determine_best_metric", "_get_eval_sampler", "_load_best_model", "_load_optimizer_and_scheduler")
 EXTENDED_OF_TRL = ("create_model_card", "_send_telemetry")
 """What `RunTrainer` overrides although neither transformers nor TRL promises to keep it."""
 WIDTH = 8
@@ -126,7 +132,13 @@ def _left_alone(model: Any) -> Iterator[None]:
             setattr(config, name, value)
 
 
-class RunTrainer(SFTTrainer):
+def _columns(rows: Encoded, tokenizer: Any, *, blanks: int) -> dict[str, list[list[int]]]:
+    """Rows as a data set's columns, with rows after them from which nothing is learned."""
+    ids = [*rows.input_ids, *([tokenizer.pad_token_id] for _ in range(blanks))]
+    return {"input_ids": ids, "labels": [*rows.labels, *([IGNORED] for _ in range(blanks))]}
+
+
+class RunTrainer(Measured):
     """Trains on learned tokens; what it logs at each step has loss, gradient norm, learning rate and tokens/s."""
 
     def __init__(
@@ -137,8 +149,10 @@ class RunTrainer(SFTTrainer):
         tokenizer: Any,
         *,
         batch_size: int,
+        validation: Encoded | None = None,
         loraplus_ratio: float | None = None,
         spectral: bool = False,
+        keep_best: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """A trainer of a model, adapted or whole.
@@ -149,18 +163,25 @@ class RunTrainer(SFTTrainer):
             rows: to learn.
             tokenizer: the model's.
             batch_size: rows of a step, over all processes.
+            validation: rows to measure the validation loss on.
             loraplus_ratio: see `optimizer.py`.
             spectral: move the products of the factors, see `optimizers/spectral.py`.
+            keep_best: give the step of the lowest validation loss a checkpoint; see `load_best`.
             callbacks: called at every step.
         """
         check_trainer()
-        self.loraplus_ratio, self.spectral = loraplus_ratio, spectral
+        self.loraplus_ratio, self.spectral, self.keep_best = loraplus_ratio, spectral, keep_best
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._own_forward = vars(self.base).get("forward")
+        self._text_config: Any = model.config.get_text_config()
+        self._use_cache = getattr(self._text_config, "use_cache", None)
         self.grouped = args.train_sampling_strategy == GROUPED and not args.packing
-        blank = [{"input_ids": [tokenizer.pad_token_id], "labels": [IGNORED]}] if self.grouped else []
-        columns = {"input_ids": rows.input_ids, "labels": rows.labels}
-        columns = {name: [*held, *(row[name] for row in blank)] for name, held in columns.items()}
+        columns = _columns(rows, tokenizer, blanks=int(self.grouped))
+        measured = None
+        if validation is not None:
+            # so that no process gets a row twice
+            blanks = -len(validation) % (args.per_device_eval_batch_size * args.world_size)
+            measured = Dataset.from_dict(_columns(validation, tokenizer, blanks=blanks if args.world_size > 1 else 0))
         width = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else WIDTH
         collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, pad_to_multiple_of=width)
         with _left_alone(model):
@@ -169,6 +190,7 @@ class RunTrainer(SFTTrainer):
                 args=args,
                 data_collator=None if args.packing or args.padding_free else collator,
                 train_dataset=Dataset.from_dict(columns),
+                eval_dataset=measured,
                 processing_class=tokenizer,
                 callbacks=[*callbacks],
             )
@@ -187,7 +209,9 @@ class RunTrainer(SFTTrainer):
         self.step_started = time.perf_counter()
 
     def release(self) -> None:
-        """Take the fused head off the model again."""
+        """Leave the model as it was: take the fused head off, and let it use its cache again."""
+        if self._use_cache is not None:
+            self._text_config.use_cache = self._use_cache
         vars(self.base).pop("forward", None)
         if self._own_forward is not None:
             self.base.forward = self._own_forward
@@ -223,7 +247,7 @@ class RunTrainer(SFTTrainer):
         return [name for name in super().get_decay_parameter_names(model) if MAGNITUDE not in name]
 
     def _run_epoch(self, *args: Any, **options: Any) -> Any:
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.stopped_early:
             # continued from the last step's checkpoint: Trainer would do one step too many
             self.control.should_training_stop = True
             return None
@@ -306,19 +330,12 @@ class RunTrainer(SFTTrainer):
 
     def _check_gradients(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        # which experts a batch is routed to is the router's choice
-        without = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter.grad is None and "expert" not in name
-        ]
-        if without and isinstance(model, PeftModel):
-            modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in without})
-            more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        modules = without_gradient(model, whole=not self.is_fsdp_enabled) if isinstance(model, PeftModel) else []
+        if modules:
             raise TrainingError(
-                f"after the first backward pass no gradient reached {', '.join(modules[:3])}{more}: the model's code "
-                "does not call these modules, or cuts what they give, so they would never be trained; leave them out "
-                "with exclude_modules"
+                f"after the first backward pass no gradient reached {listed(modules)}: the model's code does not call "
+                "these modules, or cuts what they give, so they would never be trained; leave them out with "
+                "exclude_modules"
             )
 
     def _orthogonality(self) -> Tensor | float:
@@ -335,13 +352,13 @@ class RunTrainer(SFTTrainer):
         Raises:
             TrainingError: a number that is not finite, before the step is logged or saved.
         """
+        self._check_finite(logs)
         if "loss" in logs:
-            self._check_finite(logs)
             logs["tokens_per_second"] = self.take_tokens_per_second()
         super().log(logs, start_time)
 
     def _check_finite(self, logs: dict[str, float]) -> None:
-        named = {"loss": "loss", "grad_norm": "gradient norm"}
+        named = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "validation loss"}
         wrong = [f"{name} is {logs[key]}" for key, name in named.items() if not math.isfinite(logs.get(key, 0.0))]
         if wrong:
             last = RunDirectory(self.state_directory.parent).last_checkpoint
@@ -381,7 +398,9 @@ class RunTrainer(SFTTrainer):
                 list_files(partial / name)
                 durable_rename(partial / name, state / name)
             shutil.rmtree(partial, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(state), save_total_limit=KEPT_CHECKPOINTS, use_mtime=False)
+            best = str(self.best_checkpoint) if self.best_checkpoint is not None else None
+            limit: dict[str, Any] = {"save_total_limit": KEPT_CHECKPOINTS, "use_mtime": False}
+            rotate_checkpoints(output_dir=str(state), best_model_checkpoint=best, **limit)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -425,11 +444,23 @@ class RunTrainer(SFTTrainer):
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
             raise ConfigError("with FSDP a run is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
         sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3)
+        if sharded and self.keep_best:
+            raise ConfigError("keep_best needs whole layers, and FSDP shards them; leave it out")
         if sharded and _needs_whole_layers(self.accelerator.unwrap_model(self.model)):
             raise ConfigError(
                 'a quantised residual, placement "offset" and AdaLoRA need whole layers, and FSDP shards them; use '
                 "several processes without FSDP"
             )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is not None and isinstance(scheduler, LambdaLR) and self.optimizer is not None:
+            # a checkpoint's rates are those of the length that the run had then
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in rates]
+            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # adapters were loaded with the model, before the optimizer was made for them

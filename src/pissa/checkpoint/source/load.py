@@ -81,6 +81,32 @@ def load_config(source: str | os.PathLike[str]) -> Any:
     return through_transformers("AutoConfig", source, "a configuration")
 
 
+def without_values(source: str | os.PathLike[str], *, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """A causal language model as its configuration describes it, whose values are whatever memory holds.
+
+    To be called where tensors have no memory: on the meta device, or under torch's FakeTensorMode.
+
+    Args:
+        source: a directory or a hub id.
+        dtype: of the weights.
+        attention: how attention is computed; what needs a GPU is taken for "sdpa".
+
+    Raises:
+        CheckpointError: there is no configuration, or no such model.
+    """
+    from transformers import AutoModelForCausalLM, initialization
+
+    plain = attention if attention in (None, "eager", "sdpa") else "sdpa"
+    chosen = {"attn_implementation": plain} if plain is not None else {}
+    try:
+        with initialization.no_init_weights():
+            model = AutoModelForCausalLM.from_config(load_config(source), dtype=dtype, **chosen)
+        model.tie_weights()
+        return model
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{source} is no causal language model: {' '.join(str(error).split())[:200]}") from error
+
+
 def check_model_directory(source: str | os.PathLike[str]) -> None:
     """Refuse a local model directory that is missing, empty, incomplete or damaged; a hub id passes unchecked.
 

@@ -24,9 +24,9 @@ from ...checkpoint.saved_residual import check_is_base
 from ...checkpoint.source.load import check_model_directory, load_base, load_tokenizer
 from ...errors import ConfigError, Interrupted, MissingExtraError
 from ...provenance import hardware, package_versions
+from ...training.bar import make_progress
 from ...training.directory import absolute
 from ...training.engine import process_count, storage_dtype
-from ...training.progress import make_progress
 from ...training.rate_search import best_rates, good_rate, next_rate
 from ...training.run import quieten
 from .continuation import record_to_keep

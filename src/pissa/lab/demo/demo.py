@@ -40,7 +40,7 @@ from ...evaluation.tasks.registry import Evaluation, EvaluationOptions, find_tas
 from ...outside.documents import read_document
 from ...outside.text import on_one_line
 from ...provenance import hardware, package_versions
-from ...training.progress import make_progress
+from ...training.bar import make_progress
 from ...training.recipe import Recipe
 from ...training.run import RunResult, quieten, train
 from ..figures import draw_curves
