@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,6 +60,10 @@ class Family:
 
     def make(self) -> Any:
         """The model, in evaluation; always the same."""
+        return deepcopy(self._made)
+
+    @cached_property
+    def _made(self) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.model(self.config(**self.sizes))

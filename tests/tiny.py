@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,21 @@ def tiny_tokenizer(
         add_bos: put the beginning-of-sequence token before every text, as Llama tokenizers do.
         chat_template: a Jinja template; the default ends each turn with `<end>`, which is not the eos token.
     """
+    core = Tokenizer.from_str(_core())
+    if add_bos:
+        core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=EOS if pad_is_eos else PAD, bos_token=BOS, eos_token=EOS
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@cache
+def _core() -> str:
+    """The trained tokenizer as JSON: copies are made much faster than it is trained."""
     core = Tokenizer(BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -47,15 +64,7 @@ def tiny_tokenizer(
         show_progress=False,
     )
     core.train_from_iterator(CORPUS * 2, trainer)
-    if add_bos:
-        core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-            single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=EOS if pad_is_eos else PAD, bos_token=BOS, eos_token=EOS
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
+    return core.to_str()
 
 
 def tiny_llama(
@@ -70,6 +79,11 @@ def tiny_llama(
         dtype: of the weights.
         seed: of the weights; the global generator is left as it was.
     """
+    return deepcopy(_llama(vocab_size, hidden, tie, dtype, seed))
+
+
+@cache
+def _llama(vocab_size: int, hidden: int, tie: bool, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -91,6 +105,11 @@ def tiny_llama(
 
 def tiny_gpt2(*, hidden: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT2LMHeadModel:
     """A randomly initialised GPT-2 with 2 layers: Conv1D layers, a tied head, no dropout."""
+    return deepcopy(_gpt2(hidden, dtype, seed))
+
+
+@cache
+def _gpt2(hidden: int, dtype: torch.dtype, seed: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=384,
         n_positions=64,

@@ -16,6 +16,7 @@ from kinds import CASES, Case
 from pissa import PissaConfig, adapt, export_lora, reference, restore
 from pissa.config import METHODS, Method
 from pissa.live.state import adapter_factors, adapter_layers, place_at
+from sampled import thinned
 from tiny import same_tensors, snapshot
 
 PLACEMENTS = ("residual", "offset")
@@ -61,10 +62,11 @@ def table() -> Any:
         print("{:22} {:13} {:9} {:15} {}".format(*row))
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", NOISE, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "method", "placement", "dtype"),
+    thinned(CASES, METHODS, PLACEMENTS, NOISE, always=[torch.float32]),
+    ids=str,
+)
 def test_the_function_at_step_0_is_the_base_s(
     name: str, dtype: torch.dtype, method: Method, placement: str, table: Any
 ) -> None:

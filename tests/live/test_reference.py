@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from pissa import PissaConfig, PissaError, adapt, reference, restore
 from pissa.config import METHODS, Method
 from pissa.live.state import INITIAL, TRAINABLE, adapter_layers
+from sampled import thinned
 from tiny import largest_difference, logits_of, same_tensors, snapshot, tiny_gpt2, tiny_llama, train_steps
 
 MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -37,9 +39,7 @@ def state_of(model: PeftModel) -> Any:
     )
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "method", "training"), thinned(MODELS, METHODS, [False, True]))
 def test_reference_is_the_base_before_and_after_training(kind: str, method: Method, training: bool) -> None:
     base = logits_of(MODELS[kind]())
     model = adapt(MODELS[kind]().train(training), PissaConfig(4, method=method))
@@ -65,9 +65,9 @@ def test_reference_in_16_bits_is_the_base_up_to_the_residual_s_rounding(dtype: t
         assert largest_difference(logits_of(model), logits_of(base)) < 5e-2
 
 
-@pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "training", "trainable"), thinned(METHODS, product([False, True], [True, False]), whole=["pissa"])
+)
 def test_a_block_leaves_flags_modes_and_adapters_as_they_were(method: Method, training: bool, trainable: bool) -> None:
     model = adapt(tiny_llama(), PissaConfig(4, method=method, modules_to_save=["lm_head"])).train(training)
     if not trainable:
