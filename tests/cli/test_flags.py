@@ -230,6 +230,13 @@ eval {model} --task gsm8k --data {rows} --base {here}
 eval {here} --task gsm8k --data {rows}
 eval {bare} --task gsm8k --data {rows}
 eval {half} --task gsm8k --data {rows}
+chat {here}/none
+chat {here}
+chat {half}
+chat {model} --compare {bare}
+chat {model} --base {here}
+chat {model} --top-k 3
+chat {model} --max-new-tokens 0
 compare --out O
 compare --out O --model {model} --data {rows} --methods lora,pisa
 compare --out O --model {model} --data {rows} --seeds 0

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..config.settings import BOOL, did_you_mean
 from .exits import interruptible
 
-COMMANDS = ("init", "train", "eval", "export", "verify", "inspect", "compare", "demo")
+COMMANDS = ("init", "train", "eval", "chat", "export", "verify", "inspect", "compare", "demo")
 """A command's module has its name and holds it as `command`, and as INTERRUPTED what an interruption leaves."""
 SPOKEN = {"true": True, "false": False}
 

@@ -102,6 +102,7 @@ NotNegative = Annotated[float, Rule("give 0 or a positive number", lambda value:
 AtLeastOne = Annotated[float, Rule("give a number of at least 1", lambda value: 1 <= value < math.inf)]
 Share = Annotated[float, Rule("allowed: 0 to 1", lambda value: 0 <= value <= 1)]
 ShareBelowOne = Annotated[float, Rule("allowed: 0 up to, not including, 1", lambda value: 0 <= value < 1)]
+ShareAboveZero = Annotated[float, Rule("allowed: above 0, up to 1", lambda value: 0 < value <= 1)]
 Alpha = Annotated[
     float,
     Rule("give a positive number, or leave it out for a scale of 1", lambda value: 0 < value < LARGEST_ALPHA),

@@ -101,10 +101,10 @@ def continuations(
     empty = [str(number) for number, tokens in enumerate(ids, 1) if not tokens]
     if empty:
         raise DataError(f"nothing to continue: these prompts have no tokens: {', '.join(empty[:10])}")
-    settings = _greedy(model, tokenizer, max_new_tokens, None if add_bos else end_of_turn(tokenizer))
+    settings = decoding(model, tokenizer, max_new_tokens, None if add_bos else end_of_turn(tokenizer))
     extra = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
-    with _generating(model, settings):
+    with generating(model, settings):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             if all(index in skip for index in batch):
@@ -124,9 +124,19 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text[: min([len(text), *(at for at in map(text.find, stop) if at >= 0)])]
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, end: int | None) -> Any:
-    """Settings of greedy decoding; it stops at `end`, and where the tokenizer or the model's own settings say that a
-    text ends."""
+def decoding(model: Any, tokenizer: Any, max_new_tokens: int, end: int | None, **sampling: Any) -> Any:
+    """How a model writes: greedily, unless told how to sample.
+
+    Args:
+        model: whose own settings say where a text ends, as the tokenizer does.
+        tokenizer: the model's.
+        max_new_tokens: tokens after which an unfinished text is cut.
+        end: one more token at which a text ends, or None.
+        sampling: of transformers' GenerationConfig, such as do_sample and temperature.
+
+    Returns:
+        A GenerationConfig.
+    """
     from transformers import GenerationConfig
 
     own = getattr(model, "generation_config", None)
@@ -135,11 +145,11 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, end: int | None) ->
     stops = sorted(end for end in ends if end is not None)
     padding = [tokenizer.pad_token_id, *stops, 0]
     return GenerationConfig(
-        do_sample=False,
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=stops or None,
         pad_token_id=next(token for token in padding if token is not None),
+        **(sampling or {"do_sample": False}),
     )
 
 
@@ -168,7 +178,7 @@ def _until_stop(tokens: list[int], stops: list[int]) -> tuple[list[int], bool]:
 
 
 @contextmanager
-def _generating(model: Any, settings: Any) -> Iterator[None]:
+def generating(model: Any, settings: Any) -> Iterator[None]:
     """Evaluation mode and these generation settings inside; afterwards every module is as it was.
 
     The settings replace the model's own, which `generate` would otherwise fill gaps from, and warn about.
