@@ -1,13 +1,14 @@
 """DPO with TRL on a PiSSA model: the reference is the base itself, so the first margin is exactly 0.
 
-    python examples/dpo.py OUT [--model MODEL] [--steps 10] [--placement offset]
+    python examples/recipes/dpo.py OUT [--model MODEL] [--data PAIRS.jsonl] [--steps 10] [--placement offset]
 
-OUT is a LoRA for the untouched base, of rank 16.
+Each row of PAIRS.jsonl has prompt, chosen and rejected. OUT/lora is a LoRA for the untouched base, of rank 16.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -28,10 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--placement", default="residual", choices=["residual", "offset"])
     options = parser.parse_args()
     source = options.model or str(smollm2())
+    pairs = [json.loads(line) for line in options.data.read_text().splitlines()] if options.data else PAIRS
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = adapt(AutoModelForCausalLM.from_pretrained(source), PissaConfig(rank=16, placement=options.placement))
     settings = DPOConfig(
@@ -44,7 +47,7 @@ def main() -> None:
         report_to=[],
         bf16=torch.cuda.is_available(),
     )
-    trainer = DPOTrainer(model, args=settings, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
+    trainer = DPOTrainer(model, args=settings, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
     trainer.train()
     margins = [float(entry["rewards/margins"]) for entry in trainer.state.log_history if "rewards/margins" in entry]
     print(f"margin: {margins[0]:g} at the first step, {margins[-1]:.4f} at the last")

@@ -237,6 +237,8 @@ chat {model} --compare {bare}
 chat {model} --base {here}
 chat {model} --top-k 3
 chat {model} --max-new-tokens 0
+train --config {here}/none.yaml
+train {model} --out O
 compare --out O
 compare --out O --model {model} --data {rows} --methods lora,pisa
 compare --out O --model {model} --data {rows} --seeds 0

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from ..config.settings import settings_of
+from ..errors import ConfigError
 from ..stages import stage
 from ..training.passed_on import named_values
-from ..training.recipe import DATA, NONE, Recipe, read_recipe, recipe_from
+from ..training.recipe import DATA, NONE, Recipe, read_yaml, recipe_from, with_flags
 from .flags import with_settings
 from .output import show
 from .places import check_model, check_output, check_rows, check_text
@@ -20,11 +21,15 @@ INTERRUPTED = "no step was done: the same command starts again, or continues fro
 
 @with_settings(Recipe, only=settings_of(Recipe).keys() - {"training"})
 def command(
-    model: Annotated[str, typer.Argument(help="The base: a directory or a hub id.")],
-    data: Annotated[str, typer.Option(help="What to learn: .jsonl, .jsonl.gz, .json, .parquet or a hub id.")],
-    out: Annotated[Path, typer.Option(help="The run's directory; it becomes a LoRA for the base.")],
     settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
+    model: Annotated[str | None, typer.Argument(help="The base: a directory or a hub id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="What to learn: .jsonl, .jsonl.gz, .json, .parquet or a hub id.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory; it becomes a LoRA for the base.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of the settings, also model, data and out; flags win.")
+    ] = None,
     assigned: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,7 +52,9 @@ def command(
     """
     if assigned:
         settings = {**settings, "training": named_values(assigned)}
-    recipe = read_recipe(config, **settings) if config is not None else recipe_from(settings, "the command line")
+    written = read_yaml(config) if config is not None else {}
+    model, data, out = _places(written, {"model": model, "data": data, "out": out})
+    recipe = recipe_from(with_flags(written, settings), config or "the command line")
     check_model(model)
     check_rows(data)
     if recipe.calibration not in (None, DATA, NONE):
@@ -74,6 +81,28 @@ def command(
         f"{result.directory} is {_what_it_is(recipe, results)}",
     ]
     show({"directory": str(result.directory), **results}, "\n".join(lines), as_json=as_json)
+
+
+def _places(written: dict[str, Any], given: dict[str, Any]) -> tuple[str, str, Path]:
+    """Model, data and out of the command line, else of the YAML file, from which they are taken.
+
+    Raises:
+        ConfigError: one is missing, or is no text.
+    """
+    in_file = {name: written.pop(name, None) for name in given}
+    if given["data"] is not None and in_file["data"] is not None:
+        # they are those of the data in the file
+        for name in ("data_split", "data_subset"):
+            written.pop(name, None)
+    places = {name: in_file[name] if flag is None else flag for name, flag in given.items()}
+    flags = {"model": "MODEL", "data": "--data", "out": "--out"}
+    missing = [flag for name, flag in flags.items() if places[name] is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} missing; say it on the command line or in the file of --config")
+    wrong = [f"{name} is {place!r}" for name, place in places.items() if not isinstance(place, str | Path)]
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}; give a name")
+    return places["model"], places["data"], Path(places["out"])
 
 
 def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:

@@ -128,6 +128,15 @@ def read_recipe(path: str | Path, **flags: Any) -> Recipe:
     Raises:
         ConfigError: the file is missing, is not YAML, or names a field that does not exist.
     """
+    return recipe_from(with_flags(read_yaml(path), flags), path)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """What a YAML file of settings holds, with underscores for dashes in its names.
+
+    Raises:
+        ConfigError: the file is missing, or is no YAML of name: value pairs.
+    """
     import yaml
 
     try:
@@ -138,11 +147,16 @@ def read_recipe(path: str | Path, **flags: Any) -> Recipe:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document or {}, dict):
         raise ConfigError(f"{path} holds {type(document).__name__}; give lines of the form `learning_rate: 2e-4`")
-    values = {**_named(document or {}), **{name: value for name, value in flags.items() if value is not None}}
-    in_file, on_line = (document or {}).get("training"), flags.get("training")
+    return _named(document or {})
+
+
+def with_flags(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file with the flags that were given in their place; of `training` each name by itself."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    in_file, on_line = values.get("training"), given.get("training")
     if isinstance(in_file, Mapping) and isinstance(on_line, Mapping):
-        values["training"] = {**in_file, **on_line}
-    return recipe_from(values, path)
+        given["training"] = {**in_file, **on_line}
+    return {**values, **given}
 
 
 def recipe_from(values: Mapping[str, Any], source: str | Path = "the recipe") -> Recipe:
