@@ -294,7 +294,7 @@ def certify(W: Tensor, error: Tensor, found: Alternation, seconds: float, metric
     if metric is not None:
         exponent = safe_exponent(magnitude(W))
         unfitted = norm(baseline, metric, exponent)
-        output = 100 * (1 - norm(error, metric, exponent) / unfitted) if unfitted > 0 else 0.0
+        output = 100 * (1 - found.errors[-1] / unfitted) if unfitted > 0 else 0.0
     svd = found.certificate or Certificate("subspace", 0, 0.0, 1.0, "upper bound")
     return replace(
         svd,

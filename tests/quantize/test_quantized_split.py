@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from matrices import AWKWARD, awkward, second_moment, trained_like
 
-from pissa.config import PissaConfig, Quantization
+from pissa.config import PissaConfig, Quantization, quantization_preset
 from pissa.errors import ConfigError, WeightError
+from pissa.quantize.error import plain_error, split_error
+from pissa.quantize.metric import metric
 from pissa.split import STORAGE_DTYPES, split_weight
 
 FAST: dict[str, Any] = {"iterations": 2}
@@ -74,3 +77,28 @@ def test_bad_input_is_refused_by_name() -> None:
         split_weight(trained_like(64, 96), quantized, name="h.0")
     with pytest.raises(WeightError, match=r"h\.0.*\(64, 64\)"):
         split_weight(W, quantized, moment=torch.eye(16), name="h.0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        Quantization(),
+        Quantization("int8"),
+        Quantization("gptq", bits=2),
+        Quantization("nvfp4"),
+        Quantization(rounding="gptq", iterations=2),
+        quantization_preset("qpissa-2"),
+    ],
+    ids=lambda quantization: f"{quantization.format}-{quantization.rounding}-{quantization.scale_search}",
+)
+def test_the_stated_gain_in_output_error_is_the_one_there_is(quantization: Quantization, dtype: torch.dtype) -> None:
+    M = second_moment(128, 2000)
+    W = trained_like(96, 128).to(dtype)
+    split = split_weight(W, PissaConfig(8, quantization=quantization), moment=M)
+    assert split.packed is not None
+    C = metric(M, 128).factor
+    left, plain = split_error(W, split).double() @ C, plain_error(W, split.packed).double() @ C
+    assert split.certificate.output_reduction == pytest.approx(100 * (1 - float(left.norm() / plain.norm())), abs=0.05)
+    unfitted = PissaConfig(8, quantization=replace(quantization, rounding="nearest"))
+    assert split_weight(W, unfitted).certificate.output_reduction is None

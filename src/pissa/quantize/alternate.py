@@ -140,7 +140,8 @@ def iterates(
             target = L = fit(room, L if L is not None or start is None else started(start))
             continue
         R = W if target is None else target.subtract_from(W, out=room)
-        packed = quantize_matrix(R, config, dtype, metric, near=packed)
+        again = step < config.iterations - 1
+        packed = quantize_matrix(R, config, dtype, metric, near=packed, rough=packed is None and again)
         if not config.refit and step == config.iterations - 1:
             yield step + 1, packed, L, norm(less(R, packed), metric, exponent)
             return

@@ -35,6 +35,7 @@ def quantize_matrix(
     dtype: torch.dtype,
     metric: Metric | None = None,
     near: Packed | None = None,
+    rough: bool = False,
 ) -> Packed:
     """A matrix (out, in) fp32 in the format, with the scale search and rounding that the configuration asks for.
 
@@ -44,6 +45,7 @@ def quantize_matrix(
         dtype: that the packed matrix dequantises to.
         metric: which errors matter; needed for rounding "gptq".
         near: a matrix near R in the same format, which shortens the search for scales of NF4 and NVFP4.
+        rough: whether another matrix near this one is quantised next, so that NF4's first search may be short.
     """
     weights = None if metric is None else metric.weights
     if config.format == "int8":
@@ -70,6 +72,7 @@ def quantize_matrix(
         weights=weights,
         dtype=dtype,
         near=scales,
+        rough=rough,
     )
     if config.rounding == "gptq":
         if metric is None:

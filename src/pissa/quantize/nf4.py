@@ -89,6 +89,7 @@ def quantize_nf4(
     weights: Tensor | None = None,
     dtype: torch.dtype | None = None,
     near: Tensor | None = None,
+    rough: bool = False,
 ) -> PackedNF4:
     """A matrix in NF4. With `scale_search="absmax"` codes and scales are those of bitsandbytes' `quantize_4bit`.
 
@@ -100,9 +101,10 @@ def quantize_nf4(
         weights: (in,) positive weights of the columns' squared errors in the search; None for all alike.
         dtype: of the dequantised matrix; None for W's own.
         near: (blocks,) searched scales of a matrix near W, close to which W's are searched; None to search all over.
+        rough: search scales from few starts, see `search_scales`.
     """
     flat = W.detach().reshape(-1)
-    absmax, scales = choose_scales(flat, block_size, double_quant, scale_search, weights, near)
+    absmax, scales = choose_scales(flat, block_size, double_quant, scale_search, weights, near, rough)
     codes, done = torch.empty(flat.numel() + flat.numel() % 2, dtype=torch.uint8, device=W.device), 0
     codes[flat.numel() :] = ZERO_CODE
     scratch = chunk_scratch(flat, block_size)
@@ -174,6 +176,7 @@ def choose_scales(
     scale_search: ScaleSearch,
     weights: Tensor | None,
     near: Tensor | None = None,
+    rough: bool = False,
 ) -> tuple[Tensor | NestedScales, Tensor]:
     """The scales to store, and those (blocks,) that codes are chosen for."""
     parts, done = [], 0
@@ -183,7 +186,7 @@ def choose_scales(
         else:
             here = None if near is None else near[done : done + len(blocks)]
             table, signed = nf4_table(flat.device), scale_search == "signed"
-            parts.append(search_scales(blocks, table, signed=signed, weights=importance, near=here))
+            parts.append(search_scales(blocks, table, signed=signed, weights=importance, near=here, rough=rough))
         done += len(blocks)
     scales = torch.cat(parts)
     if not double_quant:

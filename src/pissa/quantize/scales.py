@@ -31,6 +31,8 @@ REFINEMENTS = (1.0, 0.97, 1.03)
 
 NEAR_REFINEMENTS = (0.97, 1.03)
 """The same where the search began close by."""
+ROUGH_STARTS, ROUGH_REFINEMENTS = (1.0, 0.86), (1.0,)
+"""The same for scales that will be searched again."""
 
 
 class Table:
@@ -110,7 +112,13 @@ def reciprocal(scales: Tensor) -> Tensor:
 
 
 def search_scales(
-    blocks: Tensor, table: Table, *, signed: bool, weights: Tensor | None = None, near: Tensor | None = None
+    blocks: Tensor,
+    table: Table,
+    *,
+    signed: bool,
+    weights: Tensor | None = None,
+    near: Tensor | None = None,
+    rough: bool = False,
 ) -> Tensor:
     """The scale of least (weighted) squared error for each block.
 
@@ -121,6 +129,7 @@ def search_scales(
         weights: (n, block), positive; None for all alike.
         near: (n,) scales of nearly the same blocks, where they are known: the search then begins and ends close to
             them.
+        rough: begin from few starts, for scales that are searched again near these.
 
     Returns:
         (n,) fp32; 0 for an all-zero block.
@@ -145,9 +154,9 @@ def search_scales(
 
     if near is not None:
         improve(torch.where(near == 0, 1.0, near * reciprocal(absmax)))
-    for start in STARTS if near is None else ():
+    for start in () if near is not None else ROUGH_STARTS if rough else STARTS:
         for sign in (1.0, -1.0) if signed else (1.0,):
             improve(torch.full_like(absmax, sign * start))
-    for factor in REFINEMENTS if near is None else NEAR_REFINEMENTS:
+    for factor in NEAR_REFINEMENTS if near is not None else ROUGH_REFINEMENTS if rough else REFINEMENTS:
         improve(best * factor)
     return best * absmax

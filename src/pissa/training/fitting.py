@@ -72,5 +72,5 @@ def what_it_takes(recipe: Recipe, batches: list[dict[str, Any]] | None) -> str:
     text = "the training rows" if quantization.calibration == DATA else str(quantization.calibration)
     return (
         f"quantising to {quantization.format}, fitted to {token_count(batches):,} tokens of {text} (on two CPU cores "
-        "about half a minute for each 100 M weights; calibration none leaves the text out)"
+        "about 40 seconds for each 100 M weights; calibration none leaves the text out)"
     )

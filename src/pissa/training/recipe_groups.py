@@ -75,8 +75,8 @@ class QuantizationGroup:
     panel: ClassVar[str] = "Quantisation"
 
     quantize: Literal["nf4", "int8", "gptq"] | None = None
-    """Format of the frozen residual. Left out, it is kept in dtype. A start in nf4 takes two CPU cores about half a
-    minute for each 100 million weights."""
+    """Format of the frozen residual. Left out, it is kept in dtype. A start in nf4 takes two CPU cores about 40
+    seconds for each 100 million weights."""
     bits: Literal[2, 3, 4] | None = None
     """How many bits a code of gptq has. Left out, 4."""
     quantize_method: Name | None = None
