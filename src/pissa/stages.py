@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SILENT = ""
+"""The stage in which nothing is to be said: somebody is being waited for."""
 _entered: list[str] = []
 
 

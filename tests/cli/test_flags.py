@@ -239,6 +239,11 @@ chat {model} --top-k 3
 chat {model} --max-new-tokens 0
 train --config {here}/none.yaml
 train {model} --out O
+chat {here}
+chat {bare}
+chat {half}
+chat {model} --compare {here}
+chat {model} --base {here}
 compare --out O
 compare --out O --model {model} --data {rows} --methods lora,pisa
 compare --out O --model {model} --data {rows} --seeds 0

@@ -46,6 +46,16 @@ def test_in_a_terminal_one_line_is_written_over_and_then_taken_away() -> None:
     assert not any("loading a model" in part and "\n" in part for part in said)
 
 
+def test_nothing_is_said_while_somebody_is_waited_for() -> None:
+    waiting = PROGRAM.replace('stage("loading a model\\x1b[2J")', "stage(SILENT)")
+    program = (
+        waiting.replace("import stage", "import SILENT, stage").replace("0.05", "1.0").replace("sleep(1)", "sleep(3)")
+    )
+    assert program.count("SILENT") == 2
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.splitlines() == ["warned", "after"]
+
+
 def test_nothing_is_said_to_who_calls_from_python() -> None:
     program = "from pissa.cli import heartbeat, main; heartbeat.SILENCE = 0.0; main.run(['--version'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

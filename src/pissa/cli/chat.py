@@ -14,6 +14,7 @@ from ..config.settings import did_you_mean
 from ..errors import DataError, PissaError
 from ..evaluation.chat_options import BASE, ChatOptions
 from ..outside.text import for_terminal
+from ..stages import SILENT, stage
 from .flags import with_settings
 from .output import complain, show
 from .places import check_model, check_subject
@@ -59,7 +60,8 @@ def command(
     quieten()
     chats = open_chats(model, options, base=base, compare=compare)
     talk = _Talk(chats, interactive=sys.stdin.isatty(), as_json=as_json)
-    exchanges = talk.run()
+    with stage(SILENT):  # whoever types has all the time that they want
+        exchanges = talk.run()
     if as_json:
         templates = {chat.name: chat.template for chat in chats}
         show({"templates": templates, "settings": asdict(options), "exchanges": exchanges}, "", as_json=True)

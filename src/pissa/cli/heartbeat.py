@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from ..outside.text import on_one_line
-from ..stages import current
+from ..stages import SILENT, current
 
 SILENCE = 4.0
 """Seconds after which something is said."""
@@ -66,8 +66,11 @@ class _Heartbeat:
     def run(self) -> None:
         """Until it is ended."""
         while not self.ended.wait(SILENCE / 8):
-            words = current() or self.words
-            now = time.monotonic()
+            found, now = current(), time.monotonic()
+            if found == SILENT:
+                self.last = now
+                continue
+            words = found or self.words
             if words != self.words:
                 self.words, self.since = words, now
             if now - self.last >= SILENCE:
