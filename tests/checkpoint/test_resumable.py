@@ -101,7 +101,7 @@ def _hold(path: str, begun: Any, end: Any) -> None:
 
 
 def test_another_process_is_refused_for_as_long_as_the_first_lives(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     begun, end = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(str(tmp_path), begun, end))
     process.start()

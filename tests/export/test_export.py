@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from pissa.export.files import LoraExport
 from pissa.export.low_rank import optimal_low_rank
 from pissa.live.factors import AdapterFactors
 from pissa.live.state import adapter_factors
+from sampled import thinned
 from tiny import largest_difference, logits_of, same_tensors, snapshot, tiny_gpt2, tiny_llama, token_batch, train_steps
 
 NOISE = 2e-6
@@ -43,6 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "alpha": 3.0, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2.0}},
     "in full": {"modules_to_save": ["lm_head", "norm"]},
 }
+EXPORTED = thinned(METHODS, SETTINGS, always=["plain"], whole=["pissa", "lora-kaiming"])
+"""All settings with an adapter that starts at the weight and with one that starts at zero."""
 pytestmark = pytest.mark.filterwarnings("ignore:untied")
 
 
@@ -63,6 +67,15 @@ def trained(base: Path, steps: int = 3, rank: int = 4, **settings: Any) -> PeftM
     if steps:
         train_steps(model, steps)
     return model
+
+
+Shared = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def shared(bases: dict[str, Path]) -> Shared:
+    """Trained models that are made once, for tests that only read them: base, method, key of SETTINGS -> model."""
+    return functools.cache(lambda kind, method, setting: trained(bases[kind], method=method, **SETTINGS[setting]))
 
 
 def on_base(base: Path, lora: Path) -> Any:
@@ -92,13 +105,12 @@ def digests(directory: Path) -> dict[str, str]:
 # Lossless
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "setting"), EXPORTED)
 def test_a_lossless_export_is_the_trained_model_on_the_untouched_base(
-    bases: dict[str, Path], tmp_path: Path, method: Method, settings: dict[str, Any]
+    bases: dict[str, Path], shared: Shared, tmp_path: Path, method: Method, setting: str
 ) -> None:
     before = digests(bases["llama"])
-    model = trained(bases["llama"], method=method, **settings)
+    model = shared("llama", method, setting)
     export = export_lora(model, tmp_path / "lora")
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "pissa.json"}
     assert set(digests(tmp_path / "lora")) == names and os.listdir(tmp_path) == ["lora"]
@@ -136,12 +148,11 @@ def test_the_export_of_an_untrained_adapter_changes_nothing(
         assert largest_difference(logits_of(on_base(bases["llama"], tmp_path / name)), base) < NOISE
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "setting"), EXPORTED)
 def test_a_live_model_and_its_directories_export_the_same_tensors(
-    bases: dict[str, Path], tmp_path: Path, method: Method, settings: dict[str, Any]
+    bases: dict[str, Path], shared: Shared, tmp_path: Path, method: Method, setting: str
 ) -> None:
-    model = trained(bases["llama"], method=method, **settings)
+    settings, model = SETTINGS[setting], shared("llama", method, setting)
     model.save_pretrained(str(tmp_path / "plain"))
     first = export_lora(model, tmp_path / "export")
     wanted: list[dict[str, Any]] = [{}, {"rank": 3}, {"tolerance": 0.2}]
@@ -206,13 +217,13 @@ def test_a_fresh_process_with_peft_alone_computes_the_trained_function(bases: di
 # Optimal lower rank
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", ["pissa", "lora-kaiming"])
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_a_truncated_export_is_the_optimum_and_knows_its_error(
-    bases: dict[str, Path], method: Method, settings: dict[str, Any], rank: int
+    shared: Shared, method: Method, setting: str, rank: int
 ) -> None:
-    model = trained(bases["llama"], method=method, **settings)
+    model = shared("llama", method, setting)
     export = export_lora(model, rank=rank)
     factors = adapter_factors(model)
     assert list(export.errors) == list(factors)
@@ -309,13 +320,12 @@ def test_a_rank_or_tolerance_that_cannot_be_right_is_refused_first(tmp_path: Pat
 # Merged
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "setting"), EXPORTED)
 @pytest.mark.parametrize("kind", ["llama", "tied"])
 def test_a_merged_model_is_the_trained_one_for_transformers_alone(
-    bases: dict[str, Path], tmp_path: Path, kind: str, method: Method, settings: dict[str, Any]
+    bases: dict[str, Path], shared: Shared, tmp_path: Path, kind: str, method: Method, setting: str
 ) -> None:
-    model = trained(bases[kind], method=method, **settings)
+    settings, model = SETTINGS[setting], shared(kind, method, setting)
     export_merged(model, tmp_path / "merged")
     merged, base = from_disk(tmp_path / "merged"), from_disk(bases[kind])
     assert largest_difference(logits_of(merged), logits_of(model)) < NOISE
