@@ -81,4 +81,4 @@ def test_a_sample_passes_under_other_instruction_sets(setting: str, threads: int
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_numerical_test_passes_under_other_instruction_sets(setting: str, threads: int) -> None:
-    run_under(setting, threads)
+    run_under(setting, threads, "-m", "")

@@ -18,6 +18,7 @@ from pissa.decompose.orthogonal import orthonormalize
 from pissa.decompose.scale import scaled
 from pissa.decompose.svd import truncated_svd
 from pissa.errors import WeightError
+from sampled import thinned
 
 ROUNDINGS = ("own", "random", "up", "down")
 BLOCKS = hostile_matrices(110, 20)
@@ -42,8 +43,7 @@ def check_block(Y: Tensor, basis: Tensor | None) -> None:
     assert float((again - Y.double()).norm()) <= 1e-5 * float(Y.double().norm()) + 1e-37
 
 
-@pytest.mark.parametrize("kind", ROUNDINGS)
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(("name", "kind"), thinned(BLOCKS, ROUNDINGS, always=["own"]))
 def test_every_block_becomes_orthonormal_to_any_basis_and_is_reproduced(name: str, kind: str) -> None:
     Y = BLOCKS[name]
     inside = torch.linalg.qr(noise(110, 30, seed=1))[0]
@@ -100,9 +100,7 @@ def check_svd(W: Tensor, rank: int, algorithm: str) -> None:
     assert loss <= 1e-3
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kind", ROUNDINGS)
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize(("name", "algorithm", "kind"), thinned(MATRICES, ALGORITHMS, ROUNDINGS, always=["own"]))
 def test_every_matrix_is_decomposed_and_its_certificate_holds(name: str, kind: str, algorithm: str) -> None:
     with rounding(kind):
         for W in (MATRICES[name], MATRICES[name].mT):
@@ -127,8 +125,7 @@ def test_every_shape_and_rank_is_decomposed(
         check_svd(hostile_matrices(m, n)[name], rank, algorithm)
 
 
-@pytest.mark.parametrize("kind", ROUNDINGS)
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(("name", "kind"), thinned(BLOCKS, ROUNDINGS, always=["own"]))
 def test_every_warm_start_costs_time_not_accuracy(name: str, kind: str) -> None:
     W = noise(150, 110) * torch.logspace(0, -2, 110)
     with rounding(kind):
