@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from ..errors import DataError, MissingExtraError
 from ..outside.documents import is_deeper
+from ..outside.hub import at_the_hub, why_unreachable
 from .conversation import Example, RowError
 from .rows import collect
 
@@ -218,11 +219,13 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
     datasets = _extra("datasets")
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        with at_the_hub():
+            rows = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"there is no file {name}, and no data set of that id could be loaded from the hub "
             f"(split {split!r}, subset {subset!r}): {_one_line(error)}"
+            + (f"; {reason}" if (reason := why_unreachable()) else "")
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{name} ({split}): row {number}", row

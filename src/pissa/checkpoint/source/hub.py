@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ...errors import CheckpointError
+from ...outside.hub import at_the_hub, not_found
 from ...stages import stage
 from .files import COPIED_NAMES, COPIED_SUFFIXES
 from .names import check_adapter_name, check_model_name
@@ -68,15 +69,11 @@ def is_in_hub(model: str, name: str) -> bool:
     try:
         if try_to_load_from_cache(model, name) is _CACHED_NO_EXIST:
             return False
-        hf_hub_download(model, name)
+        with at_the_hub():
+            hf_hub_download(model, name)
     except (HfHubHTTPError, OSError, ValueError):
         return False
     return True
-
-
-def unreachable(name: str, error: BaseException) -> str:
-    """What to say of a name that is no directory and that the hub does not give."""
-    return f"there is no directory {name}, and as a hub id it cannot be loaded: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:
@@ -89,7 +86,7 @@ def _download(model: str, weights: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        with stage(f"fetching {model} from the hub"):
+        with at_the_hub(), stage(f"fetching {model} from the hub"):
             return Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, weights]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(unreachable(model, error)) from error
+        raise CheckpointError(not_found(model, error)) from error

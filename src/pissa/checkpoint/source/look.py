@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...outside.hub import at_the_hub, not_found
 from ...stages import stage
 from ..manifest import MANIFEST, read_manifest
 from .files import CONFIG, find_weights, read_json
-from .hub import in_cache, unreachable
+from .hub import in_cache
 from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INITIAL, OLD_ADAPTER_WEIGHTS, check_adapter_name, check_model_name
 
 PATIENCE = 10.0
@@ -113,7 +114,7 @@ def _check_in_hub(name: str, file: str) -> None:
 
     try:
         if in_cache(name, file) is None:
-            with stage(f"asking the hub for {name}"):
+            with at_the_hub(), stage(f"asking the hub for {name}"):
                 HfApi().repo_info(name, timeout=PATIENCE)
     except Exception as error:  # of the hub's, of the network's, of the system's
-        raise CheckpointError(unreachable(name, error)) from error
+        raise CheckpointError(not_found(name, error)) from error

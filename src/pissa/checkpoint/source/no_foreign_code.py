@@ -10,10 +10,12 @@ transformers and gives the loaded model to `pissa.adapt`.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, MissingExtraError, PissaError
+from ...outside.hub import at_the_hub, not_found
 from ...stages import stage
 from .hub import first_line
 
@@ -31,6 +33,11 @@ def through_transformers(kind: str, source: str | os.PathLike[str], what: str, *
         CheckpointError: transformers cannot load it, or only by running code that comes with it.
         MissingExtraError: it is quantised, and bitsandbytes is not installed.
     """
+    with nullcontext() if Path(source).exists() else at_the_hub():
+        return _called(kind, source, what, options)
+
+
+def _called(kind: str, source: str | os.PathLike[str], what: str, options: dict[str, Any]) -> Any:
     import transformers
 
     _check_kernels(source)
@@ -95,4 +102,4 @@ def _check_kernels(source: str | os.PathLike[str]) -> None:
 def _cannot_load(what: str, source: str | os.PathLike[str], error: Exception) -> str:
     if Path(source).exists():
         return f"cannot load {what} from {source}: {first_line(error)}"
-    return f"there is no directory {source}, and as a hub id it cannot be loaded: {first_line(error)}"
+    return not_found(source, error)
