@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from pissa.data.encode import encode
+from pissa.data.rows import examples_from_rows
+from pissa.errors import PissaError
 from pissa.outside import templates
 from pissa.outside.templates import TemplateRefusedError, apply_template
 from tiny import tiny_tokenizer
@@ -62,3 +65,18 @@ def test_a_hostile_template_is_one_line(name: str, monkeypatch: pytest.MonkeyPat
 def test_a_template_that_is_given_is_bounded_too() -> None:
     with pytest.raises(TemplateRefusedError, match="power"):
         rendered("x", chat_template="{{ 9 ** 9 }}")
+
+
+@pytest.mark.parametrize("name", ["loop", "division", "recursion", "a power"])
+def test_rows_under_a_hostile_template_are_one_error_after_one_of_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever renders the template, TRL too, does it within the limits, and only once where it takes for ever."""
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.chat_template = HOSTILE[name]
+    rows = examples_from_rows([{"question": "a", "answer": f"b{i}"} for i in range(1000)])
+    start = time.monotonic()
+    with pytest.raises(PissaError) as caught:
+        encode(rows, tokenizer, template="chat", max_length=64)
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 60

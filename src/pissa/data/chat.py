@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, MissingExtraError
-from ..outside.templates import TemplateRefusedError, apply_template
+from ..outside.templates import TemplateLimitError, TemplateRefusedError, apply_template, within_limits
 from .conversation import OPENING, REASONING, Example, Message, RowError
 
 Span = tuple[int, int]
@@ -56,6 +56,8 @@ def render(messages: Sequence[Message], tokenizer: Any, example: Example, *, pro
             add_generation_prompt=prompt,
             **example.template_options,
         )
+    except TemplateLimitError as error:
+        raise _endless(error) from error
     except TemplateRefusedError as error:
         raise RowError(f"is refused by the tokenizer's chat template ({error})") from error
 
@@ -71,6 +73,14 @@ def template_messages(messages: Sequence[Message], tokenizer: Any) -> list[dict[
     return [message.as_dict(parts=parts) for message in messages]
 
 
+def _endless(error: TemplateLimitError) -> ConfigError:
+    """One row's time is enough: every other would take as long."""
+    return ConfigError(
+        f"the tokenizer's chat template is stopped: {error}; train with another template (--template alpaca or none), "
+        "or correct chat_template.jinja"
+    )
+
+
 @lru_cache(maxsize=16)
 def _wants_parts(tokenizer: Any, template: str) -> bool:
     """Whether a template writes a content only as a list of parts: multimodal ones pass over the letters of a text.
@@ -83,6 +93,8 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
         probe = [Message(role, f"{role} says xyz").as_dict(parts=parts) for role in ("user", "assistant")]
         try:
             text = apply_template(tokenizer, probe, tokenize=False)
+        except TemplateLimitError as error:
+            raise _endless(error) from error
         except TemplateRefusedError:
             continue
         if all(f"{role} says xyz" in text for role in ("user", "assistant")):
@@ -108,8 +120,10 @@ class ChatTemplate:
         if not self.tokenizer.is_fast:
             return None
         try:
-            return get_training_chat_template(self.tokenizer) or own
-        except ValueError:
+            return within_limits(own, lambda: get_training_chat_template(self.tokenizer)) or own
+        except TemplateLimitError as error:
+            raise _endless(error) from error
+        except TemplateRefusedError:  # by TRL, which knows no marks for it, or it cannot be rendered: its rows say why
             return own if has_generation_markers(own) else None
 
     def encode(self, example: Example) -> ChatTokens:
@@ -138,6 +152,8 @@ class ChatTemplate:
                 return_assistant_tokens_mask=True,
                 **example.template_options,
             )
+        except TemplateLimitError as error:
+            raise _endless(error) from error
         except TemplateRefusedError as error:
             raise RowError(f"is refused by the chat template ({error})") from error
         learned = [bool(bit) for bit in found["assistant_masks"]]

@@ -7,19 +7,24 @@ is one kind of error with one line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from .limits import LimitError, bounded
 
 SECONDS = 10.0
 """For one conversation; the longest template that is known takes milliseconds."""
 MEMORY = 1 << 30
+T = TypeVar("T")
 
 
 class TemplateRefusedError(ValueError):
     """The template cannot be rendered, or not within its limits; the message says why on one line."""
+
+
+class TemplateLimitError(TemplateRefusedError):
+    """The template takes more than its time or memory, as it would for every other conversation."""
 
 
 def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
@@ -34,16 +39,30 @@ def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: An
         What `apply_chat_template` returns.
 
     Raises:
-        TemplateRefusedError: the template raises an error, takes more than its time or memory, or raises to a power.
+        TemplateRefusedError: as `within_limits`.
+    """
+    template = options.get("chat_template") or tokenizer.chat_template
+    return within_limits(template, lambda: tokenizer.apply_chat_template(messages, **options))
+
+
+def within_limits(template: Any, work: Callable[[], T]) -> T:
+    """What some work gives that renders a template for one conversation or a few.
+
+    Args:
+        template: what is rendered: a text, or several by name.
+        work: renders it.
+
+    Raises:
+        TemplateLimitError: it takes more than its time or memory.
+        TemplateRefusedError: the template raises an error, or raises to a power.
     """
     try:
-        template = options.get("chat_template") or tokenizer.chat_template
         for text in _texts(template):
             _check_powers(text)
         with bounded(SECONDS, MEMORY):
-            return tokenizer.apply_chat_template(messages, **options)
+            return work()
     except LimitError as error:
-        raise TemplateRefusedError(f"{error} for one conversation") from error
+        raise TemplateLimitError(f"{error} for one conversation") from error
     except Exception as error:  # a template can raise whatever an expression can
         words = " ".join(str(error).split())[:300]
         raise TemplateRefusedError(words or type(error).__name__) from error
