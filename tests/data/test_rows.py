@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pissa.data.conversation import Message, RowError
-from pissa.data.rows import example_from_row, examples_from_rows
+from pissa.data.messages import LEARNED_KEYS, OTHER_LEARNED_KEYS
+from pissa.data.rows import INSTEAD, PREFERENCE, example_from_row, examples_from_rows
 from pissa.errors import DataError
 
 PAIR = (Message("user", "q"), Message("assistant", "r"))
@@ -55,7 +58,7 @@ def test_text_is_kept_to_the_character() -> None:
         ({"conversations": [{"from": ["x"], "value": "q"}]}, "in message 1; allowed: system"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
         ({"messages": [USER, ASSISTANT], "images": ["x.png"]}, "has 'images': only text is trained"),
-        ({"question": "q", "answer": "r", "weight": 0}, "has a weight of its own (0)"),
+        ({"question": "q", "answer": "r", "weight": 0}, "has 0 for 'weight': all rows weigh the same"),
         ({"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]}, "write it as 'tools'"),
         ({"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}}]}, "write it as 'tool_calls'"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "weight 0 on every assistant turn"),
@@ -100,6 +103,52 @@ def test_unusable_rows_say_why(row: Any, reason: str) -> None:
     with pytest.raises(RowError) as caught:
         example_from_row(row)
     assert reason in str(caught.value)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "q", "output": "r"},
+    "question": {"question": "q", "answer": "r"},
+    "messages": {"messages": [USER, ASSISTANT]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
+    "text": {"text": "q r"},
+}
+SPEAKING = (*INSTEAD, *PREFERENCE, *LEARNED_KEYS, "image", "history", "input", "label")
+"""Keys beside a row that speak of what is learned."""
+
+
+@settings(deadline=None)
+@given(
+    shape=st.sampled_from([*SHAPES]),
+    key=st.sampled_from(SPEAKING),
+    value=st.sampled_from([False, 0.5, 2, "x", [["a", "b"]], {"a": 1}]),
+)
+def test_a_key_that_speaks_of_learning_is_used_or_named(shape: str, key: str, value: Any) -> None:
+    plain = example_from_row(SHAPES[shape])
+    try:
+        found = example_from_row({**SHAPES[shape], key: value})
+    except RowError as reason:
+        assert f"'{key}'" in str(reason) or key in PREFERENCE
+        return
+    # what says nothing, and what is no answer to whether the row is wanted
+    assert found != plain or not value or key == "label"
+
+
+@settings(deadline=None)
+@given(key=st.sampled_from([*LEARNED_KEYS, *OTHER_LEARNED_KEYS]), value=st.sampled_from([0, False, 0.5, 2, "no", [1]]))
+def test_a_turn_is_learned_or_not_as_it_says_or_refused(key: str, value: Any) -> None:
+    turns = [USER, {**ASSISTANT, key: value}, USER, ASSISTANT]
+    try:
+        found = example_from_row({"messages": turns}).messages
+    except RowError as reason:
+        assert f"'{key}' in message 2" in str(reason) and (value not in (0, 1) or key in OTHER_LEARNED_KEYS)
+        return
+    assert [turn.learned for turn in found if turn.role == "assistant"] == [False, True] and value == 0
+
+
+@given(st.dictionaries(st.text(max_size=5).map("x_".__add__), st.integers() | st.text(max_size=3), max_size=3))
+def test_what_says_nothing_of_learning_is_left_alone(more: dict[str, Any]) -> None:
+    for row in SHAPES.values():
+        assert example_from_row({**row, **more}) == example_from_row(row)
 
 
 LOOK_UP = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "x"}}}

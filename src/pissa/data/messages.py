@@ -15,6 +15,11 @@ from .conversation import OPENING, REASONING, ROLES, Message, RowError
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 FUNCTION_CALL = "function_call"
 LEARNED_KEYS = ("weight", "loss", "train", "training")
+OTHER_LEARNED_KEYS = (
+    *("mask", "masked", "loss_mask", "loss_scale", "loss_weight", "train_detail", "trainable", "train_on_turn"),
+    *("learn", "ignore"),
+)
+"""What other tools call it, each in another way round: such a key is refused."""
 Turn = Mapping[str, Any]
 
 
@@ -109,6 +114,8 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
 
 def _learned(turn: dict[str, Any], name: str) -> bool:
     """Whether a turn is learned; the keys that say so are taken out of it."""
+    if other := [key for key in OTHER_LEARNED_KEYS if key in turn]:
+        raise RowError(f"has {other[0]!r} in {name}; say weight 0 (seen and not learned) or 1 (learned) instead")
     learned = True
     for key in LEARNED_KEYS:
         if key not in turn:

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..errors import DataError
 from ..outside.documents import parse
-from .conversation import Example, Message, RowError
-from .messages import conversation, kind, text_of
+from .conversation import REASONING, Example, Message, RowError
+from .messages import LEARNED_KEYS, OTHER_LEARNED_KEYS, conversation, kind, text_of
 
 SINGLE_TURN = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"))
 CONVERSATIONS = (("messages",), ("conversations",))
@@ -27,7 +27,17 @@ ROW_SHAPES = (
 )
 SHOWN_OFFENDERS = 5
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-PREFERENCE = ("chosen", "rejected", "kto_tag")
+PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
+INSTEAD = {
+    **dict.fromkeys(("functions",), "which no chat template reads; write it as 'tools'"),
+    **dict.fromkeys(("function_call",), "which no chat template reads; write it as 'tool_calls'"),
+    **dict.fromkeys(("system_prompt", "system_message"), "which is not read; write it as 'system'"),
+    **dict.fromkeys(("context", "passage", "choices", "options"), "which is not read; put it into the question"),
+    **dict.fromkeys(REASONING, "which is read in a message alone; write the row as messages"),
+    **dict.fromkeys(("input_ids", "labels", *OTHER_LEARNED_KEYS), "which is not read; take it out, or the row"),
+}
+"""Keys that would change what is learned -> what to do about them."""
+WITH_TEXT = ("system", "history", "tools", "input")
 
 
 def example_from_row(row: Any, where: str = "") -> Example:
@@ -46,6 +56,7 @@ def example_from_row(row: Any, where: str = "") -> Example:
     given, row = row, {key: value for key, value in row.items() if value is not None}
     _refuse_unused(row)
     shape = _shape(row, given)
+    _check_shape_takes(row, shape)
     if shape == ("text",):
         text = text_of(row["text"], "'text'")
         if not text.strip():
@@ -123,12 +134,27 @@ def _refuse_unused(row: Mapping[str, Any]) -> None:
             "is preference data (chosen, rejected or kto_tag), and one response is learned; use TRL's DPOTrainer or "
             "KTOTrainer on a model that `pissa.adapt` made, or leave only the response that is to be learned"
         )
-    weight = row.get("weight")
-    if isinstance(weight, int | float) and weight != 1:
-        raise RowError(f"has a weight of its own ({weight!r}): all rows weigh the same; take it out, or the row")
-    for old, new in (("functions", "tools"), ("function_call", "tool_calls")):
-        if row.get(old):
-            raise RowError(f"has {old!r}, which no chat template reads; write it as {new!r}")
+    if isinstance(row.get("label"), bool):
+        raise RowError("has a 'label' that says whether its answer is wanted; take it out, or the row")
+    for key in LEARNED_KEYS:
+        if row.get(key, 1) not in (1, "1"):
+            raise RowError(f"has {row[key]!r} for {key!r}: all rows weigh the same; take it out, or the row")
+    for key, instead in INSTEAD.items():
+        if row.get(key):
+            raise RowError(f"has {key!r}, {instead}")
+
+
+def _check_shape_takes(row: Mapping[str, Any], shape: tuple[str, ...]) -> None:
+    """Refuse keys that rows of other shapes have, and this one does not.
+
+    Raises:
+        RowError: naming the key.
+    """
+    refused = WITH_TEXT if shape == ("text",) else ("history",) if shape in CONVERSATIONS else ()
+    if "instruction" not in shape:
+        refused = (*refused, "input")
+    if found := [key for key in refused if row.get(key)]:
+        raise RowError(f"has {found[0]!r} beside '{shape[0]}', where it is not read; put it into that, or take it out")
 
 
 def _shape(row: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
