@@ -154,8 +154,11 @@ def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read"),
+        (None, "is missing"),
         ("rank: [", "is not YAML"),
+        ("[" * 100_000, "nested too deeply"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "has aliases"),
+        ("x: " + "y" * (1 << 20), "bytes; at most"),
         ("wings: 2\n", "names wings; known: rank, alpha, method"),
         ("- 1\n", "holds list; give lines of the form"),
         ("learningrate: 1\nrnak: 2\n", "names learningrate (did you mean learning_rate?), rnak (did you mean rank?)"),

@@ -23,6 +23,7 @@ from ..checkpoint.card import front_matter, write_card
 from ..checkpoint.disk.write import check_free, output_directory
 from ..checkpoint.read import read_adapter
 from ..checkpoint.recorded import recorded_template
+from ..checkpoint.source.files import read_json
 from ..checkpoint.source.hub import adapter_directory
 from ..checkpoint.source.load import load_tokenizer
 from ..data.prompts import Template, resolve_template
@@ -125,7 +126,7 @@ def _put_prompt(merged: Path, template: Template) -> None:
         return
     settings = merged / "tokenizer_config.json"
     if settings.is_file():
-        document = json.loads(settings.read_text(encoding="utf-8"))
+        document = read_json(settings)
         document.pop("chat_template", None)
         settings.write_text(json.dumps(document), encoding="utf-8")
     for other in (merged / "additional_chat_templates").glob("*.jinja"):
@@ -134,7 +135,7 @@ def _put_prompt(merged: Path, template: Template) -> None:
 
 
 def _usual_form(merged: Path) -> Form:
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    config = read_json(merged / "config.json")
     return "bf16" if "bfloat16" in str(config.get("dtype") or config.get("torch_dtype")) else "f16"
 
 
@@ -160,7 +161,7 @@ def _ends(merged: Path) -> list[int]:
     settings = merged / "generation_config.json"
     if not settings.is_file():
         return []
-    ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+    ends = read_json(settings).get("eos_token_id")
     return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 

@@ -25,6 +25,8 @@ from ..errors import CheckpointError, PissaError
 
 LARGEST = 1 << 25
 """Bytes of JSON that are parsed at most: parsing takes up to 24 times as much memory. 32 MiB name 200,000 tensors."""
+LARGEST_YAML = 1 << 18
+"""Bytes of YAML: a file of settings, and slow to parse."""
 DEEPEST = 100
 """Levels of lists and objects in each other."""
 LARGEST_NUMBER = 1 << 63
@@ -82,7 +84,7 @@ def read_bounded(path: Path, largest: int = LARGEST) -> bytes:
         raise Unreadable("is no plain file")
     with os.fdopen(descriptor, "rb") as stream:
         if found.st_size > largest:
-            raise Unreadable(f"is {found.st_size:,} bytes of JSON; at most {largest:,} are read")
+            raise Unreadable(f"is {found.st_size:,} bytes; at most {largest:,} are read")
         try:
             data = stream.read(largest + 1)
         except OSError as error:
@@ -129,6 +131,29 @@ def parse(text: bytes, *, integers_only: bool = False) -> Any:
         raise Unreadable("is nested too deeply")
     if b"\\ud" in text or b"\\uD" in text:
         _check_surrogates(value)
+    return value
+
+
+def parse_yaml(text: bytes) -> Any:
+    """A YAML document of plain values, within the same bounds.
+
+    Args:
+        text: UTF-8.
+
+    Raises:
+        Unreadable: it is no YAML, is too large or nested too deeply, or has aliases, of which few lines make gigabytes.
+    """
+    import yaml
+
+    if len(text) > LARGEST_YAML:
+        raise Unreadable(f"is {len(text):,} bytes of YAML; at most {LARGEST_YAML:,} are read")
+    try:
+        _check_events(yaml.parse(text.decode("utf-8")))
+        value = yaml.safe_load(text.decode("utf-8"))
+    except RecursionError as error:
+        raise Unreadable("is nested too deeply") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OverflowError) as error:
+        raise Unreadable(f"is not YAML: {' '.join(str(error).split())[:300]}") from error
     return value
 
 
@@ -241,6 +266,19 @@ def is_deeper(value: Any, most: int = DEEPEST) -> bool:
         if not level:
             return False
     return True
+
+
+def _check_events(events: Iterator[Any]) -> None:
+    """Refuse YAML with aliases or deep nesting at the first sign of it."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            raise Unreadable("has aliases (*NAME); write out what they stand for")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise Unreadable("is nested too deeply")
 
 
 def _check_surrogates(value: Any) -> None:

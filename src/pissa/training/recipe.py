@@ -11,6 +11,7 @@ from ..config import METHODS, AdapterSettings, PissaConfig, Quantization, quanti
 from ..config.settings import check_settings, nearest, read_settings, settings_of
 from ..errors import ConfigError
 from ..optimizers.names import SPECTRAL, default_rate
+from ..outside.documents import LARGEST_YAML, Unreadable, parse_yaml, read_bounded
 from .recipe_groups import TRAINING_METHODS as TRAINING_METHODS
 from .recipe_groups import AdapterGroup, DataGroup, QuantizationGroup, TrainingGroup, ValidationGroup
 
@@ -137,14 +138,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, or is no YAML of name: value pairs.
     """
-    import yaml
-
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        document = parse_yaml(read_bounded(Path(path), LARGEST_YAML))
+    except Unreadable as reason:
+        raise ConfigError(f"{path} {reason}; give lines of the form `learning_rate: 2e-4`") from reason
     if not isinstance(document or {}, dict):
         raise ConfigError(f"{path} holds {type(document).__name__}; give lines of the form `learning_rate: 2e-4`")
     return _named(document or {})
