@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config.settings import Setting, choices_of, form, read, settings_of
-from ..errors import ConfigError
+from ..errors import ConfigError, PissaError
 
 SHORT = {"learning_rate": ("--lr",)}
 """Further names of flags."""
@@ -57,7 +57,11 @@ def with_settings(
         @functools.wraps(command)
         def taking(**given: Any) -> None:
             texts = {name: given.pop(name) for name in wanted if name in given}
-            command(**given, **{into: _read(texts, wanted, flags)})
+            try:
+                command(**given, **{into: _read(texts, wanted, flags)})
+            except PissaError as error:
+                error.args = (with_flags(str(error), flags),)
+                raise
 
         places = sorted([*own, *options], key=lambda parameter: parameter.default is not inspect.Parameter.empty)
         taking.__signature__ = signature.replace(parameters=places)  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,6 +69,18 @@ def with_settings(
         return taking
 
     return decorate
+
+
+def with_flags(text: str, flags: Mapping[str, str]) -> str:
+    """A message whose names of settings somebody can follow who has flags: these are put behind it.
+
+    Args:
+        text: as the library says it.
+        flags: of the command, by the name of the setting.
+    """
+    named = [flag for name, flag in flags.items() if "_" in name and re.search(rf"(?<![\w./-]){name}(?![\w/])", text)]
+    missing = [flag for flag in named if not re.search(rf"{flag}(?![\w-])", text)]
+    return f"{text} (as flags: {', '.join(missing)})" if missing else text
 
 
 def _option(setting: Setting, flag: str, flags: Mapping[str, str]) -> inspect.Parameter:
