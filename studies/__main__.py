@@ -21,7 +21,10 @@ def command(
     model: Annotated[str | None, typer.Option(help="A directory or hub id instead of the study's own model.")] = None,
     allow_code_execution: Annotated[
         bool,
-        typer.Option("--allow-code-execution", help="Let code that the models wrote run here (nlg: humaneval, mbpp)."),
+        typer.Option(
+            "--allow-code-execution",
+            help="Let code that the models wrote run here, confined or not (nlg: humaneval, mbpp).",
+        ),
     ] = False,
     show_list: Annotated[bool, typer.Option("--list", help="Show all studies with their runtimes.")] = False,
     page: Annotated[Path | None, typer.Option(help="Write README.md of the results in this directory.")] = None,

@@ -87,6 +87,7 @@ def passed(settings: Settings, model: Any, tokenizer: Any, problems: Mapping[str
         template="alpaca",
         max_new_tokens=settings.pick(quick=8, default=None, full=None),
         allow_code_execution=settings.allow_code_execution,
+        allow_unconfined_code=settings.allow_code_execution,
     )
     return {name: find_task(name).run(model, tokenizer, own, options).value for name, own in problems.items()}
 

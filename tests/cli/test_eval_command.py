@@ -50,7 +50,10 @@ def test_a_figure_with_its_interval_or_one_json_document(
             ["--task", "gsm8k", "--data", "DATA", "--template", "alpacca"],
             "template is 'alpacca'; allowed: auto, chat, alpaca",
         ),
-        (["--task", "mbpp", "--data", "DATA", "--allow-code-execution"], "has no task_id, test_list"),
+        (
+            ["--task", "mbpp", "--data", "DATA", "--allow-code-execution", "--allow-unconfined-code"],
+            "has no task_id, test_list",
+        ),
         (["--task", "gsm8k"], "Missing option '--data'"),
     ],
 )

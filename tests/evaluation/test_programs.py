@@ -18,7 +18,7 @@ from pissa.evaluation.tasks import programs
 from pissa.evaluation.tasks.programs import code_of, program_of
 from pissa.evaluation.tasks.registry import find_task
 
-ALLOWED = EvaluationOptions(allow_code_execution=True)
+ALLOWED = EvaluationOptions(allow_code_execution=True, allow_unconfined_code=True)
 ADD = {
     "task_id": "Mine/0",
     "prompt": 'def add(a, b):\n    """Sum of two numbers."""\n',
@@ -102,6 +102,18 @@ def test_solutions_of_mbpp_pass(pissa_data: Path) -> None:
     for code in (rows[0]["code"], "def remove_Occ(s, c): return s"):
         ours = run_program(program_of(problem, code)).passed
         assert ours is execution.check_correctness(problem, code, timeout=3.0)["passed"]
+
+
+def test_a_machine_that_cannot_confine_code_asks_for_a_stronger_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "run_program", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(programs, "gaps", lambda: ("using the network",))
+    once = EvaluationOptions(allow_code_execution=True)
+    for name in ("humaneval", "mbpp"):
+        with pytest.raises(ConfigError, match=r"using the network; nothing was run\. Add --allow-unconfined-code"):
+            find_task(name).run(None, None, [ADD], once)
+        find_task(name).check(ALLOWED)
+    monkeypatch.setattr(programs, "gaps", tuple)
+    find_task("mbpp").check(once)
 
 
 @pytest.mark.slow

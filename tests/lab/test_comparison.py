@@ -277,6 +277,7 @@ def test_programs_are_run_where_that_is_allowed_and_their_file_stays_the_same(
     monkeypatch.setattr("pissa.evaluation.tasks.programs.gaps", lambda: ("using the network",))
     chosen = plan(
         methods=("lora",), steps=1, evaluation="humaneval", evaluation_data=str(problems), allow_code_execution=True,
+        allow_unconfined_code=True,
         accuracy_problems=None, new_tokens=2,
     )  # fmt: skip
     out = tmp_path / "out"

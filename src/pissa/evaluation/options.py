@@ -37,6 +37,9 @@ class EvaluationOptions:
     allow_code_execution: bool = False
     """Let code that the model wrote run on this machine. Used only when the task is humaneval or mbpp, which do nothing
     without it."""
+    allow_unconfined_code: bool = False
+    """Let that code run also where this machine cannot keep it from everything that it should not do; the refusal
+    without it says from what. Used only when the task is humaneval or mbpp."""
     judge_url: Name | None = None
     """Base address of an endpoint that speaks OpenAI's chat completions, such as https://HOST/v1. Used only when the
     task is mt-bench."""

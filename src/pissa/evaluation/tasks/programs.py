@@ -30,17 +30,23 @@ class ProgramTask(GenerativeTask):
     metric = "pass@1"
     template = "none"
     max_new_tokens = 512
-    settings = (*GenerativeTask.settings, "allow_code_execution")
+    settings = (*GenerativeTask.settings, "allow_code_execution", "allow_unconfined_code")
     continues: tuple[str, ...] = ()
     """Texts that end a continuation of the file."""
 
     def check(self, options: EvaluationOptions) -> None:
-        """Also that the user lets code run."""
+        """Also that the user lets code run, as far as this machine confines it."""
         super().check(options)
         if not options.allow_code_execution:
             raise ConfigError(
                 f"{self.name} runs code that the model wrote; nothing was run. Add --allow-code-execution to let it "
-                "(EvaluationOptions(allow_code_execution=True) in Python), confined as far as this machine can"
+                "(EvaluationOptions(allow_code_execution=True) in Python), confined by this machine"
+            )
+        if gaps() and not options.allow_unconfined_code:
+            raise ConfigError(
+                f"{self.name} runs code that the model wrote, and this machine cannot keep it from: "
+                f"{'; '.join(gaps())}; nothing was run. Add --allow-unconfined-code to let it nevertheless "
+                "(EvaluationOptions(allow_unconfined_code=True) in Python), or go to a machine that grants namespaces"
             )
 
     def warnings(self) -> tuple[str, ...]:

@@ -77,6 +77,8 @@ class ComparisonPlan:
     """File with that task's problems. Left out, the test problems, where they are of that kind."""
     allow_code_execution: bool = False
     """Let code that the models wrote run on this machine; humaneval and mbpp do nothing without it."""
+    allow_unconfined_code: bool = False
+    """Let that code run also where this machine cannot keep it from everything that it should not do."""
     accuracy_problems: CountFromZero | None = None
     """How many problems are solved by generating. Left out, all where every answer is marked, else none."""
     new_tokens: Count = 256

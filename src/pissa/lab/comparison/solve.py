@@ -53,6 +53,7 @@ def make_solver(task: Task, tokenizer: Any, plan: ComparisonPlan) -> Solver | No
         template=plan.recipe.template,
         max_new_tokens=plan.new_tokens if generates else None,
         allow_code_execution=plan.allow_code_execution,
+        allow_unconfined_code=plan.allow_unconfined_code,
     )
     found.check(options)
     if plan.evaluation_data is not None:
