@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+from datasets import config as datasets_config
 from huggingface_hub import constants
 
 import pissa.outside.hub as hub
@@ -78,7 +78,7 @@ def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     with request.param() as port:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
         yield constants.ENDPOINT
 
 
@@ -93,7 +93,7 @@ def test_an_unknown_name_is_one_line_whoever_asks(
         assert NAME in str(caught.value) and "\n" not in str(caught.value), what
     assert time.monotonic() - start < 60  # a library's own repetitions take longer for each of them
     assert "Retrying" not in capsys.readouterr().err
-    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+    assert not constants.HF_HUB_OFFLINE and not datasets_config.HF_HUB_OFFLINE
 
 
 def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
