@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from pissa import PissaConfig, adapt, init_checkpoint, load, save_residual
 from pissa.checkpoint.source.architecture import class_for
-from pissa.errors import CheckpointError
+from pissa.errors import CheckpointError, TargetError
 from tiny import largest_difference, logits_of, save_by_peft_alone, tiny_llama, train_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -79,6 +79,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "whisper": whisper,
     "roberta classifier": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**LABELLED)),
     "llama classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**LABELLED)),
+    "distilbert classifier": lambda: hf.DistilBertForSequenceClassification(
+        hf.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4, num_labels=3)
+    ),
     "tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**LABELLED)),
     "questions": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TEXT)),
     "masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
@@ -113,7 +116,7 @@ def test_load_gives_the_class_and_the_tensors_that_were_saved(name: str, tmp_pat
         torch.testing.assert_close(theirs[key], tensor, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["roberta classifier", "llama classifier", "tokens", "questions", "vit", "t5"])
+@pytest.mark.parametrize("name", ["roberta classifier", "distilbert classifier", "tokens", "vit", "t5"])
 def test_peft_loads_the_initial_adapter_that_init_and_save_residual_write(name: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -173,6 +176,23 @@ def test_tensors_that_the_base_has_no_place_for_are_refused(tmp_path: Path) -> N
 )
 def test_what_is_loaded(architectures: Any, task: str | None, trained: str | None, expected: str) -> None:
     assert class_for(architectures, task, trained, "x") == expected
+
+
+def test_names_that_are_lost_on_the_way_back_are_refused_before_anything_is_split(tmp_path: Path) -> None:
+    """transformers renames `mlp.shared_expert.` of older checkpoints, and finds that in this model's own names too."""
+    config = hf.LagunaConfig(
+        **settings(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16),
+        **settings(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4),
+        **settings(num_experts_per_tok=2, shared_expert_intermediate_size=24, max_position_embeddings=64),
+    )
+    model = hf.LagunaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    for act in (
+        lambda: adapt(model, PissaConfig(2)),
+        lambda: init_checkpoint(tmp_path / "base", tmp_path / "init", PissaConfig(2)),
+    ):
+        with pytest.raises(TargetError, match=r"shared_experts.*exclude_modules"):
+            act()
 
 
 # Older files

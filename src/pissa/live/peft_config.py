@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from peft import LoraConfig
 from torch import nn
-from transformers.models.auto import modeling_auto
 
 from ..config import PissaConfig
 from .adalora import adalora_config
 from .conversion import NESTING
 from .layers import LINEAR, TRANSPOSED
 from .marks import set_marks
+from .selection import task_type
 from .targets import Target, pattern_keys, peft_targets
 
 
@@ -38,7 +38,7 @@ def peft_config(model: nn.Module, targets: list[Target], config: PissaConfig) ->
         modules_to_save=list(config.modules_to_save) or None,
         trainable_token_indices=_token_indices(config),
         init_lora_weights=True,
-        task_type=_task_type(model),
+        task_type=task_type(model),
     )
     if parameters:
         set_marks(result, **{NESTING: parameters})
@@ -56,14 +56,3 @@ def _lora_alpha(config: PissaConfig, rank: int, alpha: float | None) -> float:
     if alpha is not None:
         return alpha
     return rank**0.5 if config.use_rslora else rank
-
-
-def _task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    tables = (
-        ("CAUSAL_LM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        ("SEQ_2_SEQ_LM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-        ("SEQ_CLS", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
-        ("TOKEN_CLS", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
-    )
-    return next((task for task, table in tables if name in table.values()), None)

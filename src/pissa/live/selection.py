@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
+from transformers.models.auto import modeling_auto
 
 from ..config import PissaConfig
 from ..decompose.svd import TruncatedSVD
@@ -160,7 +161,25 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     heads = {name for name, module in modules.items() if head is not None and module is head}
     if not heads:
         heads = {name for name in modules if any(_inside(name, head) for head in CLASSIFICATION_HEADS)}
-    return heads
+    # PEFT trains in full what ends so in a classifier, DistilBERT's pre_classifier too
+    whole = {name for name in modules if name.endswith(CLASSIFICATION_HEADS)} if _is_classifier(model) else set()
+    return heads | {name for name in modules if _lies_in(name, whole)}
+
+
+def _is_classifier(model: nn.Module) -> bool:
+    return task_type(model) in ("SEQ_CLS", "TOKEN_CLS")
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name of what a model of this class is for; None where it has none."""
+    name = type(model).__name__
+    tables = (
+        ("CAUSAL_LM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("SEQ_2_SEQ_LM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("SEQ_CLS", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        ("TOKEN_CLS", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    )
+    return next((task for task, table in tables if name in table.values()), None)
 
 
 def _saved_in_full(modules: dict[str, nn.Module], wanted: Sequence[str]) -> set[str]:

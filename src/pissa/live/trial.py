@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraModel
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
 from ..errors import TargetError
 from .quantized import bits_of
+from .selection import listed
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 """How PEFT says that it cannot adapt something."""
@@ -57,10 +59,32 @@ def check_by_peft(model: nn.Module, config: LoraConfig) -> LoraConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            get_peft_model(twin, completed, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+            wrapped = get_peft_model(twin, completed, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+            lost = _lost_when_loaded(wrapped, completed)
         except REFUSALS as error:
             raise refusal(error) from error
+    if lost:
+        raise TargetError(
+            f"PEFT and transformers would not find the adapters of {listed(lost, 5)} again when they load them: they "
+            "take these names for those of an older checkpoint; name the modules in exclude_modules "
+            "(--exclude-modules)"
+        )
     return completed
+
+
+def _lost_when_loaded(wrapped: Any, config: LoraConfig) -> list[str]:
+    """Modules whose adapters PEFT reads under another name than it writes them.
+
+    Args:
+        wrapped: the adapted model, without values.
+        config: its adapter's.
+    """
+    written = {
+        k: v for k, v in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items() if ".lora_" in k
+    }
+    read = convert_peft_adapter_state_dict_for_transformers(wrapped, config, dict(written))
+    lost = [name for name in written if name not in read or read[name].shape != written[name].shape]
+    return list(dict.fromkeys(name.removeprefix("base_model.model.").partition(".lora_")[0] for name in lost))
 
 
 def refusal(error: Exception) -> TargetError:
