@@ -66,8 +66,7 @@ def check_by_peft(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if lost:
         raise TargetError(
             f"PEFT and transformers would not find the adapters of {listed(lost, 5)} again when they load them: they "
-            "take these names for those of an older checkpoint; name the modules in exclude_modules "
-            "(--exclude-modules)"
+            "take these names for those of an older checkpoint; name the modules in exclude_modules"
         )
     return completed
 

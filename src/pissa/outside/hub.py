@@ -63,13 +63,9 @@ def not_found(name: str | os.PathLike[str], error: BaseException) -> str:
         name: what was asked for.
         error: what the library said.
     """
-    reason = why_unreachable()
+    words, reason = " ".join(str(error).split())[:400] or type(error).__name__, why_unreachable()
     if reason is not None:
-        return (
-            f"there is no directory {name}; as a hub id it is not in the hub's cache, and the hub is not asked, since "
-            f"{reason}"
-        )
-    words = " ".join(str(error).split())[:400] or type(error).__name__
+        words = f"it is not in the hub's cache, and the hub is not asked, since {reason}"
     return f"there is no directory {name}, and as a hub id it cannot be loaded: {words}"
 
 
