@@ -71,7 +71,7 @@ def commands(work: Path) -> dict[str, list[str]]:
     train += ["--learning-rate", "1e-3"]
     assert in_fork([*train, "--out", str(work / "run")])[0] == 0
     compare = ["compare", "--model", str(base), "--data", str(rows), *learning, "--methods", "lora,pissa"]
-    compare += ["--max-steps", "2", "--seeds", "1", "--lrs", "1e-3", "--no-report"]
+    compare += ["--steps", "2", "--seeds", "1", "--lrs", "1e-3", "--no-report"]
     return {
         "init": ["init", str(base), out, "--rank", "2"],
         "train": [*train, "--out", out],

@@ -80,7 +80,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "roberta classifier": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**LABELLED)),
     "llama classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**LABELLED)),
     "distilbert classifier": lambda: hf.DistilBertForSequenceClassification(
-        hf.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4, num_labels=3)
+        hf.DistilBertConfig(**settings(num_labels=3), vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
     ),
     "tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**LABELLED)),
     "questions": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TEXT)),

@@ -16,7 +16,7 @@ import yaml
 from commands import exit_code
 
 from pissa import PissaConfig, Quantization, Recipe
-from pissa.cli.flags import with_flags, with_settings
+from pissa.cli.flags import naming_flags, with_settings
 from pissa.cli.parser import COMMANDS, Command, load_command
 from pissa.config.kinds import Count, Share
 from pissa.config.settings import MISSING, settings_of
@@ -364,10 +364,10 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_refusal_that_names_a_setting_names_its_flag_once(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     flags = {each: f"--{each.replace('_', '-')}" for each in settings_of(Recipe)}
-    said = with_flags(f"cannot adapt x: set {name}=['y'], or lower rank", flags)
+    said = naming_flags(f"cannot adapt x: set {name}=['y'], or lower rank", flags)
     assert said.endswith(f"(as flags: {flag})")
     for kept in (said, f"give {flag}, which is {name}", f"a/{name}/b", f"x{name}", f"x.{name}", "nothing"):
-        assert with_flags(kept, flags).count(flag) == kept.count(flag)
+        assert naming_flags(kept, flags).count(flag) == kept.count(flag)
 
 
 def test_advice_on_the_command_line_can_be_followed_there(

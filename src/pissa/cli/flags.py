@@ -60,7 +60,7 @@ def with_settings(
             try:
                 command(**given, **{into: _read(texts, wanted, flags)})
             except PissaError as error:
-                error.args = (with_flags(str(error), flags),)
+                error.args = (naming_flags(str(error), flags),)
                 raise
 
         places = sorted([*own, *options], key=lambda parameter: parameter.default is not inspect.Parameter.empty)
@@ -71,7 +71,7 @@ def with_settings(
     return decorate
 
 
-def with_flags(text: str, flags: Mapping[str, str]) -> str:
+def naming_flags(text: str, flags: Mapping[str, str]) -> str:
     """A message whose names of settings somebody can follow who has flags: these are put behind it.
 
     Args:
