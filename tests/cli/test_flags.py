@@ -25,7 +25,7 @@ from pissa.lab.comparison.plan import ComparisonPlan
 from pissa.lab.inspection.settings import InspectionSettings
 from pissa.training.recipe import read_recipe, recipe_from
 
-GROUPS = ("Adapter", "Quantisation", "Training", "Data")
+GROUPS = ("Adapter", "Quantisation", "Training", "Validation", "Data")
 SAME = {
     "rank": ("8", 8),
     "alpha": ("3.5", 3.5),
