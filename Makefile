@@ -35,7 +35,7 @@ PYTEST := $(QUIET_THREADS) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/
 # A process on every core, each with one thread; every process loads torch and transformers, about 1 GiB.
 PARALLEL := $(PYTEST) --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-studies test-all lint format docs bench gpu clean
+.PHONY: help setup demo test test-studies test-all test-clients lint format docs bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,7 @@ help:
 	@echo "make demo      fine-tune a real model with PiSSA and with LoRA, side by side"
 	@echo "make test      the tests; make test-all adds the slow ones"
 	@echo "make test-studies  the tests of the studies, which measure the claims of the paper again"
+	@echo "make test-clients  exports in vLLM, llama.cpp, PEFT and LLaMA-Factory, each installed for it (hours)"
 	@echo "make lint      ruff and pyright; make format mends what ruff can"
 	@echo "make docs      check links, commands and names in the pages, and build the site into site/"
 	@echo "make bench     every benchmark; make bench-NAME runs benchmarks/NAME.py"
@@ -78,6 +79,9 @@ test-studies: setup
 
 test-all: setup
 	$(PARALLEL) tests studies -m '' $(TEST_ARGS)
+
+test-clients: setup
+	$(PYTEST) tests/clients -m clients --timeout 7200 $(TEST_ARGS)
 
 lint: setup
 	@failed=; for check in 'ruff check .' 'ruff format --check .' pyright; do \
