@@ -10,23 +10,21 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
-from .context import Context, Skipped, first_line, write_json
+from .context import Context, Skipped, first_line, out_of_memory, write_json
 from .sizes import SIZES
 
 
 def main(module: str, sizes: str, device: str, results: str) -> int:
     """Run the stage; its exit code is 0 where it was done or skipped."""
     path = Path(results)
-    context = Context(SIZES[sizes], torch.device(device), path)
+    context = Context(SIZES[sizes], device, path)
     context.record()
     status, message = "done", None
     try:
         import_module(module).run(context)
     except Skipped as reason:
         status, message = "skipped", str(reason)
-    except torch.OutOfMemoryError as error:
+    except out_of_memory() as error:
         status, message = "out of memory", first_line(error)
         traceback.print_exc()
     except Exception as error:

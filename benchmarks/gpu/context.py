@@ -1,17 +1,22 @@
-"""What a stage is given, and what it writes: a JSON file that is whole after each figure."""
+"""What a stage is given, and what it writes: a JSON file that is whole after each figure.
+
+Nothing here imports torch before a stage does.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .sizes import Sizes
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Skipped(Exception):
@@ -23,10 +28,18 @@ class Context:
     """One stage's run: what it works with, and its figures so far."""
 
     sizes: Sizes
-    device: torch.device
+    device_name: str
+    """torch's name of the device."""
     results: Path
     """The file that holds the figures; see `record`."""
     figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        import torch
+
+        return torch.device(self.device_name)
 
     def record(self, **figures: Any) -> None:
         """Keep figures, and write all of them: should the stage be ended, these are known."""
@@ -48,12 +61,18 @@ class Context:
             figure = part(*arguments)
         except Skipped as reason:
             self.record(**{name: {"skipped": str(reason)}})
-        except torch.OutOfMemoryError as error:
+        except out_of_memory() as error:
             self.record(**{name: {"out_of_memory": first_line(error)}})
         else:
             self.record(**{name: figure})
             return figure
         return None
+
+
+def out_of_memory() -> tuple[type[Exception], ...]:
+    """What torch raises where a device's memory does not suffice; nothing as long as torch is not imported."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
 
 
 def write_json(path: Path, document: Any) -> None:

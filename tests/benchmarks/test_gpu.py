@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu import child, orchestrate  # noqa: E402
+from benchmarks.gpu.__main__ import main  # noqa: E402
 from benchmarks.gpu.orchestrate import ended, read, run_pass  # noqa: E402
 from benchmarks.gpu.page import BODIES, PAGE, RESULTS, page, table  # noqa: E402
 from benchmarks.gpu.sizes import FULL, TINY  # noqa: E402
 from benchmarks.gpu.stages import BUDGET, STAGES, Stage  # noqa: E402
 
 BEGIN: dict[str, Any] = {"sizes": "tiny"}
-HEAD = "import os, signal, subprocess, sys, time\nimport torch\nfrom benchmarks.gpu.context import Skipped\n"
+HEAD = "import os, signal, subprocess, sys, time\nfrom benchmarks.gpu.context import Skipped\n"
 ENDINGS = {
     "fine": ("context.record(figure=1)", "done", None),
     "raises": (
@@ -33,7 +37,8 @@ ENDINGS = {
     ),
     "skipped": ("raise Skipped('no package')", "skipped", "no package"),
     "memory": (
-        "context.record(figure=1)\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried 9 GiB\\nmore')",
+        "import torch\n    context.record(figure=1)\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried 9 GiB\\nmore')",
         "out of memory",
         "OutOfMemoryError: CUDA out of memory. Tried 9 GiB",
     ),
@@ -118,18 +123,19 @@ def test_the_json_is_whole_at_any_time(stage: Any, tmp_path: Path) -> None:
     assert {"fine": "done", "killed": "not reached"} in seen
 
 
-def test_a_pass_keeps_to_its_budget(stage: Any, tmp_path: Path) -> None:
+def test_a_pass_keeps_to_its_budget(stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrate, "SHORTEST", 1.0)
     stages = [stage("hangs", ENDINGS["hangs"][0], 100), stage("late", "context.record(figure=1)", 100)]
-    document = passed(stages, tmp_path / "out.json", budget=9)
+    document = passed(stages, tmp_path / "out.json", budget=2)
     assert document["stages"]["hangs"]["status"] == "timed out"
-    assert document["stages"]["hangs"]["message"] == "ended after its 9 s"
+    assert document["stages"]["hangs"]["message"] == "ended after its 2 s"
     assert document["stages"]["late"]["status"] == "not reached"
-    assert "of the pass's 9 s were left" in document["stages"]["late"]["message"]
+    assert "of the pass's 2 s were left" in document["stages"]["late"]["message"]
 
 
 def test_a_part_without_memory_stops_no_other_part(stage: Any, tmp_path: Path) -> None:
     code = (
-        "def no_memory():\n        raise torch.OutOfMemoryError('too large')\n"
+        "import torch\n    def no_memory():\n        raise torch.OutOfMemoryError('too large')\n"
         "    def absent():\n        raise Skipped('no package')\n"
         "    context.attempt('a', no_memory)\n    context.attempt('b', absent)\n    context.attempt('c', lambda: 3)"
     )
@@ -154,22 +160,39 @@ def test_the_full_sizes_are_those_of_the_models_they_are_named_for() -> None:
     assert TINY.trained.hidden % 64 == 0  # NF4's blocks
 
 
-def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1100,
-        check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+class Forked:
+    """A stage in a copy of this process, which has imported what it needs; otherwise as `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], *, stdout: IO[bytes], stderr: IO[bytes], **_: Any) -> None:
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            os._exit(child.main(*command[command.index("benchmarks.gpu.child") + 1 :]))
+
+    def wait(self, timeout: float = math.inf) -> int:
+        end = time.monotonic() + timeout
+        while self.code is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                raise subprocess.TimeoutExpired("stage", timeout)
+            else:
+                time.sleep(0.02)
+        return self.code
 
 
-@pytest.mark.timeout(1200)
-def test_the_tiny_pass_runs_every_stage_on_a_cpu(tmp_path: Path) -> None:
-    done = run_module("--tiny", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_tiny_pass_runs_every_stage_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(orchestrate.subprocess, "Popen", Forked)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    code = main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert code == 0, (tmp_path / "gpu.json").read_text()
     document = json.loads((tmp_path / "gpu.json").read_text())
     stages = document["stages"]
     assert {stage["status"] for stage in stages.values()} <= {"done", "skipped"}
@@ -186,14 +209,29 @@ def test_the_tiny_pass_runs_every_stage_on_a_cpu(tmp_path: Path) -> None:
                 assert found["tokens_per_second"] > 0 and found["peak_gib"] > 0
     assert stages["initialisation"]["figures"]["pissa.adapt"]["largest_certified_loss"] <= 1e-3
     text = (tmp_path / "gpu.md").read_text()
-    assert text == table(document) and text in done.stdout
+    assert text == table(document) and text in said
     assert all(f"### {stage['title']}" in text for stage in stages.values() if stage["figures"])
 
 
-def test_a_pass_that_would_say_nothing_is_refused() -> None:
-    for arguments, said in (((), "no CUDA device"), (("--tiny",), "name another folder")):
-        done = run_module(*arguments)
-        assert done.returncode == 2 and said in done.stderr
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_command_of_make_gpu_runs_the_tiny_pass(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "gpu.md").read_text() in done.stdout
+
+
+def test_a_pass_that_would_say_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (([], "no CUDA device"), (["--tiny"], "name another folder")):
+        with pytest.raises(SystemExit) as ended:
+            main(["--device", "cpu", *arguments])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_stage_that_was_cut_short_has_its_place_in_the_table() -> None:
