@@ -257,7 +257,7 @@ def test_the_librarys_own_way_is_fitted_to_the_training_rows_and_published_ways_
 
 def test_rows_of_like_length_are_taken_all_over_the_data() -> None:
     ids = [[row] * (5 + row % 7) for row in range(100)]
-    encoded = Encoded(ids, ids, 0, 0, 64)
+    encoded = Encoded(ids, ids, [False] * len(ids), 0, 64, 64)
     batches = row_batches(encoded, tokens=160, pad_id=0)
     rows = [row[mask != 0].tolist() for b in batches for row, mask in zip(*b.values(), strict=True)]
     assert all(row in ids for row in rows) and 0.8 * 160 < token_count(batches) < 1.2 * 160
