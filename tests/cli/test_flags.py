@@ -66,8 +66,8 @@ def test_every_setting_of_a_run_is_a_flag_in_its_group_with_its_text_and_default
     for name, setting in settings.items():
         option = options[name]
         assert f"--{name.replace('_', '-')}" in option.opts and option.default is None
-        help = re.sub(r"--([\w-]+)", lambda found: found[1].replace("-", "_"), option.help)
-        assert help.startswith(setting.doc), name
+        said, meant = (re.sub(r"--([\w-]+)", lambda m: m[1].replace("-", "_"), t) for t in (option.help, setting.doc))
+        assert said.startswith(meant), name
         if setting.default not in (None, False, MISSING, (), {}):
             stated = re.search(r"\(default: (.+)\)$", option.help)
             assert stated is not None, name

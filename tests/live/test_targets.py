@@ -113,7 +113,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], type[PissaError], list[str]]] = [
         tiny_llama,
         {"rank": 33},
         ConfigError,
-        ["model.layers.0.self_attn.q_proj (32, 32): 33 > 32", "model.layers.1.self_attn.k_proj (16, 32): 33 > 16"],
+        ["model.layers.0.self_attn.q_proj (32, 32): 33 > 32", "self_attn.k_proj (16, 32): 33 > 16", " and 11 more"],
     ),
     (
         tiny_llama,
