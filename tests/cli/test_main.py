@@ -57,7 +57,7 @@ def test_train_and_export_print_one_json_document(
     [
         (["--frobnicate"], "No such option"),
         (["fly"], "fly is no command; allowed: init, train"),
-        (["train"], "Missing"),
+        (["train"], "--data and --out missing"),
         (
             ["train", "M", "--data", "D", "--out", "O", "--rank", "many"],
             "--rank is 'many'; give a whole number",
