@@ -23,6 +23,7 @@ WRONG_NATIVELY = {
         "dora": "a DoRA's magnitudes",
         "embedding-and-head": "an embedding's adapter",
         "tokens": "trained rows",
+        "in-full": "layers that were trained in full",
     },
     PEFT_NEWEST: {"dora": "a DoRA's magnitudes"},
 }
