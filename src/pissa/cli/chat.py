@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..evaluation.chat import Chat
 
 INTERRUPTED = "nothing is kept: the same command starts again"
+CUT = "cut by Ctrl-C"
 WORDS = {"/reset": "forgets what was said", "/quit": "leaves"}
 
 
@@ -87,14 +88,25 @@ class _Talk:
         for line in self._lines():
             if line == "/quit":
                 break
-            if line == "/reset":
-                for chat in self._chats:
-                    chat.reset()
-            elif line.startswith("/") and line[1:].isalpha():
-                self._refuse(f"{line} is no command{did_you_mean(line, WORDS)}; there are {', '.join(WORDS)}")
-            elif line:
-                exchanges.append({"prompt": line, "replies": [*self._replies(line, first=not exchanges)]})
+            try:
+                exchanges += self._answered(line, first=not exchanges)
+            except KeyboardInterrupt:
+                # before the model began, or between two models
+                if not self._interactive:
+                    raise
+                print(f"({CUT})", file=sys.stderr)
         return exchanges
+
+    def _answered(self, line: str, *, first: bool) -> list[dict[str, Any]]:
+        """Do what a line says; the exchange that it was, if it was one."""
+        if line == "/reset":
+            for chat in self._chats:
+                chat.reset()
+        elif line.startswith("/") and line[1:].isalpha():
+            self._refuse(f"{line} is no command{did_you_mean(line, WORDS)}; there are {', '.join(WORDS)}")
+        elif line:
+            return [{"prompt": line, "replies": [*self._replies(line, first=first)]}]
+        return []
 
     def _replies(self, prompt: str, *, first: bool) -> Iterator[dict[str, Any]]:
         headed = len(self._chats) > 1
@@ -110,8 +122,8 @@ class _Talk:
             if reply.end == "interrupted" and not self._interactive:
                 raise KeyboardInterrupt
             if reply.end != "stop":
-                why = f"at {reply.tokens} tokens; --max-new-tokens" if reply.end == "length" else "by Ctrl-C"
-                print(f"({for_terminal(chat.name)}: cut {why})", file=sys.stderr)
+                why = f"cut at {reply.tokens} tokens; --max-new-tokens" if reply.end == "length" else CUT
+                print(f"({for_terminal(chat.name)}: {why})", file=sys.stderr)
             yield {"from": chat.name, **reply._asdict()}
 
     def _refuse(self, message: str) -> None:
