@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from pissa import PissaConfig, adapt
 from pissa.checkpoint.read import read_adapter
 from pissa.data.encode import IGNORED, Collator, encode
 from pissa.data.rows import examples_from_rows
-from pissa.errors import ConfigError, MissingExtraError, TrainingError
+from pissa.errors import MissingExtraError, TrainingError
 from pissa.live.state import TRAINABLE, adapter_factors
 from pissa.training import trainer as trainer_module
 from pissa.training.engine import training_arguments
@@ -164,38 +163,6 @@ def test_a_gathered_state_is_saved_in_place_of_the_live_shards(tmp_path: Path) -
         old = before[name]
         assert torch.equal(factors.A, old.A + 1) and torch.equal(factors.B, old.B + 1)
         assert factors.A0 is not None and old.A0 is not None and torch.equal(factors.A0, old.A0)
-
-
-@pytest.mark.parametrize(
-    ("engine", "remedy"),
-    [
-        ({"is_deepspeed_enabled": True, "deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "ZeRO-2"),
-        (
-            {
-                "is_fsdp_enabled": True,
-                "fsdp_plugin": SimpleNamespace(state_dict_type="SHARDED_STATE_DICT"),
-            },
-            "FULL_STATE_DICT",
-        ),
-        ({"is_deepspeed_enabled": True, "spectral": True}, "spectral needs whole matrices.*use DDP or FSDP2"),
-        (
-            {"is_fsdp_enabled": True, "spectral": True, "fsdp_plugin": SimpleNamespace(fsdp_version=1)},
-            "spectral needs whole matrices.*fsdp_version: 2",
-        ),
-    ],
-    ids=["ZeRO-3", "sharded FSDP", "spectral under DeepSpeed", "spectral under FSDP1"],
-)
-def test_an_engine_that_cannot_save_the_run_whole_is_refused(engine: dict[str, Any], remedy: str) -> None:
-    trainer: Any = SimpleNamespace(
-        is_deepspeed_enabled=False,
-        is_fsdp_enabled=False,
-        spectral=False,
-        accelerator=SimpleNamespace(state=SimpleNamespace()),
-    )
-    for name, value in engine.items():
-        setattr(trainer if name.startswith("is_") or name == "spectral" else trainer.accelerator.state, name, value)
-    with pytest.raises(ConfigError, match=remedy):
-        RunTrainer._check_engine(trainer)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient norm"])

@@ -33,6 +33,8 @@ APART = ("bfd", "bfd_split")
 """Ways to pack under which attention stays inside each example."""
 MICRO_BATCH = 4
 """Examples per forward pass where nothing is said."""
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+"""Set by accelerate's launcher."""
 
 
 def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
@@ -154,6 +156,11 @@ def micro_batch(recipe: Recipe) -> int:
         raise ConfigError(f"batch_size {recipe.batch_size} is no multiple of {each} processes; change either")
     share = recipe.batch_size // processes
     return given or next(size for size in range(MICRO_BATCH, 0, -1) if share % size == 0)
+
+
+def is_launched_with(engine: str) -> bool:
+    """Whether accelerate's launcher asks for FSDP or DEEPSPEED."""
+    return os.environ.get(engine, "false").lower() == "true"
 
 
 def process_count() -> int:

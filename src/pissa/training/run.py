@@ -45,7 +45,7 @@ from .directory import (
     read_record,
     write_record,
 )
-from .engine import autocasts, is_main_process, training_arguments
+from .engine import DEEPSPEED, FSDP, autocasts, is_launched_with, is_main_process, training_arguments
 from .fitting import fitting_batches, what_it_takes
 from .outcome import check_finite, publish, results_of, validated
 from .prepare import prepare
@@ -62,9 +62,6 @@ if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
     from .trainer import RunTrainer
-
-SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-"""Set by accelerate's launcher."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +337,7 @@ def _advice(
     """
     if directory.record.is_file() and (kept := read_record(directory).get("advice")) is not None:
         return kept
-    if any(os.environ.get(name, "false").lower() == "true" for name in SHARDING):
+    if is_launched_with(FSDP) or is_launched_with(DEEPSPEED):
         raise ConfigError(
             "learning_rate auto needs the whole model on one device, before FSDP or DeepSpeed shard it; give a number"
         )

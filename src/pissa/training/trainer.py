@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from peft import AdaLoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
@@ -35,14 +35,14 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 from ..checkpoint.disk.write import TEMPORARY_PREFIX, durable_rename, explained
 from ..checkpoint.residual import write_trained
 from ..data.encode import IGNORED, Encoded
-from ..errors import ConfigError, MissingExtraError, OutputError, TrainingError
+from ..errors import MissingExtraError, OutputError, TrainingError
 from ..export.files import write_lora
 from ..export.lora import export_state
 from ..live.adalora import penalty
 from ..live.factors import MAGNITUDE
 from ..live.record import record_of
 from ..live.selection import listed
-from ..live.state import TRAINABLE, active_adapter_name, is_offset
+from ..live.state import active_adapter_name
 from ..optimizers.spectral import SpectralProduct
 from .checkpoints import list_files
 from .checks import check_packs, without_gradient
@@ -51,11 +51,13 @@ from .loss import backbone_gives, next_labels, response_loss
 from .measured import Measured
 from .optimizer import parameter_groups
 from .sampler import GROUPED, LengthGroupedBatches
+from .sharding import after_sharding, check_engine
 
 KEPT_CHECKPOINTS = 2
 EXTENDED = ("_get_train_sampler", "_load_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint")
 EXTENDED += ("create_optimizer", "get_decay_parameter_names", "evaluate", "evaluation_loop", "prediction_step")
 EXTENDED += ("_determine_best_metric", "_get_eval_sampler", "_load_best_model", "_load_optimizer_and_scheduler")
+EXTENDED += ("_prepare_for_training",)
 EXTENDED_OF_TRL = ("create_model_card", "_send_telemetry")
 """What `RunTrainer` overrides although neither transformers nor TRL promises to keep it."""
 WIDTH = 8
@@ -78,13 +80,6 @@ def check_trainer() -> None:
             f"Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which pissa extends; "
             "install the version that constraints.txt names"
         )
-
-
-def _needs_whole_layers(model: Any) -> bool:
-    """Whether a model's layers or its adapter's frozen half would not survive sharding."""
-    record = record_of(model)
-    values_apart = isinstance(getattr(model, "peft_config", {}).get(TRAINABLE), AdaLoraConfig)
-    return (record is not None and record.quantized) or is_offset(model, TRAINABLE) or values_apart
 
 
 @contextmanager
@@ -194,7 +189,7 @@ class RunTrainer(Measured):
                 processing_class=tokenizer,
                 callbacks=[*callbacks],
             )
-        self._check_engine()
+        check_engine(self)
         if self.padding_free:
             check_packs(self.model, self.data_collator)
         self.state_directory = Path(str(self.args.output_dir)).absolute()
@@ -203,7 +198,8 @@ class RunTrainer(Measured):
         shared = self.args.per_device_train_batch_size * self.args.world_size
         multiple = shared if self.args.world_size > 1 else 1
         self.sampler = LengthGroupedBatches(rows.lengths, batch_size, self.args.seed, multiple=multiple)
-        self.fused: bool | None = None
+        # the fused head reads a weight that FSDP gives to its own layer alone
+        self.fused: bool | None = False if self.is_fsdp_enabled else None
         self.gradients_seen = False
         self.tokens_in_step = 0
         self.step_started = time.perf_counter()
@@ -426,31 +422,10 @@ class RunTrainer(Measured):
         """The model's state dict, gathered, where its engine shards it; None where every process holds it whole."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
-    def _check_engine(self) -> None:
-        """Refuse engines whose state cannot be gathered into one LoRA.
-
-        Raises:
-            ConfigError: with the setting to use instead.
-        """
-        state: Any = self.accelerator.state
-        if self.spectral and self.is_deepspeed_enabled:
-            raise ConfigError("optimizer spectral needs whole matrices, which DeepSpeed cuts up; use DDP or FSDP2")
-        if self.spectral and self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
-            raise ConfigError("optimizer spectral needs whole matrices, which FSDP1 flattens; set fsdp_version: 2")
-        if self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
-            raise ConfigError(
-                "DeepSpeed ZeRO-3 shards what pissa splits and saves; use ZeRO-2 (zero_stage: 2), or FSDP"
-            )
-        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
-            raise ConfigError("with FSDP a run is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
-        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3)
-        if sharded and self.keep_best:
-            raise ConfigError("keep_best needs whole layers, and FSDP shards them; leave it out")
-        if sharded and _needs_whole_layers(self.accelerator.unwrap_model(self.model)):
-            raise ConfigError(
-                'a quantised residual, placement "offset" and AdaLoRA need whole layers, and FSDP shards them; use '
-                "several processes without FSDP"
-            )
+    def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **options)
+        after_sharding(self)
+        return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
