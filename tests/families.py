@@ -45,6 +45,22 @@ QWEN_EXPERTS: dict[str, Any] = {
     "shared_expert_intermediate_size": 24,
 }
 
+INTERLEAVED: dict[str, Any] = {
+    **DECODER,
+    "unpadded_vocab_size": 64,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 1,
+    "swa_head_dim": 8,
+    "sliding_window_size": 8,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_layers_per_attn_res_block": 1,
+}
+"""Of a family whose checkpoints hold the halves of an expert's weight one below the other, and its models in turn."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -92,6 +108,13 @@ FAMILIES: dict[str, Family] = {
     "mixtral-router": Family(
         hf.MixtralConfig, hf.MixtralForCausalLM, {**DECODER, "num_local_experts": 4}, 2 * 3, ["gate", "experts"]
     ),
+    "mixtral-one-expert": Family(
+        hf.MixtralConfig,
+        hf.MixtralForCausalLM,
+        {**DECODER, "num_local_experts": 1, "num_experts_per_tok": 1},
+        2 * (4 + 2),
+    ),
+    "inkling": Family(hf.Inkling2TextConfig, hf.Inkling2ForCausalLM, INTERLEAVED, 2 * 2, ["experts"]),
     "qwen-moe": Family(hf.Qwen2MoeConfig, hf.Qwen2MoeForCausalLM, {**DECODER, **QWEN_EXPERTS}, 2 * (4 + 2 + 3)),
     "deepseek-moe": Family(hf.DeepseekV2Config, hf.DeepseekV2ForCausalLM, {**DECODER, **LATENT}, 2 * 4 + 3 + 2 + 3),
     "gpt-oss": Family(

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 STREAMED = [
     "mixtral",
     "mixtral-router",
+    "mixtral-one-expert",
+    "inkling",
     "qwen-moe",
     "deepseek-moe",
     "gpt-oss",
@@ -49,7 +51,9 @@ def test_a_streamed_residual_is_that_of_the_model_in_memory(name: str, dtype: to
     common = streamed.keys() & live.keys()
     adapted = {described["weight"] for described in result.manifest["modules"].values()}
     assert adapted <= common and len(adapted) == family.adapted
-    assert same_tensors({key: streamed[key] for key in common}, {key: live[key] for key in common})
+    assert same_tensors({key: streamed[key] for key in adapted}, {key: live[key] for key in adapted})
+    # some parameters of some families are in fp32 whenever they are in memory
+    assert all(torch.equal(streamed[key].to(live[key].dtype), live[key]) for key in common - adapted)
     initial = [load_file(tmp_path / of / "pissa_init" / "adapter_model.safetensors") for of in ("streamed", "live")]
     assert same_tensors(*initial)
     for key in ("rounding", "captured_energy_loss"):

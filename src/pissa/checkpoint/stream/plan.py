@@ -41,6 +41,7 @@ from ..manifest import read_manifest
 from ..residual import RESIDUAL, stored, warn_of_uneven
 from ..source.reader import CHUNK, Source
 from ..source.skeleton import Names, build, checkpoint_names
+from .fused import is_converted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READABLE = (*STORAGE_DTYPES, torch.float64)
@@ -346,13 +347,17 @@ def job_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dt
 def _sources(model: PreTrainedModel, names: Names, targets: list[Target], source: Source) -> dict[str, tuple[str, ...]]:
     """Target -> the tensors that hold its weight: one, or those of each expert.
 
+    What is written under the parameter's own name is loaded as it is; where transformers would rearrange that once
+    more, no tensor is given.
+
     Raises:
         CheckpointError: naming every target that has none of its own.
     """
     found: dict[str, tuple[str, ...]] = {}
     for target in targets:
         plain = tensor_of(model, names, target.weight_key)
-        found[target.name] = (plain,) if plain is not None else names.fused.get(target.weight_key, ())
+        made = () if is_converted(model, target.weight_key) else names.fused.get(target.weight_key, ())
+        found[target.name] = (plain,) if plain is not None else made
     missing = [name for name, tensors in found.items() if not tensors]
     if missing:
         raise CheckpointError(

@@ -92,7 +92,7 @@ def read_weight(
         stored = source.read(name)
         digests[name] = sha256(raw_bytes(stored))
         tensors[name] = stored if dtype is None else stored.to(dtype)
-    return (tensors[names[0]] if len(names) == 1 else fused(model, tensors)), digests
+    return fused(model, tensors), digests
 
 
 def _tensors(job: Job, splits: Sequence[Split]) -> dict[str, Tensor]:
