@@ -166,9 +166,17 @@ def uninterrupted(
     return request.param, out
 
 
+def history_of(out: Path) -> list[dict[str, float]]:
+    """What trackers were told up to the last checkpoint, without what depends on the clock."""
+    last = max((out / "state").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in history]
+
+
 def assert_same_run(out: Path, expected: Path) -> None:
     """Losses, gradient norms and weights to the last bit, each step once, and nothing left over."""
     assert log_of(out) == log_of(expected)
+    assert history_of(out) == history_of(expected)
     assert [record["step"] for record in log_of(out)] == list(range(1, len(log_of(out)) + 1))
     assert same_tensors(result_tensors(out), result_tensors(expected))
     assert not list(out.rglob(f"{TEMPORARY_PREFIX}*"))

@@ -247,6 +247,9 @@ class RunTrainer(Measured):
             # continued from the last step's checkpoint: Trainer would do one step too many
             self.control.should_training_stop = True
             return None
+        if not self._total_train_tokens:  # SFTTrainer counts from 0 when a run goes on
+            counted = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+            self._total_train_tokens = counted[-1] if counted else 0
         self.sampler.set_epoch(options["epoch"])
         return super()._run_epoch(*args, **options)
 
