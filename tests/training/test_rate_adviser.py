@@ -167,7 +167,7 @@ def test_what_cannot_be_estimated_is_refused(
     with pytest.raises(ConfigError, match=r"epochs is 'auto'; give a positive number$"):
         recipe_from({"epochs": "auto"})
     # accelerate's own variable would have Trainer shard
-    monkeypatch.setattr(run_module, "SHARDING", ("PISSA_TEST_SHARDS",))
+    monkeypatch.setattr(run_module, "FSDP", "PISSA_TEST_SHARDS")
     monkeypatch.setenv("PISSA_TEST_SHARDS", "true")
     with pytest.raises(ConfigError, match="before FSDP or DeepSpeed shard it; give a number"):
         run(base_directory, tmp_path / "out", recipe(learning_rate="auto"))

@@ -66,28 +66,36 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _watchdog(seconds: float) -> Iterator[None]:
-    """By an exception that another thread raises in this one, between two instructions of Python."""
+    """By an exception that another thread raises in this one, between two instructions of Python.
+
+    One that is on its way is waited for and never called back: calling it back would leave the interpreter looking for
+    it for ever, which makes it slower, and makes Python 3.11 hang under a debugger.
+    """
     thread = ctypes.c_ulong(threading.get_ident())
-    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    done, lock = threading.Event(), threading.Lock()
+    lock, done, sent = threading.Lock(), threading.Event(), threading.Event()
 
     def stop() -> None:
         with lock:
             if not done.is_set():
-                raise_in(thread, ctypes.py_object(_Stopped))
+                sent.set()
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Stopped))
 
     timer = threading.Timer(seconds, stop)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            with lock:
+                done.set()
+            timer.cancel()
+        for _ in range(1000 if sent.is_set() else 0):
+            pass
     except _Stopped:
-        raise LimitError(f"it takes more than {seconds:g} s") from None
-    finally:
-        with lock:
-            done.set()
-            raise_in(thread, None)  # one that is on its way no more
-        timer.cancel()
+        pass
+    if sent.is_set():
+        raise LimitError(f"it takes more than {seconds:g} s")
 
 
 class _Stopped(Exception):

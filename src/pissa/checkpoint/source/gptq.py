@@ -53,8 +53,6 @@ def load_gptq(source: str | os.PathLike[str], dtype: torch.dtype | str, device: 
     model.config.dtype, model.config._name_or_path = chosen, os.fspath(source)
     model.name_or_path = os.fspath(source)
     declare_quantized(model, 4, described)
-    if model.can_generate():
-        _take_generation_settings(model, source)
     return model if device is None else model.to(device)
 
 
@@ -93,12 +91,3 @@ def _fill(model: Any, source: Source, dtype: torch.dtype) -> None:
         raise CheckpointError(
             f"{source.path} does not hold the weights that its config.json asks for: {', '.join(wrong)[:500]}"
         )
-
-
-def _take_generation_settings(model: Any, source: str | os.PathLike[str]) -> None:
-    from transformers import GenerationConfig
-
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:
-        return

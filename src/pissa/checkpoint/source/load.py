@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def load_base(
     what = "a language model" if kind == "AutoModelForCausalLM" else "a model"
     if (Path(source) / CONFIG).is_file() and is_gptq(read_config(Path(source))):
         place = options.get("device_map")
-        return load_gptq(source, dtype, place[""] if isinstance(place, dict) else place)
+        model = load_gptq(source, dtype, place[""] if isinstance(place, dict) else place)
+        if model.can_generate():
+            _take_generation_settings(model, source)
+        return model
     model, report = through_transformers(kind, source, what, dtype=dtype, **{**options, **reporting})
     _check_all_loaded(source, report)
     keep_unpacked(model)
@@ -132,3 +136,11 @@ def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any])
             f"{source} does not hold the weights that its config.json asks for: {', '.join(wrong[:20])}{rest}; "
             "download it again, or correct config.json"
         )
+
+
+def _take_generation_settings(model: Any, source: str | os.PathLike[str]) -> None:
+    """Give a model the settings of generation that lie beside its weights, where there are any."""
+    from transformers import GenerationConfig
+
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(source)
