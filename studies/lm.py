@@ -148,7 +148,15 @@ def recipe(task: LanguageTask, method: str, rate: float, seed: int, **changes: A
     adapts: dict[str, Any] = {} if method == "full" else {"rank": 8}
     if method == "qpissa":
         method, adapts = "pissa", {**adapts, "quantize": "nf4", "quantize_method": "qpissa-5"}
-    chosen = {"dtype": "fp32", "max_length": 256, "epochs": 100_000, "max_steps": task.steps, **adapts, **changes}
+    chosen = {
+        "dtype": "fp32",
+        "max_length": 256,
+        "max_cut_share": 1.0,
+        "epochs": 100_000,
+        "max_steps": task.steps,
+        **adapts,
+        **changes,
+    }
     return Recipe(
         method="lora" if method == TUNED else method,  # pyright: ignore[reportArgumentType]
         learning_rate=rate,

@@ -152,6 +152,7 @@ def test_weights_in_work_are_bounded_by_their_memory(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(stream, "do", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # four would outlive the test, and forks die of them
     init_checkpoint(base, tmp_path / "one", CONFIG, memory=1)
     assert {count for count, _ in seen} == {1}
     seen.clear()
