@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,5 @@ def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any])
 
 def _take_generation_settings(model: Any, source: str | os.PathLike[str]) -> None:
     """Give a model the settings of generation that lie beside its weights, where there are any."""
-    from transformers import GenerationConfig
-
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(source)
+    if (Path(source) / "generation_config.json").is_file():
+        model.generation_config = through_transformers("GenerationConfig", source, "the settings of generation")
