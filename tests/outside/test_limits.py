@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import resource
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +27,30 @@ def test_a_loop_is_stopped_in_the_main_thread_and_in_another() -> None:
         loop()
     with ThreadPoolExecutor(1) as threads, pytest.raises(LimitError, match=r"more than 0\.2 s"):
         threads.submit(loop).result(60)
+
+
+TRACED = """
+import sys, threading
+from pissa.outside.limits import LimitError, bounded
+
+def work(seconds):
+    try:
+        with bounded(seconds, 1 << 30):
+            while seconds < 1: pass
+    except LimitError:
+        pass
+
+for seconds in (0.1, 60):
+    thread = threading.Thread(target=work, args=(seconds,)); thread.start(); thread.join()
+sys.settrace(lambda *_: None)
+sum(map(abs, range(9)))
+(lambda: print("done"))()
+"""
+
+
+def test_a_debugger_goes_on_after_work_in_another_thread() -> None:
+    found = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout == "done\n"
 
 
 def test_a_regular_expression_is_stopped_in_the_main_thread() -> None:

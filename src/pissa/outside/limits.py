@@ -90,8 +90,8 @@ def _watchdog(seconds: float) -> Iterator[None]:
             with lock:
                 done.set()
             timer.cancel()
-        for _ in range(1000 if sent.is_set() else 0):
-            pass
+            for _ in range(1000 if sent.is_set() else 0):
+                pass
     except _Stopped:
         pass
     if sent.is_set():

@@ -40,6 +40,7 @@ def results_of(
     log: list[dict[str, float]],
     advice: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    """What a finished run's results.json holds: its settings, what it learned from, its losses and its cost."""
     rates = sorted(record["tokens_per_second"] for record in log)
     ready = ready_split(settings["model"])
     quantization = asdict(recipe.quantization) if recipe.quantization is not None else None
