@@ -78,7 +78,7 @@ test-studies: setup
 	$(PARALLEL) studies $(TEST_ARGS)
 
 test-all: setup
-	$(PARALLEL) tests studies -m '' $(TEST_ARGS)
+	$(PARALLEL) tests studies -m '' --hypothesis-profile search $(TEST_ARGS)
 
 test-clients: setup
 	$(PYTEST) tests/clients -m clients --timeout 7200 $(TEST_ARGS)

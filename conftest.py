@@ -23,9 +23,11 @@ for _name, _value in SETTINGS.items():
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-# how long an example takes says something of the machine and nothing of the code
-hypothesis.settings.register_profile("pissa", deadline=None)
-hypothesis.settings.load_profile("pissa")
+# How long an example takes says something of the machine and nothing of the code. `make test` tries the same examples
+# everywhere, so that it fails for the change at hand alone; `make test-all` looks for new ones (--hypothesis-profile).
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="module", autouse=True)

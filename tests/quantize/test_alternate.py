@@ -92,7 +92,9 @@ def test_the_error_never_rises_and_is_that_of_the_result(
     assert list(found.errors) == sorted(found.errors, reverse=True)
     assert found.low_rank is not None
     left = found.low_rank.subtract_from(W - found.packed.dequantize())
-    assert float(left.double().norm()) == pytest.approx(found.errors[-1], rel=1e-5)
+    # where next to nothing is left, fp32 rounds what was subtracted from W
+    floor = torch.finfo(W.dtype).eps * float(W.norm())
+    assert float(left.double().norm()) == pytest.approx(found.errors[-1], rel=1e-5, abs=floor)
 
 
 def test_no_iteration_follows_one_that_gained_next_to_nothing() -> None:
