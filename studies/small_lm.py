@@ -23,7 +23,8 @@ from pissa.data.encode import Collator, encode
 from pissa.data.prompts import prompt_text
 from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError
-from pissa.lab.demo.arithmetic import TRAINED, UNSEEN, draw_problems
+from pissa.lab.demo.arithmetic import draw_problems
+from pissa.lab.demo.problem_templates import TRAINED, UNSEEN
 from pissa.lab.models import cache_directory
 from pissa.provenance import sha256_of_document
 

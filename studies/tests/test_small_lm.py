@@ -11,7 +11,8 @@ from pissa.checkpoint.source.load import load_base, load_tokenizer
 from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError
 from pissa.evaluation.loss import held_out_loss
-from pissa.lab.demo.arithmetic import TRAINED, UNSEEN, make_problems
+from pissa.lab.demo.arithmetic import make_problems
+from pissa.lab.demo.problem_templates import TRAINED, UNSEEN
 from studies.small_lm import FAMILIES, RARE, problems, random_model, small_lm
 
 

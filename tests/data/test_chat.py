@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pissa.data.chat import end_of_turn
+from pissa.data.chat_text import end_of_turn
 from pissa.data.conversation import Example, Message
 from pissa.data.encode import IGNORED, encode
 from pissa.data.rows import example_from_row, examples_from_rows

@@ -14,7 +14,8 @@ import pytest
 from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError
 from pissa.evaluation.tasks.gsm8k_answers import extract_answer
-from pissa.lab.demo.arithmetic import TRAINED, UNSEEN, draw_problems, make_problems
+from pissa.lab.demo.arithmetic import draw_problems, make_problems
+from pissa.lab.demo.problem_templates import TRAINED, UNSEEN
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 COMPUTE = {

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pissa.errors import CheckpointError, OutputError
-from pissa.outside.documents import DEEPEST, LARGEST, Unreadable, parse, parse_object, read_document, wrong_fields
+from pissa.outside.documents import DEEPEST, LARGEST, Unreadable, parse, parse_object, read_document
+from pissa.outside.schema import wrong_fields
 
 
 @dataclass(frozen=True)

@@ -59,27 +59,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write what training changed as a LoRA that loads on the untouched base, or as a merged model."""
-    whole = "--merged" if merged else "--to gguf" if to == "gguf" else None
-    if whole and (rank is not None or tolerance is not None):
-        raise ConfigError(f"{whole} writes the whole model; it takes neither --rank nor --tolerance")
-    if rank is not None and tolerance is not None:
-        raise ConfigError("--rank and --tolerance both say how small the LoRA is; give one of them")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"--rank is {rank}; give at least 1, or leave it out for the lossless export")
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise ConfigError(f"--tolerance is {tolerance:g}; allowed: 0 up to, not including, 1")
-    check_choice("--to", to, tuple(FORMATS))
-    check_choice("--check", check, ("vllm",))
-    check_choice("--form", form, FORMS)
-    check_choice("--template", template, TEMPLATES)
-    if merged and (to != "peft" or check):
-        raise ConfigError("--merged writes a model for transformers; it takes neither --to nor --check")
-    if check and to != "peft":
-        raise ConfigError("--check vllm is for PEFT directories, which vLLM loads; leave --to out")
-    own = {"--form": form, "--template": template, "--llama-cpp": llama_cpp}
-    given = [flag for flag, value in own.items() if value is not None]
-    if given and to != "gguf":
-        raise ConfigError(f"{', '.join(given)} is for --to gguf alone; leave it out")
+    _check_flags(rank, tolerance, merged, to, check, {"--form": form, "--template": template, "--llama-cpp": llama_cpp})
     check_adapter(run)
     check_free(out)
     check_writable(out)
@@ -89,27 +69,72 @@ def command(
         find_converter(llama_cpp)
     if to == "gguf-lora":
         check_gguf_target(out)
-    if base is not None and whole is None and to == "peft":
+    if base is not None and not merged and to == "peft":
         _check_residual(base)
-    from ..export.lora import export_lora
-    from ..export.merged import export_merged
     from ..training.run import quieten
 
     quieten()
-
     if to == "gguf":
         document, text = _whole_gguf(run, out, form, template, base, llama_cpp)
-        show(document, text, as_json=as_json)
-        return
-    if merged:
-        export_merged(run, out, base=base)
-        show({"out": str(out), "merged": True}, f"{out} is the merged model", as_json=as_json)
-        return
-    if check:
+    elif merged:
+        document, text = _merged(run, out, base)
+    else:
+        document, text = _lora(run, out, rank, tolerance, to, base, for_vllm=check is not None)
+    show(document, text, as_json=as_json)
+
+
+def _check_flags(
+    rank: int | None, tolerance: float | None, merged: bool, to: str, check: str | None, of_gguf: dict[str, str | None]
+) -> None:
+    """Refuse values that are not allowed, and flags that contradict each other.
+
+    Args:
+        of_gguf: the values of the flags that only --to gguf takes.
+
+    Raises:
+        ConfigError: naming the flag and what is allowed.
+    """
+    check_choice("--to", to, tuple(FORMATS))
+    check_choice("--check", check, ("vllm",))
+    check_choice("--form", of_gguf["--form"], FORMS)
+    check_choice("--template", of_gguf["--template"], TEMPLATES)
+    whole = "--merged" if merged else "--to gguf" if to == "gguf" else None
+    if whole and (rank is not None or tolerance is not None):
+        raise ConfigError(f"{whole} writes the whole model; it takes neither --rank nor --tolerance")
+    if rank is not None and tolerance is not None:
+        raise ConfigError("--rank and --tolerance both say how small the LoRA is; give one of them")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank is {rank}; give at least 1, or leave it out for the lossless export")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(f"--tolerance is {tolerance:g}; allowed: 0 up to, not including, 1")
+    if merged and (to != "peft" or check):
+        raise ConfigError("--merged writes a model for transformers; it takes neither --to nor --check")
+    if check and to != "peft":
+        raise ConfigError("--check vllm is for PEFT directories, which vLLM loads; leave --to out")
+    given = [flag for flag, value in of_gguf.items() if value is not None]
+    if given and to != "gguf":
+        raise ConfigError(f"{', '.join(given)} is for --to gguf alone; leave it out")
+
+
+def _merged(run: str, out: Path, base: str | None) -> tuple[dict[str, Any], str]:
+    """The whole model for transformers; what is printed of it."""
+    from ..export.merged import export_merged
+
+    export_merged(run, out, base=base)
+    return {"out": str(out), "merged": True}, f"{out} is the merged model"
+
+
+def _lora(
+    run: str, out: Path, rank: int | None, tolerance: float | None, to: str, base: str | None, *, for_vllm: bool
+) -> tuple[dict[str, Any], str]:
+    """A LoRA for the base; what is printed of it."""
+    from ..export.lora import export_lora
+
+    if for_vllm:
         _check_vllm(export_lora(run, rank=rank, tolerance=tolerance, base=base))
     export = export_lora(run, out, rank=rank, tolerance=tolerance, format=FORMATS[to], base=base)
-    document, how = _described(export, out, for_vllm=check is not None)
-    show(document, f"{out} is a LoRA of rank {export.config.r} for {export.base} ({how})", as_json=as_json)
+    document, how = _described(export, out, for_vllm=for_vllm)
+    return document, f"{out} is a LoRA of rank {export.config.r} for {export.base} ({how})"
 
 
 def _described(export: Any, out: Path, *, for_vllm: bool) -> tuple[dict[str, Any], str]:

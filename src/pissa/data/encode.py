@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from .chat import ChatTemplate
+from .chat_tokens import ChatTemplate
 from .conversation import Example, RowError
 from .prompts import Template, prompt_text, resolve_template
 from .rows import unusable_rows

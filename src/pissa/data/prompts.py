@@ -1,7 +1,7 @@
 """Prompt templates: what a model sees before the response that it is to learn, or to generate.
 
 "auto":   "chat" where the tokenizer has a chat template, else "alpaca".
-"chat":   the tokenizer's own chat template (`chat.py`).
+"chat":   the tokenizer's own chat template (`chat_text.py`).
 "alpaca": the published Alpaca prompt, with or without an input; the response follows "### Response:" directly.
 "none":   the prompt as it is; an Alpaca input follows its instruction after an empty line.
 
@@ -57,7 +57,7 @@ def prompt_text(example: Example, tokenizer: Any, template: Template) -> str:
         RowError: the example does not fit the template.
     """
     if template in ("auto", "chat") and resolve_template(template, tokenizer) == "chat":
-        from .chat import render
+        from .chat_text import render
 
         if example.text is not None:
             raise RowError("is plain text, which has no prompt")

@@ -5,7 +5,7 @@ What flows where:
     read_examples (here): file or hub id -> rows with their places
     rows.py:              row -> Example (`conversation.py`), whatever the row's shape; messages by `messages.py`
     prompts.py:           Example -> the text that a model continues, under a prompt template
-    chat.py:              Example -> input_ids and what is learned of them, under the tokenizer's chat template
+    chat_tokens.py:       Example -> input_ids and what is learned of them, under the tokenizer's chat template
     encode.py:            all examples -> input_ids and labels, and the collator that pads a batch of them
 
 A file is read as bytes and split at line feeds only, so that other line separators inside a string break no row.

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import TextStreamer
 
-from ..data.chat import end_of_turn
+from ..data.chat_text import end_of_turn
 from ..data.conversation import Example, Message, RowError
 from ..data.encode import default_bos, token_ids
 from ..data.prompts import Template, prompt_text, resolve_template

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.chat import end_of_turn
+from ..data.chat_text import end_of_turn
 from ..data.encode import default_bos, token_ids
 from ..errors import ConfigError, DataError
 

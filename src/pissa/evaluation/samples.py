@@ -11,7 +11,8 @@ from typing import Any
 
 from ..checkpoint.disk.write import explained
 from ..errors import OutputError
-from ..outside.documents import Unreadable, parse_object, wrong_fields
+from ..outside.documents import Unreadable, parse_object
+from ..outside.schema import wrong_fields
 
 
 @dataclass(frozen=True)

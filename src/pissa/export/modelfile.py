@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.chat import end_of_turn, render
+from ..data.chat_text import end_of_turn, render
 from ..data.conversation import Example, Message, Role, RowError
 from ..data.encode import default_bos
 from ..data.prompts import ALPACA, Template, resolve_template

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .documents import short
+from .schema import short
 
 try:
     from re import _constants as codes  # type: ignore[attr-defined]

@@ -19,7 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..checkpoint.disk.write import TEMPORARY_PREFIX, explained
 from ..errors import OutputError
-from ..outside.documents import Unreadable, parse_object, wrong_fields
+from ..outside.documents import Unreadable, parse_object
+from ..outside.schema import wrong_fields
 
 SAME_REQUEST_SECONDS = 1.0
 STEP_KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second")

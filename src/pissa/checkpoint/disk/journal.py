@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import OutputError
-from ...outside.documents import Unreadable, parse_object, wrong_fields
+from ...outside.documents import Unreadable, parse_object
+from ...outside.schema import wrong_fields
 from ...provenance import sha256
 from .write import locked
 

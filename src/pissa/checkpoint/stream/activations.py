@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ...calibrate.moments import Moment, second_moments
 from ..source.reader import Source
 from ..source.skeleton import build, checkpoint_names
-from .plan import Job, job_dtype, tensor_of
+from .dtypes import job_dtype
+from .jobs import Job, tensor_of
 from .work import read_weight
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..card import CARD
 from ..source.reader import Source
-from .plan import Job, StreamPlan
+from .jobs import Job
+from .plan import StreamPlan
 
 
 def module_entries(plan: StreamPlan) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,9 @@ from ..manifest import MANIFEST, read_manifest
 from ..saved_residual import check_is_base
 from ..source.reader import Source, open_source
 from .activations import Moments
-from .plan import DTYPES, Job, StreamPlan, make_plan
+from .dtypes import DTYPES
+from .jobs import Job
+from .plan import StreamPlan, make_plan
 from .run_identity import identity
 from .unfinished import Workspace
 from .work import Record, do

@@ -37,7 +37,9 @@ from ..source.reader import Source, open_source
 from ..source.skeleton import Names, build, checkpoint_names
 from ..vocabulary import rows_needed, rows_of
 from .dequantized import Dequantized
-from .plan import Job, copy_jobs, in_order, is_tied, job_dtype, loading_dtype, tensor_of
+from .dtypes import job_dtype, loading_dtype
+from .jobs import Job, copy_jobs, is_tied, tensor_of
+from .plan import in_order
 from .work import converted
 
 

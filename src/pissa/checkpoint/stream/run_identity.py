@@ -18,7 +18,7 @@ from ...provenance import package_versions, sha256, sha256_of_document, sha256_o
 from ..disk.layout import raw_bytes
 from ..disk.resumable import as_recorded
 from ..source.reader import Source
-from .plan import Job
+from .jobs import Job
 
 
 def identity(

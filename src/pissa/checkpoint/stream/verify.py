@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...outside.documents import Unreadable, listed, parse_object, read_bounded, wrong_fields
+from ...outside.documents import Unreadable, listed, parse_object, read_bounded
+from ...outside.schema import wrong_fields
 from ..manifest import MANIFEST, Manifest
 from ..seal import DIGEST, is_intact, is_unsealed_name
 from ..source.reader import open_source

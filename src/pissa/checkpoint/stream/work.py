@@ -26,7 +26,7 @@ from ..disk.outputs import Outputs
 from ..factors import PREFIX
 from ..source.reader import Source
 from .fused import fused
-from .plan import Job, packed_parts
+from .jobs import Job, packed_parts
 
 Record = dict[str, Any]
 

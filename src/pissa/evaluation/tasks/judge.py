@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ...errors import ConfigError, MissingExtraError
-from ...outside.documents import Unreadable, parse_object, wrong_fields
+from ...outside.documents import Unreadable, parse_object
+from ...outside.schema import wrong_fields
 
 RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 LENIENT = re.compile(r"\[\s*(\d+(?:\.\d+)?)\s*\]")
