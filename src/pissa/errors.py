@@ -4,6 +4,21 @@ A user's mistake raises one of these: one line that says what was given, what is
 The command line turns them into exit code 2 without a traceback; whatever else escapes is our fault and exits with 1.
 """
 
+from collections.abc import Iterable
+
+
+def listed(items: Iterable[object], most: int = 3, separator: str = ", ") -> str:
+    """Offenders for a message, in one line: all of them, or the first `most` and how many more there are.
+
+    Example:
+        >>> listed("abcdefg")
+        'a, b, c and 4 more'
+    """
+    names = [str(item) for item in items]
+    if len(names) <= most + 2:
+        return separator.join(names)
+    return f"{separator.join(names[:most])} and {len(names) - most} more"
+
 
 class PissaError(Exception):
     """Base of all errors that pissa raises on purpose: the user's input is wrong, and one line says how to mend it.

@@ -32,7 +32,7 @@ from ..checkpoint.disk.write import explained, output_files
 from ..checkpoint.factors import CONFIG
 from ..checkpoint.read import SavedAdapter, fitted, read_adapter
 from ..checkpoint.residual import RESIDUAL, write_residual, write_trained
-from ..errors import CheckpointError, PissaError
+from ..errors import CheckpointError, PissaError, listed
 from ..export.files import write_lora
 from ..export.lora import export_state
 from ..live.adalora import singular_values
@@ -213,11 +213,11 @@ def _take_over(model: PeftModel, path: Any, saved: SavedAdapter, adapter: str) -
     layers, initial = adapter_layers(model), adapter_factors(model, adapter)
     found = fitted(path, saved, model, {name: place_at(layer) for name, layer in layers.items()})
     if found.keys() != initial.keys():
-        raise CheckpointError(f"{path} adapts other modules: {', '.join(sorted(found.keys() ^ initial.keys())[:20])}")
+        raise CheckpointError(f"{path} adapts other modules: {listed(sorted(found.keys() ^ initial.keys()), 20)}")
     other = [name for name, f in found.items() if not _is_same_start(f, initial[name])]
     if other:
         raise CheckpointError(
-            f"{path} started from other components than this model at {', '.join(other[:5])}"
+            f"{path} started from other components than this model at {listed(other)}"
             f"{' and others' if len(other) > 5 else ''}, so its adapter does not fit these weights; load it with "
             "pissa.load"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, TargetError
+from ..errors import DataError, TargetError, listed
 from .blocks import Sweep, Trace, agree, block_names, block_of, listening, probe, quiet, run
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], names
     modules = dict(model.named_modules())
     missing = [name for name in names if name not in modules]
     if missing:
-        raise TargetError(f"the model has no layer {', '.join(missing[:20])}; names come from model.named_modules()")
+        raise TargetError(f"the model has no layer {listed(missing, 20)}; names come from model.named_modules()")
     if not batches:
         raise DataError("there are no calibration batches; give at least one")
     if not names:

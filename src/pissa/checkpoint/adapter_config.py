@@ -10,8 +10,8 @@ from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig
 
-from ..errors import CheckpointError
-from ..outside.documents import listed, read_document
+from ..errors import CheckpointError, listed
+from ..outside.documents import read_document
 from ..outside.patterns import wrong_patterns
 from ..outside.text import on_one_line
 from .disk.header import read_header
@@ -71,7 +71,7 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         )
     wrong = wrong_patterns(patterns_in(document), _longest_name(directory))
     if wrong:
-        raise CheckpointError(f"{path}: {listed(wrong)}; {REMEDY}, or name the modules instead")
+        raise CheckpointError(f"{path}: {listed(wrong, separator='; ')}; {REMEDY}, or name the modules instead")
     try:
         config: Any = (LoraConfig if kind == "LORA" else AdaLoraConfig).from_pretrained(str(directory))
         return config

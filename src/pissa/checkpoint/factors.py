@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..live.conversion import nesting
 from ..live.factors import MAGNITUDE, AdapterFactors, Layout
 from ..live.layers import ATTENTION, CONVOLUTION, EMBEDDING, EXPERTS, LINEAR
@@ -47,7 +47,7 @@ def read_factors(
     file, tensors = _tensors_in(directory)
     wrong = [key.removeprefix(PREFIX) for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
-        raise CheckpointError(f"{file} holds NaN or Inf in {', '.join(wrong[:5])}{_and_more(wrong)}: {REMEDY}")
+        raise CheckpointError(f"{file} holds NaN or Inf in {listed(wrong)}: {REMEDY}")
     sides: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     foreign: list[str] = []
@@ -66,7 +66,7 @@ def read_factors(
         elif ".base_layer." not in name:  # PEFT stores targeted embeddings' base weights beside their adapter
             others[key] = tensor
     if foreign:
-        raise CheckpointError(f"{file} is no plain LoRA: it holds {', '.join(foreign[:20])}")
+        raise CheckpointError(f"{file} is no plain LoRA: it holds {listed(foreign, 20)}")
     needed = {"A", "B"} | ({"magnitude"} if config.use_dora else set())
     needed |= {"E"} if isinstance(config, AdaLoraConfig) else set()
     broken = sorted(path for path, found in sides.items() if not needed <= found.keys())
@@ -95,10 +95,6 @@ def _tensors_in(directory: Path) -> tuple[Path, dict[str, Tensor]]:
             return pickled, load_weights(stream, pickled)
     except OSError as error:
         raise CheckpointError(f"{pickled} cannot be read: {first_line(error)}") from error
-
-
-def _and_more(names: list[str]) -> str:
-    return " and others" if len(names) > 5 else ""
 
 
 def _told_apart(
@@ -137,7 +133,7 @@ def _told_apart(
             E=E.flatten() if E is not None else None,
         )
     if misfits:
-        raise CheckpointError(f"{file}: the ranks do not fit each other or {CONFIG}: {', '.join(misfits[:20])}")
+        raise CheckpointError(f"{file}: the ranks do not fit each other or {CONFIG}: {listed(misfits, 20)}")
     order = [name for path in sides if (name := names[path][0]) in factors]
     return {name: factors[name] for name in order}, {name: layouts[name] for name in order}
 

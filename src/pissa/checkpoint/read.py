@@ -25,7 +25,7 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..live.factors import AdapterFactors, Layout, halves
 from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.marks import config_with_ranks, is_marked_offset, marks, not_plain_lora
@@ -181,8 +181,7 @@ def _check_scales(directory: Path, config: LoraConfig) -> None:
     wrong += [name for name, rank in ranks.items() if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1]
     if wrong:
         raise CheckpointError(
-            f"{directory / CONFIG}: {', '.join(map(str, wrong[:20]))}: an alpha is a finite number, a rank a whole one "
-            "of at least 1"
+            f"{directory / CONFIG}: {listed(wrong, 20)}: an alpha is a finite number, a rank a whole one of at least 1"
         )
 
 
@@ -218,7 +217,7 @@ def fitted(
             fitted[name] = factors
     wrong = [name for name in saved.factors if name not in fitted]
     if wrong:
-        raise CheckpointError(f"{path} was made for another base: {', '.join(wrong[:20])} missing or of another shape")
+        raise CheckpointError(f"{path} was made for another base: {listed(wrong, 20)} missing or of another shape")
     return fitted
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..live.marks import ROWS, marks
 from .factors import PREFIX
 from .read import SavedAdapter
@@ -97,7 +97,7 @@ def _check_places(path: str | os.PathLike[str], saved: SavedAdapter, model: nn.M
     wrong = [n for n, size in _sizes(saved.others).items() if ".token_adapter." not in n and state.get(n) != size]
     if wrong:
         raise CheckpointError(
-            f"{path} was made for another base: {', '.join(wrong[:20])} missing there or of another shape; build the "
+            f"{path} was made for another base: {listed(wrong, 20)} missing there or of another shape; build the "
             "model as it was before it was adapted, and pass it: load(path, base=model)"
         )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..outside.documents import parse
 from .conversation import REASONING, Example, Message, RowError
 from .messages import LEARNED_KEYS, OTHER_LEARNED_KEYS, conversation, kind, text_of
@@ -76,10 +76,8 @@ def example_from_row(row: Any, where: str = "") -> Example:
 
 def unusable_rows(source: str, offenders: list[str], total: int, remedy: str) -> DataError:
     """One error for all rows that cannot be used: how many, the first few with place and reason, what to do."""
-    shown = "; ".join(offenders[:SHOWN_OFFENDERS])
-    rest = len(offenders) - SHOWN_OFFENDERS
-    more = f"; and {rest} more" if rest > 0 else ""
-    return DataError(f"{len(offenders)} of {total} rows of {source} cannot be used: {shown}{more}. {remedy}")
+    shown = listed(offenders, SHOWN_OFFENDERS, "; ")
+    return DataError(f"{len(offenders)} of {total} rows of {source} cannot be used: {shown}. {remedy}")
 
 
 def examples_from_rows(rows: Iterable[Any], source: str = "the data") -> list[Example]:

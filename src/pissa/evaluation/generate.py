@@ -13,7 +13,7 @@ import torch
 
 from ..data.chat_text import end_of_turn
 from ..data.encode import default_bos, token_ids
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, listed
 
 Progress = Callable[[int, int], None]
 
@@ -100,7 +100,7 @@ def continuations(
     ids = [prefix + tokens for tokens in token_ids(prompts, tokenizer)]
     empty = [str(number) for number, tokens in enumerate(ids, 1) if not tokens]
     if empty:
-        raise DataError(f"nothing to continue: these prompts have no tokens: {', '.join(empty[:10])}")
+        raise DataError(f"nothing to continue: these prompts have no tokens: {listed(empty)}")
     settings = decoding(model, tokenizer, max_new_tokens, None if add_bos else end_of_turn(tokenizer))
     extra = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)

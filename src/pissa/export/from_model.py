@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.factors import PREFIX, REMEDY
 from ..checkpoint.read import SavedAdapter
-from ..errors import PissaError
+from ..errors import PissaError, listed
 from ..live.adalora import layer_scale
 from ..live.factors import MAGNITUDE, AdapterFactors, Layout, halves
 from ..live.marks import config_with_ranks, is_marked_offset, marks, not_plain_lora
@@ -88,8 +88,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """
     wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
-        more = " and others" if len(wrong) > 5 else ""
-        raise PissaError(f"{what} holds NaN or Inf in {', '.join(wrong[:5])}{more}: {REMEDY}")
+        raise PissaError(f"{what} holds NaN or Inf in {listed(wrong)}: {REMEDY}")
 
 
 def _unwrapped(layout: Layout) -> Layout:
@@ -131,7 +130,7 @@ def _whole_factors(
         factors[name] = AdapterFactors(*pair(layout, adapter, runtime.r[adapter]), scale, *initial, magnitude)
     if missing:
         raise PissaError(
-            f"the state dict lacks {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}: gather the "
+            f"the state dict lacks {listed(missing)}: gather the "
             'whole model, frozen parameters included (with ZeRO-3 Trainer leaves them out: use placement "offset")'
         )
     return factors

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..checkpoint.disk.write import output_file
 from ..checkpoint.scales import scale_of
-from ..errors import PissaError
+from ..errors import PissaError, listed
 from ..live.marks import check_always_on
 from .llama_cpp import check_gguf_target
 
@@ -148,7 +148,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     if foreign:
         raise PissaError(
             f"llama.cpp loads LoRAs of linear layers and of the input embedding, and this one also has "
-            f"{_listed(foreign)}; {WHOLE}"
+            f"{listed(sorted(foreign), 20)}; {WHOLE}"
         )
     return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
 
@@ -172,7 +172,8 @@ def _gguf_names(pairs: Mapping[str, Any], looked_up: set[str], arch: Any, config
     if lost or shared:
         why = ", whose output head is the embedding itself," if shared else ""
         raise PissaError(
-            f"a GGUF of this base{why} has no weight of its own for a LoRA of {_listed(lost + shared)}; {WHOLE}"
+            f"a GGUF of this base{why} has no weight of its own for a LoRA of {listed(sorted(lost + shared), 20)}; "
+            f"{WHOLE}"
         )
     return {name: str(found) for name, found in names.items()}
 
@@ -184,8 +185,3 @@ def _rotated_heads(name: str, config: Any) -> int | None:
     if name.endswith(".k_proj"):
         return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return None
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(sorted(names)[:20]) + rest

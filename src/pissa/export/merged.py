@@ -22,7 +22,7 @@ from ..checkpoint.read import base_place, read_adapter
 from ..checkpoint.recorded import record_template
 from ..checkpoint.residual import unshared
 from ..checkpoint.stream.merge import merge_saved
-from ..errors import PissaError
+from ..errors import PissaError, listed
 from ..live.factors import merged_weight
 from ..live.layers import TRANSPOSED, Place, place_of
 from ..live.marks import check_always_on
@@ -155,7 +155,7 @@ def _save_plain(model: Any, config: Any, state: dict[str, Tensor], directory: Pa
     twin.tie_weights()
     left = [name for name, parameter in twin.named_parameters() if parameter.is_meta]
     if left:
-        raise PissaError(f"cannot merge: no weight for {', '.join(left[:20])}")
+        raise PissaError(f"cannot merge: no weight for {listed(left, 20)}")
     if getattr(model, "generation_config", None) is not None:
         twin.generation_config = model.generation_config
     twin.save_pretrained(directory)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from peft import LoraConfig
 from torch import Tensor
 
+from ..errors import listed
+
 CHECKED = "0.32.0"
 """The release of vLLM whose checks these are."""
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -58,7 +60,7 @@ def vllm_refusals(tensors: Mapping[str, Tensor], config: LoraConfig) -> list[str
         key.removeprefix(PREFIX) for key, tensor in tensors.items() if ".lora_" in key and not _is_taken(key, tensor)
     )
     if other:
-        found.append(f"it takes linear layers and embed_tokens, and not {', '.join(other[:5])}: export with --merged")
+        found.append(f"it takes linear layers and embed_tokens, and not {listed(other)}: export with --merged")
     return found
 
 

@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from ..config import PissaConfig
 from ..decompose.svd import TruncatedSVD
-from ..errors import TargetError
+from ..errors import TargetError, listed
 from .conversion import is_rewritten
 from .layers import ATTENTION, LINEAR, PARAMETER, Kind, Place, is_linear, kind_of, kind_of_parameter
 
@@ -243,10 +243,3 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def listed(items: Sequence[str], most: int = 5) -> str:
-    """The items in one line; of more than `most`, three and how many more there are."""
-    shown = items if len(items) <= most else items[:3]
-    rest = len(items) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")

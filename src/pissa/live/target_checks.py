@@ -15,13 +15,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
 from ..decompose.components import slots_drawn
-from ..errors import ConfigError, TargetError, WeightError
+from ..errors import ConfigError, TargetError, WeightError, listed
 from ..split import STORAGE_DTYPES
 from .layers import LINEAR, TRANSPOSED
 from .quantized import bits_of
 from .runtime import why_not
 from .selection import Target as Target
-from .selection import listed
 
 
 def check_carried(

@@ -19,14 +19,14 @@ from torch import nn
 
 from ..config import PissaConfig
 from ..decompose.scale import magnitude
-from ..errors import TargetError, WeightError
+from ..errors import TargetError, WeightError, listed
 from .factors import WRAPPED, Layout
 from .layers import CONVOLUTION
 from .quantized import bits_of, check_quantizable
 from .reads import read_elsewhere
 from .runtime import holes
 from .selection import Target as Target
-from .selection import listed, select_weights
+from .selection import select_weights
 from .target_checks import (
     check_carried,
     check_loaded,

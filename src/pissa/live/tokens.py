@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, listed
 
 
 def check_tokens(model: nn.Module, tokens: Sequence[int] | Mapping[str, Sequence[int]], adapted: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ def _check_rows(
     rows = min(len(modules[name].weight) for name in names)
     if beyond := [i for i in ids if i >= rows]:
         raise ConfigError(
-            f"trainable_token_indices: {where} has {rows} rows and no {', '.join(map(str, beyond[:5]))}; give ids from "
+            f"trainable_token_indices: {where} has {rows} rows and no {listed(beyond)}; give ids from "
             "0, after resize_token_embeddings where tokens were added"
         )
 

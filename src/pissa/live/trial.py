@@ -17,9 +17,8 @@ from peft.tuners.lora import LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
-from ..errors import TargetError
+from ..errors import TargetError, listed
 from .quantized import bits_of
-from .selection import listed
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 """How PEFT says that it cannot adapt something."""
@@ -65,7 +64,7 @@ def check_by_peft(model: nn.Module, config: LoraConfig) -> LoraConfig:
             raise refusal(error) from error
     if lost:
         raise TargetError(
-            f"PEFT and transformers would not find the adapters of {listed(lost, 5)} again when they load them: they "
+            f"PEFT and transformers would not find the adapters of {listed(lost)} again when they load them: they "
             "take these names for those of an older checkpoint; name the modules in exclude_modules"
         )
     return completed

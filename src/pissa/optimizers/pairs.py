@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, listed
 from ..live.adalora import is_adalora, layer_scale
 from ..live.layers import KINDS
 from ..live.state import active_adapter_name, adapter_layers, is_offset, parameters_of, place_at
@@ -92,8 +92,7 @@ def trained_pairs(model: Any) -> Trained:
         pairs.append(Pair(name, layer_scale(layer, adapter), kind, layer.r[adapter], is_offset(model, adapter)))
         factors += [A, B]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConfigError(f"this optimizer moves both factors of B·A: {', '.join(wrong[:3])}{more}; take AdamW")
+        raise ConfigError(f"this optimizer moves both factors of B·A: {listed(wrong)}; take AdamW")
     if not pairs:
         raise ConfigError(f"no factors of adapter {adapter!r} are trained; adapt the model, or take AdamW")
     held = {id(factor) for factor in factors}

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import CheckpointError, PissaError
+from ..errors import CheckpointError, PissaError, listed
 from .schema import wrong_fields
 
 LARGEST = 1 << 25
@@ -53,7 +53,7 @@ def read_document(
         document = parse_object(read_bounded(path))
         wrong = list(wrong_fields(document, schema))
         if wrong:
-            raise Unreadable(f"is not what it should be: {listed(wrong)}")
+            raise Unreadable(f"is not what it should be: {listed(wrong, separator='; ')}")
     except Unreadable as reason:
         raise error(f"{path} {reason}; {remedy}") from reason
     return document
@@ -147,12 +147,6 @@ def parse_yaml(text: bytes) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError, OverflowError) as error:
         raise Unreadable(f"is not YAML: {' '.join(str(error).split())[:300]}") from error
     return value
-
-
-def listed(phrases: list[str], most: int = 5) -> str:
-    """Some phrases, and how many more there are."""
-    more = f"; and {len(phrases) - most} more" if len(phrases) > most else ""
-    return "; ".join(phrases[:most]) + more
 
 
 def is_deeper(value: Any, most: int = DEEPEST) -> bool:

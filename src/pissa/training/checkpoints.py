@@ -14,8 +14,8 @@ from typing import Annotated
 from ..checkpoint.disk.write import explained, write_json
 from ..checkpoint.manifest import PlainFileEntry, PlainPath
 from ..checkpoint.seal import plain_file
-from ..errors import OutputError
-from ..outside.documents import listed, read_document
+from ..errors import OutputError, listed
+from ..outside.documents import read_document
 from .directory import RunDirectory
 from .progress import read_log
 
@@ -58,7 +58,9 @@ def check_checkpoint(directory: RunDirectory, checkpoint: Path | None) -> None:
         if whole is not None
         else "there is no whole checkpoint before it: start again in another directory"
     )
-    raise OutputError(f"{checkpoint} is not whole, so the run cannot be continued from it: {listed(wrong)}; {remedy}")
+    raise OutputError(
+        f"{checkpoint} is not whole, so the run cannot be continued from it: {listed(wrong, separator='; ')}; {remedy}"
+    )
 
 
 def checkpoints(directory: RunDirectory) -> list[Path]:

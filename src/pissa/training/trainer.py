@@ -35,13 +35,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 from ..checkpoint.disk.write import TEMPORARY_PREFIX, durable_rename, explained
 from ..checkpoint.residual import write_trained
 from ..data.encode import IGNORED, Encoded
-from ..errors import MissingExtraError, OutputError, TrainingError
+from ..errors import MissingExtraError, OutputError, TrainingError, listed
 from ..export.files import write_lora
 from ..export.lora import export_state
 from ..live.adalora import penalty
 from ..live.factors import MAGNITUDE
 from ..live.record import record_of
-from ..live.selection import listed
 from ..live.state import active_adapter_name
 from ..optimizers.spectral import SpectralProduct
 from .checkpoints import list_files

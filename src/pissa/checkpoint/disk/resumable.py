@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import OutputError
+from ...errors import OutputError, listed
 from ...outside.documents import read_document
 from .write import TEMPORARY_PREFIX, explained, locked
 
@@ -62,7 +62,7 @@ class Resumable:
             foreign = sorted(self._foreign())
         if foreign:
             raise OutputError(
-                f"{self.path} already holds something else ({', '.join(foreign[:5])}), and not {_a(self.noun)}; name a "
+                f"{self.path} already holds something else ({listed(foreign)}), and not {_a(self.noun)}; name a "
                 "new or empty directory, or remove it"
             )
         return None
@@ -80,9 +80,8 @@ class Resumable:
         """
         changed = list(differences(before, now))
         if changed:
-            more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
             raise OutputError(
-                f"{self.path} is another {self.noun} ({'; '.join(changed[:8])}{more}); give {allowed} to continue it, "
+                f"{self.path} is another {self.noun} ({listed(changed, 8, '; ')}); give {allowed} to continue it, "
                 "or name another directory"
             )
 

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ...outside.documents import LARGEST, Unreadable, parse_object
 
 CONFIG = "config.json"
@@ -54,7 +54,7 @@ def find_weights(directory: Path) -> WeightFiles:
     if len(gguf) == 1:
         return WeightFiles("gguf", (gguf[0],))
     if gguf:
-        some = ", ".join(file.name for file in gguf[:5])
+        some = listed(file.name for file in gguf)
         raise CheckpointError(f"{directory} holds {len(gguf)} GGUF files ({some}); give the one that is meant")
     if not any(directory.iterdir()):
         raise CheckpointError(f"{directory} is empty; a model directory holds config.json and its weights")
@@ -131,14 +131,12 @@ def _sharded(form: Form, index: Path) -> WeightFiles:
     foreign = [name for name in files if not _is_plain_name(name) or not name.endswith(suffix)]
     if foreign:
         raise CheckpointError(
-            f"{index} names {', '.join(repr(name[:100]) for name in foreign[:5])}; a shard is a {suffix} file "
-            "beside its index"
+            f"{index} names {listed(repr(name[:100]) for name in foreign)}; a shard is a {suffix} file beside its index"
         )
     missing = [name for name in files if not os.path.lexists(index.parent / name)]
     if missing:
-        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
         raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} shard(s) that {index.name} names: {', '.join(missing[:20])}{more}; "
+            f"{index.parent} lacks {len(missing)} shard(s) that {index.name} names: {listed(missing, 20)}; "
             "download it again"
         )
     _check_none_left_out(index, files)
@@ -161,7 +159,7 @@ def _check_none_left_out(index: Path, files: list[str]) -> None:
     left_out = sorted(name for name in present - set(files) if series(name) in named)
     if left_out:
         raise CheckpointError(
-            f"{index} does not name {', '.join(left_out[:20])}, which lies beside it; download both again"
+            f"{index} does not name {listed(left_out, 20)}, which lies beside it; download both again"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ...live.quantized import keep_unpacked, remember_dtype
 from .files import CONFIG, find_weights
 from .gptq import is_gptq, load_gptq
@@ -130,9 +130,8 @@ def _check_all_loaded(source: str | os.PathLike[str], report: Mapping[str, Any])
         f"{key} is {tuple(found)} and not {tuple(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
     ]
     if wrong:
-        rest = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise CheckpointError(
-            f"{source} does not hold the weights that its config.json asks for: {', '.join(wrong[:20])}{rest}; "
+            f"{source} does not hold the weights that its config.json asks for: {listed(wrong, 20)}; "
             "download it again, or correct config.json"
         )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ..disk.header import KIND_OF, Entry
 
 LARGEST_PICKLE = 1 << 25
@@ -71,9 +71,7 @@ def load_weights(stream: IO[bytes], file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} holds a {type(found).__name__} instead of a dict of tensors")
     odd = [str(name) for name, tensor in found.items() if not isinstance(name, str) or not _is_plain(tensor)]
     if odd:
-        raise CheckpointError(
-            f"{file} holds what is no dense tensor: {', '.join(repr(name[:100]) for name in odd[:5])}"
-        )
+        raise CheckpointError(f"{file} holds what is no dense tensor: {listed(repr(name[:100]) for name in odd)}")
     return dict(found)
 
 

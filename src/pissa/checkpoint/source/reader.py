@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ..disk.header import Entry, read_header
 from .files import CONFIG, WeightFiles, find_weights, open_plain, other_files
 from .hub import local_directory
@@ -211,10 +211,9 @@ def check_indexed(found: dict[str, Entry], file: Path, weights: WeightFiles) -> 
     absent, unnamed = sorted(named - found.keys()), sorted(found.keys() - named)
     if absent or unnamed:
         what, names = ("lacks", absent) if absent else ("holds, unnamed there,", unnamed)
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise CheckpointError(
             f"{file} is not the shard that {weights.index.name} describes: it {what} "
-            f"{', '.join(repr(name[:200]) for name in names[:5])}{more}; download both again"
+            f"{listed(repr(name[:200]) for name in names)}; download both again"
         )
 
 

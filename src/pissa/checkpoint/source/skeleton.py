@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ...outside.limits import LimitError, bounded
 from .architecture import named_class
 from .reader import Source
@@ -152,7 +152,7 @@ def checkpoint_names(model: PreTrainedModel, source: Source) -> Names:
         else:
             plain[key] = name
     if twice:
-        raise CheckpointError(f"{source.path} holds {_listed(twice)}, which are one parameter of the model")
+        raise CheckpointError(f"{source.path} holds {listed(twice, 20)}, which are one parameter of the model")
     names = Names(plain, converted, fused, tuple(unknown))
     _check_complete(model, source, names, supplied)
     return names
@@ -172,7 +172,7 @@ def _check_complete(model: PreTrainedModel, source: Source, names: Names, suppli
             wrong.append(f"{name} is {found} and not {wanted}")
     if wrong:
         raise CheckpointError(
-            f"{source.path} does not hold the weights that its config.json asks for: {_listed(wrong)}; download it "
+            f"{source.path} does not hold the weights that its config.json asks for: {listed(wrong, 20)}; download it "
             "again, or correct config.json"
         )
 
@@ -193,8 +193,3 @@ def _check_sizes(source: Source, settings: dict[str, Any]) -> None:
                 f"{source.path / 'config.json'}: {key} is {value:,}, and there are {len(source.entries):,} tensors in "
                 "all; correct config.json"
             )
-
-
-def _listed(items: list[str]) -> str:
-    rest = len(items) - 20
-    return ", ".join(items[:20]) + (f" and {rest} more" if rest > 0 else "")

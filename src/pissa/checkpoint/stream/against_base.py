@@ -24,10 +24,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ...config import PissaConfig, Quantization
-from ...errors import CheckpointError, PissaError
+from ...errors import CheckpointError, PissaError, listed
 from ...live.layers import KINDS
 from ...live.runtime import taps
-from ...outside.documents import listed
 from ...outside.patterns import wrong_patterns
 from ...provenance import sha256, sha256_of_file
 from ...quantize.error import plain_error
@@ -108,7 +107,7 @@ def _config_of(manifest: Mapping[str, Any], path: Path) -> PissaConfig:
     settings = dict(manifest.get("config") or {})
     wrong = wrong_patterns(patterns_in(settings), LONGEST_NAME)
     if wrong:
-        raise CheckpointError(f"{path / MANIFEST}: {listed(wrong)}; make {path} again")
+        raise CheckpointError(f"{path / MANIFEST}: {listed(wrong, separator='; ')}; make {path} again")
     try:
         if settings.get("quantization") is not None:
             settings["quantization"] = Quantization(**settings["quantization"])

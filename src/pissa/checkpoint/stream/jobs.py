@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...config import PissaConfig, Quantization
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ...live.factors import Layout
 from ...live.quantized import quantized_layer
 from ...live.targets import Target
@@ -178,7 +178,7 @@ def sources_of(
     missing = [name for name, tensors in found.items() if not tensors]
     if missing:
         raise CheckpointError(
-            f"{source.path} holds no tensor for {', '.join(missing[:20])}{' …' if len(missing) > 20 else ''}: "
+            f"{source.path} holds no tensor for {listed(missing, 20)}: "
             "transformers makes it from others while it loads; name the modules in exclude_modules, or use pissa train"
         )
     return found

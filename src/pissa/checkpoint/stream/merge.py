@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ...live.factors import AdapterFactors, merged_weight
 from ...live.layers import Place, combine_each, place_named
 from ...live.marks import check_always_on, is_marked_offset
@@ -167,8 +167,9 @@ class _Merge:
         found = {key.removeprefix(PREFIX): tensor for key, tensor in self.saved.others.items()}
         foreign = [k for k, t in found.items() if k not in state or state[k].shape != t.shape]
         if foreign:
-            names = ", ".join(foreign[:20])
-            raise CheckpointError(f"{path} was made for another base: {names} missing there or of another shape")
+            raise CheckpointError(
+                f"{path} was made for another base: {listed(foreign, 20)} missing there or of another shape"
+            )
         return found
 
     def _write_small(self, directory: Path, *, untied: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import PissaConfig
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ...provenance import package_versions, sha256, sha256_of_document, sha256_of_file
 from ..disk.layout import raw_bytes
 from ..disk.resumable import as_recorded
@@ -84,8 +84,7 @@ def check_base_unchanged(
             if sha256(source.chunks(name)) != done[job.name]["base"][name]:
                 changed.append(name)
     if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise CheckpointError(
-            f"{source.path} was changed since the run began: {', '.join(changed[:5])}{more}; put the old files back, "
+            f"{source.path} was changed since the run began: {listed(changed)}; put the old files back, "
             "or name another directory"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import PissaConfig
-from ...errors import OutputError
+from ...errors import OutputError, listed
 from ...live.state import INITIAL
 from ...outside.documents import read_document
 from ..card import CARD, residual_card
@@ -106,7 +106,7 @@ class Workspace:
             foreign = [name for name in there if name not in ours and not name.startswith(TEMPORARY_PREFIX)]
             if foreign:
                 raise OutputError(
-                    f"{self.out} already holds something ({', '.join(foreign[:5])}); name a new or empty directory, or "
+                    f"{self.out} already holds something ({listed(foreign)}); name a new or empty directory, or "
                     "remove it first"
                 )
         return None
@@ -269,7 +269,7 @@ class Workspace:
         ]
         if foreign:
             raise OutputError(
-                f"{self.path} holds {', '.join(foreign[:5])} and no {RUN}, so no run of pissa init made it; remove it, "
+                f"{self.path} holds {listed(foreign)} and no {RUN}, so no run of pissa init made it; remove it, "
                 "or name a new directory"
             )
 
@@ -285,7 +285,7 @@ class Workspace:
         ]
         if wrong:
             raise OutputError(
-                f"{self.out} was finished and damaged since: {', '.join(wrong[:5])} missing or of another size; remove "
+                f"{self.out} was finished and damaged since: {listed(wrong)} missing or of another size; remove "
                 "it, and run the same command again"
             )
 

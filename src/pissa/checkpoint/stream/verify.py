@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
-from ...outside.documents import Unreadable, listed, parse_object, read_bounded
+from ...errors import CheckpointError, listed
+from ...outside.documents import Unreadable, parse_object, read_bounded
 from ...outside.schema import wrong_fields
 from ..manifest import MANIFEST, Manifest
 from ..seal import DIGEST, is_intact, is_unsealed_name
@@ -112,7 +112,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{place} {reason}; make {path} again") from reason
     wrong = list(wrong_fields(document, Manifest))
     if wrong:
-        raise CheckpointError(f"{place} is not one of ours: {listed(wrong)}; make {path} again")
+        raise CheckpointError(f"{place} is not one of ours: {listed(wrong, separator='; ')}; make {path} again")
     if not document.get("files"):
         raise CheckpointError(f"{place} names no files; only what pissa init and save_residual write can be verified")
     return document
@@ -129,5 +129,4 @@ def _extra_files(path: Path, described: Mapping[str, Any]) -> list[str]:
 
 
 def _summary(path: Path, problems: list[str]) -> str:
-    more = f"; and {len(problems) - 50} more" if len(problems) > 50 else ""
-    return f"{path} is not what its {MANIFEST} says: {'; '.join(problems[:50])}{more}"
+    return f"{path} is not what its {MANIFEST} says: {listed(problems, 50, '; ')}"

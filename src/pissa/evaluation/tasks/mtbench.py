@@ -15,7 +15,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from ...data.prompts import ALPACA, Template, resolve_template
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, listed
 from ...outside.templates import TemplateRefusedError, apply_template
 from ..intervals import bootstrap
 from ..samples import SampleLog
@@ -92,7 +92,7 @@ class MtBench(Task):
             row["where"] for row in rows if len(row["turns"]) != 2 or not all(isinstance(t, str) for t in row["turns"])
         ]
         if odd:
-            raise DataError(f"{', '.join(odd[:5])}: a question of mt-bench has two turns, both text")
+            raise DataError(f"{listed(odd)}: a question of mt-bench has two turns, both text")
         return rows
 
     def measure(
