@@ -41,24 +41,39 @@ def unpacked(file: dict[str, Tensor], name: str, bits: int) -> Tensor:
     return found
 
 
+READER = """
+import sys, torch, pissa
+sys.path.insert(0, "tests")
+from tiny import logits_of
+for path in sys.argv[1:]:
+    torch.save(logits_of(pissa.load(path)), path + ".pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, Path]]:
+    """A model of each width, saved, and read by one fresh process: bits -> model, directory."""
+    folder = tmp_path_factory.mktemp("gptq")
+    models: dict[int, tuple[Any, Path]] = {}
+    for bits in (4, 3, 2):
+        models[bits] = adapt(tiny_llama(hidden=64), settings(bits)), folder / str(bits)
+        save_residual(*models[bits])
+    paths = [str(path) for _, path in models.values()]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", READER, *paths], check=True, cwd=Path(__file__).parents[2])
+    return models
+
+
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_a_saved_model_is_in_the_format_and_loads_bit_for_bit(bits: int, tmp_path: Path) -> None:
-    model: Any = adapt(tiny_llama(hidden=64), settings(bits))
-    save_residual(model, tmp_path / "out")
-    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+def test_a_saved_model_is_in_the_format_and_loads_bit_for_bit(bits: int, saved: dict[int, tuple[Any, Path]]) -> None:
+    model, path = saved[bits]
+    described = json.loads((path / "config.json").read_text())["quantization_config"]
     assert (described["quant_method"], described["bits"], described["group_size"]) == ("gptq", bits, 64)
-    file = load_file(tmp_path / "out" / "model.safetensors")
+    file = load_file(path / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj"
     layer = model.get_base_model().get_submodule(name).base_layer
     assert torch.equal(unpacked(file, name, bits), layer.weight)
-    assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(model))
-    script = (
-        "import sys, torch, pissa; sys.path.insert(0, 'tests'); from tiny import logits_of; "
-        f"torch.save(logits_of(pissa.load({str(tmp_path / 'out')!r})), {str(tmp_path / 'logits.pt')!r})"
-    )
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=root)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits_of(model))
+    assert torch.equal(logits_of(load(path)), logits_of(model))
+    assert torch.equal(torch.load(path.with_suffix(".pt")), logits_of(model))
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import command, finish, listing, log_of, plain_logits, recipe, result_tensors, run, write_rows
+from accelerate.state import AcceleratorState
+from small_runs import (
+    arguments,
+    command,
+    finish,
+    listing,
+    log_of,
+    plain_logits,
+    recipe,
+    result_tensors,
+    run,
+    write_rows,
+)
 
 from pissa import load
+from pissa.cli.main import run as run_command_line
 from pissa.training.progress import read_log
 from pissa.training.recipe import Recipe
 from tiny import largest_difference, logits_of
@@ -24,15 +39,37 @@ def settings(**changes: Any) -> Recipe:
     return recipe(**{"batch_size": 6, "micro_batch_size": 3, "max_steps": 8, "save_every": 3, **changes})
 
 
-def launched(arguments: list[str], launcher: str) -> list[str]:
+def launched(arguments: list[str]) -> list[str]:
     """The command as two processes over gloo."""
     pissa = arguments[arguments.index("-m") :]
-    if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *pissa]
-    # with --cpu accelerate starts one process, whatever --num_processes says, unless it finds MPI
-    options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    engine = ("accelerate.commands.accelerate_cli", "launch", *options, "--dynamo_backend", "no")
-    return [sys.executable, "-m", *engine, "--main_process_port", str(free_port()), *pissa]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *pissa]
+
+
+def in_two_forks(given: list[str], place: Path) -> list[tuple[int | None, str]]:
+    """What two copies of this process say and exit with that are `pissa` with these arguments, as torchrun starts it.
+
+    They have imported everything, which takes most of the time of a run that is started anew.
+    """
+    port, context = str(free_port()), multiprocessing.get_context("fork")
+    files = [place / f"said-{rank}" for rank in range(2)]
+    processes = [context.Process(target=_rank, args=(rank, port, given, file)) for rank, file in enumerate(files)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+        process.kill()
+    return [(process.exitcode, file.read_text()) for process, file in zip(processes, files, strict=True)]
+
+
+def _rank(rank: int, port: str, given: list[str], file: Path) -> None:
+    sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in sizes.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process that forked
+    run_command_line(given)
 
 
 def free_port() -> int:
@@ -83,10 +120,9 @@ def assert_one_result(base: Path, out: Path, expected: Path) -> None:
 def test_two_processes_train_as_one_does(base_directory: Path, tmp_path: Path, alone: tuple[Path, Path]) -> None:
     data, expected = alone
     out = tmp_path / "run"
-    done = finish(
-        launched(command(base_directory, data, out, settings(micro_batch_size=1, **measured_on(data))), "accelerate")
-    )
-    assert done.returncode == 0, done.stderr
+    given = arguments(base_directory, data, out, settings(micro_batch_size=1, **measured_on(data)))
+    for code, said in in_two_forks(given, tmp_path):
+        assert code == 0, said
     assert_close(out, expected)
     assert_one_result(base_directory, out, expected)
 
@@ -97,13 +133,13 @@ def test_two_processes_continue_what_was_stopped(
 ) -> None:
     data, expected = alone
     out = tmp_path / "run"
-    arguments = launched(command(base_directory, data, out, settings(**measured_on(data))), "torchrun")
+    started = launched(command(base_directory, data, out, settings(**measured_on(data))))
     stopper = tmp_path / "sitecustomize.py"
     stopper.write_text(STOP_RANK_1_AT_STEP_5)
-    stopped = finish(arguments, PYTHONPATH=str(tmp_path))
+    stopped = finish(started, PYTHONPATH=str(tmp_path))
     assert stopped.returncode != 0 and "checkpoint-5 is saved" in stopped.stderr
     assert (out / "state" / "checkpoint-5").is_dir() and len(log_of(out)) == 5
-    done = finish(arguments)
+    done = finish(started)
     assert done.returncode == 0, done.stderr
     assert_close(out, expected)
     assert_one_result(base_directory, out, expected)
@@ -129,6 +165,6 @@ if os.environ.get("RANK") == "1":
 @pytest.mark.slow
 def test_wrong_input_ends_all_processes_with_nothing_written(base_directory: Path, tmp_path: Path) -> None:
     data, out = write_rows(tmp_path / "data.jsonl"), tmp_path / "run"
-    done = finish(launched(command(base_directory, data, out, settings(rank=20)), "torchrun"))
+    done = finish(launched(command(base_directory, data, out, settings(rank=20))))
     assert done.returncode != 0 and not out.exists()
     assert "rank exceeds the smaller side" in done.stderr

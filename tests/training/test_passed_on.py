@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import command, finish, recipe, rows, run, write_rows
+from small_runs import arguments, in_process, recipe, rows, run, write_rows
 from trl.trainer.sft_config import SFTConfig
 
 from pissa.errors import ConfigError
@@ -99,14 +99,13 @@ def test_noise_on_embeddings_changes_the_loss(base_directory: Path, tmp_path: Pa
     assert abs(plain[0] - noisy[0]) > 1e-4
 
 
-def test_the_command_takes_any_field_several_times(base_directory: Path, tmp_path: Path) -> None:
-    settings = recipe(max_steps=1)
-    data = write_rows(tmp_path / "rows.jsonl")
-    ran = finish([
-        *command(base_directory, data, tmp_path / "out", settings), "--set", "adam_beta2=0.95", "--set", "group_x=1",
-    ])  # fmt: skip
+def test_the_command_takes_any_field_several_times(
+    base_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(base_directory, write_rows(tmp_path / "rows.jsonl"), tmp_path / "out", recipe(max_steps=1))
+    ran = in_process([*given, "--set", "adam_beta2=0.95", "--set", "group_x=1"], capsys)
     assert ran.returncode == 2 and "group_x is no field of SFTConfig" in ran.stderr
     assert not (tmp_path / "out").exists()
-    ran = finish([*command(base_directory, data, tmp_path / "out", settings), "--set", "adam_beta2=0.95", "--json"])
+    ran = in_process([*given, "--set", "adam_beta2=0.95", "--json"], capsys)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["settings"]["training"] == {"adam_beta2": 0.95}
