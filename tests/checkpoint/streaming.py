@@ -57,10 +57,14 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-int8": lambda: tiny_llama(hidden=64),
     "gpt2-nf4": lambda: tiny_gpt2(hidden=64),
     "llama-qlora": lambda: tiny_llama(hidden=64),
+    "llama-gptq": lambda: tiny_llama(hidden=64),
+    "llama-nvfp4": lambda: tiny_llama(hidden=64, dtype=torch.bfloat16),
 }
 CONFIGS: dict[str, PissaConfig] = {
     "llama-nf4": PissaConfig(4, quantization=Quantization(**QUICK)),
     "llama-int8": PissaConfig(4, quantization=Quantization("int8", **QUICK)),
+    "llama-gptq": PissaConfig(4, quantization=Quantization("gptq", bits=3, **QUICK)),
+    "llama-nvfp4": PissaConfig(4, quantization=Quantization("nvfp4", **QUICK)),
     "gpt2-nf4": PissaConfig(4, quantization=Quantization(double_quant=False, **QUICK)),
     "llama-qlora": PissaConfig(4, method="lora-kaiming", quantization=Quantization(method="qlora", **QUICK)),
 }

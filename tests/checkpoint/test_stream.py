@@ -50,7 +50,7 @@ def adapter_settings(files: dict[str, bytes]) -> dict[str, Any] | None:
     return {**document, "target_modules": sorted(document["target_modules"])}
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [name for name in BASES if name != "llama-nvfp4"])  # no layer holds NVFP4
 def test_streamed_bytes_are_those_of_adapting_the_whole_model(name: str, tmp_path: Path) -> None:
     base, out = on_disk(BASES[name](), tmp_path / "base"), tmp_path / "out"
     config = CONFIGS.get(name, CONFIG)
@@ -387,7 +387,6 @@ def test_wrong_input_leaves_nothing_behind(tmp_path: Path) -> None:
         (PissaConfig(4, target_modules=["nothing"]), ValueError, "no module matches"),
         (PissaConfig(4, method="lora-kaiming"), ConfigError, "nothing to prepare"),
         (PissaConfig(4, placement="offset"), ConfigError, "nothing to prepare"),
-        (PissaConfig(4, quantization=Quantization("gptq")), ConfigError, "nf4 and int8, not gptq"),
         (PissaConfig(4, quantization=Quantization(calibration="t.txt")), ConfigError, "pass it as batches"),
         (PissaConfig(4, quantization=Quantization()), ValueError, "block_size"),
     ]

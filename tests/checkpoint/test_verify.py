@@ -104,7 +104,9 @@ def test_every_offender_is_named_at_once(copy: Path) -> None:
     assert message.count("was changed") == 1
 
 
-@pytest.mark.parametrize("name", ["llama-bf16", "gpt2", "llama-nf4", "llama-int8", "gpt2-nf4", "llama-qlora"])
+@pytest.mark.parametrize(
+    "name", ["llama-bf16", "gpt2", "llama-nf4", "llama-int8", "gpt2-nf4", "llama-qlora", "llama-gptq", "llama-nvfp4"]
+)
 def test_residual_and_adapter_are_the_base_within_what_is_stated(name: str, tmp_path: Path) -> None:
     base, out = on_disk(BASES[name](), tmp_path / "base"), tmp_path / "out"
     init_checkpoint(base, out, CONFIGS.get(name, CONFIG))

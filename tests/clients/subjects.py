@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pissa import PissaConfig, adapt, export_lora, export_merged, init_checkpoint
+from pissa import PissaConfig, Quantization, adapt, export_lora, export_merged, init_checkpoint
 from pissa.checkpoint.disk.write import write_json
 from pissa.lab.models import smollm2
 from pissa.training.recipe import Recipe
@@ -116,6 +116,18 @@ def tiny_variants(place: Path) -> Subject:
             model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
             model.save_pretrained(str(adapters[name]))
     return Subject("tiny Llama", base, adapters, place / "plain")
+
+
+def gptq_run(place: Path) -> Subject:
+    """A tiny residual in GPTQ's 4 bits with an adapter trained on it."""
+    base, run = tiny_base(place), place / "gptq"
+    if not run.exists():
+        config = PissaConfig(8, quantization=Quantization("gptq", iterations=2))
+        model = adapt(AutoModelForCausalLM.from_pretrained(base), config)
+        _train(model, prompts(base))
+        model.save_pretrained(str(run))
+        AutoTokenizer.from_pretrained(base).save_pretrained(run / "residual")
+    return Subject("tiny Llama in GPTQ's 4 bits", run / "residual", {"trained on it": run}, run)
 
 
 def split_checkpoint(base: Path, place: Path) -> Path:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from client_page import Record
 from environments import VLLM, interpreter, versions
-from subjects import NEW_TOKENS, Subject
+from subjects import NEW_TOKENS, Subject, gptq_run, greedy, prompts
 from vllm_server import Refused, serving
 
-from pissa import export_lora
+from pissa import export_lora, load
 from pissa.checkpoint.read import read_adapter
+from pissa.checkpoint.source.load import load_base
 from pissa.errors import PissaError
 from pissa.export.vllm import CHECKED, needed_rank, vllm_refusals
 
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.clients
 ENVIRONMENT = VLLM
 BOUND = 5e-4
 """Rounding in fp32 by other kernels and in another order; measured is a tenth of this or less."""
+BOUND_BF16 = 0.2
+"""Its kernels for GPTQ's format compute in 16 bits."""
 Expected = Callable[[Subject, str | None], dict[str, Any]]
 
 
@@ -77,3 +80,18 @@ def test_the_server_agrees_with_peft_and_with_our_verdict(
             record.compare(way, label, found, reference, bound=BOUND, base=plain)
         server.unload(names[first])
         record.note("unloaded while it runs", subject.name, "", names[first] not in server.models())
+
+
+def test_a_residual_in_gptqs_format_is_served_with_its_adapter(record: Record, tmp_path: Path) -> None:
+    subject = gptq_run(tmp_path)
+    (adapter,) = subject.adapters.values()
+    rows = prompts(subject.base)
+    plain, reference = (greedy(model.eval(), rows) for model in (load_base(subject.base), load(adapter)))
+    with serving(
+        interpreter(VLLM), subject.base, tmp_path / "vllm.log", adapters={"trained": adapter}, dtype="bfloat16"
+    ) as server:
+        found = server.continued("base", rows, NEW_TOKENS)
+        record.compare("the residual alone, computing in bf16", subject.name, found, plain, bound=BOUND_BF16)
+        found = server.continued("trained", rows, NEW_TOKENS)
+        label = f"{subject.name}, trained on it"
+        record.compare("--lora-modules, computing in bf16", label, found, reference, bound=BOUND_BF16, base=plain)

@@ -73,7 +73,13 @@ class Refused(Exception):
 
 @contextmanager
 def serving(
-    python: Path, model: Path, log: Path, *, adapters: Mapping[str, Path] | None = None, max_rank: int = 16
+    python: Path,
+    model: Path,
+    log: Path,
+    *,
+    adapters: Mapping[str, Path] | None = None,
+    max_rank: int = 16,
+    dtype: str = "float32",
 ) -> Iterator[Server]:
     """A server, for as long as the block runs.
 
@@ -83,13 +89,14 @@ def serving(
         log: where its output goes.
         adapters: name -> directory of what is loaded at the start.
         max_rank: `--max-lora-rank`.
+        dtype: that it computes in.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "base",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager", "--max-model-len", "256",
         "--enable-lora", "--max-lora-rank", str(max_rank), "--max-loras", "4", "--max-num-seqs", "4",
     ]  # fmt: skip
     if adapters:

@@ -20,6 +20,8 @@ from pissa.live.gptq import GPTQLinear
 from pissa.quantize.gptq import quantize_gptq
 from tiny import largest_difference, logits_of, tiny_gpt2, tiny_llama, token_batch, train_steps
 
+FORM = Quantization("gptq", iterations=1, momentum=0.0)
+
 
 def settings(bits: int = 4, **more: Any) -> PissaConfig:
     return PissaConfig(4, quantization=Quantization("gptq", bits=bits, iterations=1, momentum=0.0, **more))  # pyright: ignore[reportArgumentType]
@@ -68,6 +70,7 @@ def test_a_saved_model_is_in_the_format_and_loads_bit_for_bit(bits: int, saved: 
     model, path = saved[bits]
     described = json.loads((path / "config.json").read_text())["quantization_config"]
     assert (described["quant_method"], described["bits"], described["group_size"]) == ("gptq", bits, 64)
+    assert described["sym"] == (bits == 4)
     file = load_file(path / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj"
     layer = model.get_base_model().get_submodule(name).base_layer
@@ -89,8 +92,19 @@ def test_it_trains_merges_and_is_undone(make: Any, tmp_path: Path) -> None:
     trained = logits_of(model.eval())
     export_merged(model, tmp_path / "merged")
     assert largest_difference(logits_of(load_base(tmp_path / "merged")), trained) < 1e-4
+    model.save_pretrained(str(tmp_path / "saved"))
+    export_merged(tmp_path / "saved", tmp_path / "streamed")
+    assert largest_difference(logits_of(load_base(tmp_path / "streamed")), trained) < 1e-4
     undone = restore(model, base)
     assert largest_difference(logits_of(undone), before) < 1e-5
+
+
+def test_layers_that_are_left_alone_are_said() -> None:
+    described = adapt(tiny_llama(hidden=64), settings()).config.quantization_config
+    assert "modules_in_block_to_quantize" not in described
+    some = adapt(tiny_llama(hidden=64), PissaConfig(4, target_modules=["v_proj", "up_proj"], quantization=FORM))
+    inside = some.config.quantization_config["modules_in_block_to_quantize"]
+    assert inside == [["mlp.up_proj", "self_attn.v_proj"]]
 
 
 def test_the_gradient_is_that_of_the_dequantised_weight() -> None:

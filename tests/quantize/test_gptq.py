@@ -55,6 +55,18 @@ def test_nearest_rounding_is_within_half_a_step(search: Any) -> None:
     assert error.norm() <= (W - quantize_gptq(W, group_size=64).dequantize()).norm() * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_a_symmetric_grid_has_one_zero_point_and_gains_by_signs(bits: int) -> None:
+    W = trained_like(64, 64)
+    searches: Any = ("absmax", "unsigned", "signed")
+    found = [quantize_gptq(W, group_size=32, scale_search=s, bits=bits, symmetric=True) for s in searches]
+    assert all(packed.is_symmetric for packed in found)
+    assert not quantize_gptq(W, group_size=32, bits=bits).is_symmetric
+    assert (found[2].scales < 0).any() and (found[2].scales > 0).any()
+    errors = [float((W - packed.dequantize()).norm()) for packed in found]
+    assert errors == sorted(errors, reverse=True)
+
+
 @pytest.mark.parametrize("kind", ["zero", "zero blocks", "constant blocks", "outliers"])
 def test_awkward_matrices_stay_finite(kind: str) -> None:
     W = awkward(kind)

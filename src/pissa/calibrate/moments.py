@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 ROWS = 1024
 """Tokens whose products are summed in fp32; their sums are summed in fp64."""
+COLUMNS, PARTS = 64, 4
+"""A sum is made in so many parts of at least so many columns."""
 GROUP_BYTES = 1 << 30
 """Moments collected at a time where a model has no blocks; always at least one."""
 
@@ -54,9 +56,12 @@ class Accumulator:
             rows = rows[mask.to(x.device).reshape(-1) != 0]
         if self.total is None:
             self.total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+        step = max(COLUMNS, -(-x.shape[-1] // PARTS))
         for part in rows.split(ROWS):
             part = part.float()
-            self.total.add_(part.mT @ part)
+            for left in range(0, x.shape[-1], step):  # what lies above the diagonal is the same as what lies below
+                columns = part[:, left : left + step]
+                self.total[left:, left : left + step].add_(part[:, left:].mT @ columns)
         self.tokens += len(rows)
 
     def take(self, names: Sequence[str]) -> Moment:
@@ -66,7 +71,8 @@ class Accumulator:
                 f"no token of the calibration text reached {', '.join(names)}; give more text, exclude these "
                 "layers, or fit to no text (--calibration none)"
             )
-        matrix = self.total.div_(self.tokens).float()
+        matrix = self.total.div_(self.tokens).float().tril_()
+        matrix += matrix.tril(-1).mT
         self.total = None
         if not bool(torch.isfinite(matrix).all()):
             raise DataError(

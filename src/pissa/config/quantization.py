@@ -58,6 +58,9 @@ class Quantization:
     """How many values share a scale: NF4's block, GPTQ's group. INT8 has one scale per row, NVFP4 one for 16."""
     bits: Literal[2, 3, 4] = 4
     """How many bits a code of format gptq has."""
+    symmetric: bool | None = None
+    """Whether every zero point of format gptq is the middle code, which is what vLLM's kernels for 4 bits take. Left
+    out, it is with 4 bits; with fewer, for which vLLM has no kernels, each group has its own."""
 
     def __post_init__(self) -> None:
         check_settings(self, "quantization: ")
@@ -68,10 +71,17 @@ class Quantization:
             )
         if self.bits != 4 and self.format != "gptq":
             raise ConfigError(f"quantization: bits {self.bits} are for format gptq; leave them out for {self.format}")
+        if self.symmetric is not None and self.format != "gptq":
+            raise ConfigError(f"quantization: symmetric is for format gptq; leave it out for {self.format}")
         if self.rounding == "gptq" and self.format not in ("nf4", "gptq"):
             raise ConfigError(
                 f'quantization: rounding "gptq" is for the formats nf4 and gptq; {self.format} takes "nearest"'
             )
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the zero point of format gptq is the middle code everywhere."""
+        return self.bits == 4 if self.symmetric is None else self.symmetric
 
     @property
     def is_fitted(self) -> bool:

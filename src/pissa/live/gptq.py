@@ -8,10 +8,13 @@ by saving its state.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..quantize.gptq import PackedGPTQ
 
@@ -66,15 +69,34 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.weight.to(gradient.dtype), None
 
 
-def description(packed: PackedGPTQ) -> dict[str, Any]:
-    """config.json's `quantization_config` for a model of layers like this one."""
+def gptq_description(model: nn.Module, chosen: Iterable[str], packed: PackedGPTQ, symmetric: bool) -> dict[str, Any]:
+    """config.json's `quantization_config` for a model in which just these layers are in GPTQ's format.
+
+    Args:
+        model: with all its layers, none of them replaced yet.
+        chosen: names of those in GPTQ's format.
+        packed: one of their weights.
+        symmetric: whether the zero points of all are the middle code.
+    """
     group = int(torch.bincount(packed.g_idx.long()).max())
     ordered = bool((packed.g_idx.long() == torch.arange(len(packed.g_idx), device=packed.g_idx.device) // group).all())
-    return {
+    described = {
         "quant_method": "gptq",
         "bits": packed.bits,
         "group_size": group,
         "desc_act": not ordered,
-        "sym": False,
+        "sym": symmetric,
+        "lm_head": False,
         "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
     }
+    inside = sorted({_in_block(name) for name in chosen})
+    linear = {_in_block(name) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if inside != sorted(name for name in linear if name):
+        described["modules_in_block_to_quantize"] = [inside]
+    return described
+
+
+def _in_block(name: str) -> str:
+    """The part of a layer's name after its block's number; nothing for a layer outside the blocks."""
+    return re.sub(r"^.*?\.\d+\.", "", name) if re.search(r"\.\d+\.", name) else ""

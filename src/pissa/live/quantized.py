@@ -26,7 +26,7 @@ from ..quantize.gptq import PackedGPTQ
 from ..quantize.int8 import INVERSE, PackedInt8
 from ..quantize.nested import NESTED_BLOCK, NestedScales
 from ..quantize.nf4 import PackedNF4
-from .gptq import GPTQLinear, description
+from .gptq import GPTQLinear, gptq_description
 
 Bits = Literal[4, 8]
 WEIGHT_CLASSES: dict[str, Bits] = {"Params4bit": 4, "Int8Params": 8}
@@ -223,9 +223,20 @@ def undeclare_quantized(model: nn.Module) -> None:
 def quantization_description(model: nn.Module, packed: Mapping[str, Packed]) -> Any:
     """What config.json says of a model in which just these layers are quantised, as `declare_quantized` takes it."""
     first = next(iter(packed.values()))
-    if isinstance(first, PackedGPTQ):
-        return description(first)
-    return bitsandbytes_config(model, packed, first, first.dtype)
+    symmetric = all(isinstance(weight, PackedGPTQ) and weight.is_symmetric for weight in packed.values())
+    return description_of(model, packed, first, first.dtype, symmetric)
+
+
+def description_of(model: nn.Module, chosen: Iterable[str], packed: Packed, dtype: torch.dtype, symmetric: bool) -> Any:
+    """The same, of the names of the layers and one of their weights.
+
+    Args:
+        dtype: that the layers compute in.
+        symmetric: whether all zero points of GPTQ's format are the middle code.
+    """
+    if isinstance(packed, PackedGPTQ):
+        return gptq_description(model, chosen, packed, symmetric)
+    return bitsandbytes_config(model, chosen, packed, dtype)
 
 
 def bitsandbytes_config(model: nn.Module, chosen: Iterable[str], packed: Packed, dtype: torch.dtype) -> Any:

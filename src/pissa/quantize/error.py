@@ -8,7 +8,7 @@ quantisation where the split has it, so QLoRA's reduction is 0 by definition; so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -94,11 +94,12 @@ def plain_error(W: Tensor, packed: Packed) -> Tensor:
 
 
 def plain_gptq(W: Tensor, packed: PackedGPTQ) -> Tensor:
-    """`W` rounded to nearest in GPTQ's format with as many inputs to a group."""
+    """`W` rounded to nearest in GPTQ's format with as many inputs to a group and the same kind of zero points."""
     from .gptq import quantize_gptq
 
     size = int(torch.bincount(packed.g_idx.long()).max())
-    return quantize_gptq(W.detach().float(), group_size=size, dtype=packed.dtype, bits=packed.bits).dequantize()
+    same: dict[str, Any] = {"dtype": packed.dtype, "bits": packed.bits, "symmetric": packed.is_symmetric}
+    return quantize_gptq(W.detach().float(), group_size=size, **same).dequantize()
 
 
 def matrix_norm(E: Tensor, norm: Norm) -> float:

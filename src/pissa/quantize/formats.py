@@ -60,6 +60,7 @@ def quantize_matrix(
             weights=weights,
             dtype=dtype,
             bits=config.bits,
+            symmetric=config.is_symmetric,
         )
     scales = near.scales if isinstance(near, PackedNF4 | PackedNVFP4) else None
     if config.format == "nvfp4":

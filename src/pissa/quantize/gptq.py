@@ -11,6 +11,7 @@ Without a second moment every code is the nearest one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ class PackedGPTQ:
         """(out, in)."""
         return self.qweight.shape[1], self.qweight.shape[0] * WORD // self.bits
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether every zero point is the middle code."""
+        return bool((unpack_rows(self.qzeros.mT, self.bits) == levels(self.bits) // 2).all())
+
     def dequantize(self) -> Tensor:
         """(out, in) in `dtype`."""
         codes = unpack_rows(self.qweight, self.bits)
@@ -75,6 +81,7 @@ def quantize_gptq(
     weights: Tensor | None = None,
     dtype: torch.dtype | None = None,
     bits: int = 4,
+    symmetric: bool = False,
 ) -> PackedGPTQ:
     """A matrix in GPTQ's format.
 
@@ -83,21 +90,18 @@ def quantize_gptq(
         moment: (in, in) positive definite (damped) second moment of the inputs; None rounds to nearest.
         group_size: inputs that share scale and zero point; the last group may be smaller.
         act_order: take inputs in order of falling second moment.
-        scale_search: "absmax" spans each group's range; the others search the shrunk range of least error.
+        scale_search: "absmax" spans each group's range; the others search the shrunk range of least error, "signed"
+            among negative scales too where the grid is symmetric.
         weights: (in,) positive weights of the columns' squared errors in the search; None for all alike.
         dtype: of the dequantised matrix; None for W's own.
         bits: 4, 3 or 2, of a code.
+        symmetric: the zero point is the middle code everywhere, which is what fast kernels take.
 
     Raises:
         WeightError: a side that does not fill whole words: no multiple of 8, 32 or 16 for 4, 3 or 2 bits.
     """
     out, n = W.shape
-    whole = WORD // math.gcd(WORD, bits)
-    if out % whole or n % whole:
-        raise WeightError(
-            f"GPTQ packs codes of {bits} bits into words of 32 and {tuple(W.shape)} has a side that is no multiple of "
-            f'{whole}; exclude the layer or take format "nf4"'
-        )
+    check_words(out, n, bits)
     order = torch.arange(n, device=W.device)
     if act_order and moment is not None:
         order = moment.diagonal().argsort(descending=True, stable=True)
@@ -112,7 +116,7 @@ def quantize_gptq(
     def begin_group(first: int, columns: Tensor) -> None:
         here = None if importance is None else importance[first : first + columns.shape[1]]
         g = first // group_size
-        scale[g], zero[g] = group_grid(columns, scale_search, here, bits)
+        scale[g], zero[g] = group_grid(columns, scale_search, here, bits, symmetric)
 
     def round_column(j: int, column: Tensor) -> Tensor:
         s, z = scale[groups[j]].float(), zero[groups[j]]
@@ -135,14 +139,46 @@ def quantize_gptq(
     return PackedGPTQ(qweight, qzeros, scale, g_idx, dtype or W.dtype, bits)
 
 
-def group_grid(w: Tensor, scale_search: ScaleSearch, weights: Tensor | None, bits: int = 4) -> tuple[Tensor, Tensor]:
+def check_words(out: int, n: int, bits: int) -> None:
+    """Refuse a matrix (out, n) whose codes do not fill whole words."""
+    whole = WORD // math.gcd(WORD, bits)
+    if out % whole or n % whole:
+        raise WeightError(
+            f"GPTQ packs codes of {bits} bits into words of 32 and {(out, n)} has a side that is no multiple of "
+            f'{whole}; exclude the layer or take format "nf4"'
+        )
+
+
+def empty_gptq(out: int, n: int, group_size: int, bits: int, dtype: torch.dtype) -> PackedGPTQ:
+    """A matrix (out, n) in GPTQ's format with groups but no values: memory that is never touched."""
+    check_words(out, n, bits)
+    groups = -(-n // group_size)
+    return PackedGPTQ(
+        torch.empty(n * bits // WORD, out, dtype=torch.int32),
+        torch.empty(groups, out * bits // WORD, dtype=torch.int32),
+        torch.empty(groups, out, dtype=torch.float16),
+        torch.arange(n, dtype=torch.int32) // group_size,
+        dtype,
+        bits,
+    )
+
+
+def group_grid(
+    w: Tensor, scale_search: ScaleSearch, weights: Tensor | None, bits: int = 4, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale (out,) fp16 and zero point (out,) fp32, a code, for one group (out, k) of inputs."""
     low, high, most = w.amin(1).clamp_(max=0), w.amax(1).clamp_(min=0), levels(bits)
-    best, error = grid_of(low, high, most), None
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    best, error = grid_of(low, high, most, symmetric), None
     if scale_search == "absmax":
         return best
-    for shrink in SHRINKS if bits >= 4 else SHRINKS + FURTHER:
-        scale, zero = grid_of(low * shrink, high * shrink, most)
+    shrinks = SHRINKS if bits >= 4 else SHRINKS + FURTHER
+    signs = (1.0, -1.0) if symmetric and scale_search == "signed" else (1.0,)
+    for shrink, sign in itertools.product(shrinks, signs):
+        scale, zero = grid_of(low * shrink, high * shrink, most, symmetric)
+        scale *= sign
         s, z = scale.float()[:, None], zero[:, None]
         found = ((((w / s).round_() + z).clamp_(0, most) - z) * s - w).square_()
         found = found.sum(1) if weights is None else found @ weights
@@ -152,10 +188,13 @@ def group_grid(w: Tensor, scale_search: ScaleSearch, weights: Tensor | None, bit
     return best
 
 
-def grid_of(low: Tensor, high: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Scale, fp16, and zero point with which the codes 0 … most span [low, high] ∋ 0."""
+def grid_of(low: Tensor, high: Tensor, most: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale, fp16, and zero point with which the codes 0 … most span [low, high] ∋ 0; where that is symmetric, the zero
+    point is the middle code, and the largest value lies half a step outside."""
     smallest = torch.finfo(torch.float16).smallest_normal
     scale = ((high - low) / most).clamp_(smallest, torch.finfo(torch.float16).max).half()
+    if symmetric:
+        return scale, torch.full_like(high, (most + 1) // 2)
     return scale, (-low / scale.float()).round_().clamp_(0, most)
 
 

@@ -9,6 +9,7 @@ and codes are chosen for the scales that E4M3 can hold.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,10 +19,13 @@ from torch import Tensor
 from ..config import ScaleSearch
 from ..errors import WeightError
 from .nf4 import absmax_scales, chunk_scratch, each_chunk
-from .scales import Table, reciprocal, search_scales
+from .scales import SMALLEST, Table, reciprocal, search_scales
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST, LARGEST_SCALE = 6.0, 448.0
+USUAL, LEAST = 256.0, 1.0
+"""The global scale that nearly every weight has: magnitudes up to 10.5 fit. Where the largest scale times it is below
+LEAST, the others would be too near the smallest number of E4M3."""
 BLOCK = 16
 SIGN = 8
 """Added to the code of a magnitude for its negative."""
@@ -86,11 +90,7 @@ def quantize_nvfp4(
         WeightError: rows that are not whole blocks.
     """
     out, n = W.shape
-    if n % BLOCK:
-        raise WeightError(
-            f"NVFP4 has a scale for each 16 inputs and {tuple(W.shape)} has {n} of them; exclude the layer or take "
-            'format "gptq"'
-        )
+    check_blocks(out, n)
     flat = W.detach().reshape(-1)
     table = e2m1_table(W.device)
     parts, done = [], 0
@@ -113,8 +113,24 @@ def quantize_nvfp4(
     return PackedNVFP4(pairs[..., 0] | pairs[..., 1] << 4, stored.view(out, -1), whole, dtype or W.dtype)
 
 
+def check_blocks(out: int, n: int) -> None:
+    """Refuse a matrix (out, n) whose rows are not whole blocks."""
+    if n % BLOCK:
+        raise WeightError(
+            f"NVFP4 has a scale for each 16 inputs and {(out, n)} has {n} of them; exclude the layer or take format "
+            '"gptq"'
+        )
+
+
 def round_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """(blocks,) positive scales in E4M3, and the fp32 (1,) by which they are to be divided: the largest becomes 448."""
-    largest = scales.amax()
-    whole = torch.where(largest > 0, LARGEST_SCALE / largest.clamp(min=1e-30), 1.0)
-    return (scales * whole).clamp(max=LARGEST_SCALE).to(torch.float8_e4m3fn), whole.view(1)
+    """(blocks,) positive scales in E4M3, and the fp32 (1,) by which they are to be divided.
+
+    That is USUAL where it brings the largest scale into E4M3's range with room to spare below it, and else the power of
+    two that brings it near the range's end. Of layers that a server joins it has to be the same.
+    """
+    largest = float(scales.amax())
+    whole = USUAL
+    if not LEAST <= largest * whole <= LARGEST_SCALE:
+        whole = 2.0 ** min(126, math.floor(math.log2(LARGEST_SCALE / max(largest, SMALLEST))))
+    stored = (scales * whole).clamp(max=LARGEST_SCALE).to(torch.float8_e4m3fn)
+    return stored, torch.full((1,), whole, device=scales.device)

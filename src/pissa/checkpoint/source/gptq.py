@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, listed
 from ...live.gptq import PARTS, GPTQLinear
 from ...live.quantized import declare_quantized
-from ...quantize.gptq import PackedGPTQ
+from ...quantize.gptq import WORD, PackedGPTQ
 from .reader import Source, open_source
 from .skeleton import build
 
@@ -46,8 +46,7 @@ def load_gptq(source: str | os.PathLike[str], dtype: torch.dtype | str, device: 
             )
         model: Any = build(opened, buffers=True)
         chosen: Any = getattr(torch, str(opened.config.get("dtype"))) if dtype == "auto" else dtype
-        names = [name.removesuffix(".qweight") for name in opened.entries if name.endswith(".qweight")]
-        for name in names:
+        for name in gptq_layers(opened):
             _put_layer(model, name, opened, bits, chosen)
         _fill(model, opened, chosen)
     model.config.dtype, model.config._name_or_path = chosen, os.fspath(source)
@@ -56,14 +55,41 @@ def load_gptq(source: str | os.PathLike[str], dtype: torch.dtype | str, device: 
     return model if device is None else model.to(device)
 
 
-def _put_layer(model: Any, name: str, source: Source, bits: int, dtype: torch.dtype) -> None:
-    """A layer of GPTQ's in the place of the one of this name."""
+def gptq_layers(source: Source) -> list[str]:
+    """The names of a checkpoint's layers in GPTQ's format."""
+    return [name.removesuffix(".qweight") for name in source.entries if name.endswith(".qweight")]
+
+
+def read_gptq(source: Source, name: str, dtype: torch.dtype) -> PackedGPTQ:
+    """A layer's weight out of its parts.
+
+    Args:
+        source: where they lie.
+        name: the layer's.
+        dtype: that it dequantises to.
+
+    Raises:
+        CheckpointError: a part is missing, or they do not fit each other.
+    """
     missing = [f"{name}.{part}" for part in PARTS if f"{name}.{part}" not in source.entries]
     if missing:
-        raise CheckpointError(f"{source.path} has no {', '.join(missing)}")
-    parts = {part: source.read(f"{name}.{part}") for part in PARTS}
+        raise CheckpointError(f"{source.path} has no {listed(missing)}")
+    words, groups = source.entries[f"{name}.qweight"].shape, source.entries[f"{name}.g_idx"].shape
+    bits = words[0] * WORD // max(1, groups[0]) if len(words) == 2 and len(groups) == 1 else 0
+    if bits not in BITS or words[0] * WORD != bits * groups[0]:
+        raise CheckpointError(
+            f"{source.path}: {name}.qweight {words} and g_idx {groups} do not fit each other; download it again"
+        )
+    return PackedGPTQ(**{part: source.read(f"{name}.{part}") for part in PARTS}, dtype=dtype, bits=bits)
+
+
+def _put_layer(model: Any, name: str, source: Source, bits: int, dtype: torch.dtype) -> None:
+    """A layer of GPTQ's in the place of the one of this name."""
     old = model.get_submodule(name)
-    layer = GPTQLinear(PackedGPTQ(**parts, dtype=dtype, bits=bits), old.bias)
+    packed = read_gptq(source, name, dtype)
+    if packed.bits != bits:
+        raise CheckpointError(f"{source.path}: {name} has {packed.bits} bits, and config.json says {bits}")
+    layer = GPTQLinear(packed, old.bias)
     wanted = (old.out_features, old.in_features) if isinstance(old, torch.nn.Linear) else tuple(old.weight.mT.shape)
     if (layer.out_features, layer.in_features) != wanted:
         raise CheckpointError(f"{source.path}: {name} is {(layer.out_features, layer.in_features)} and not {wanted}")

@@ -1,7 +1,7 @@
-"""A checkpoint of bitsandbytes as if it were one in 16 or 32 bits: each packed weight is dequantised when it is read.
+"""A checkpoint in few bits as if it were one in 16 or 32: each packed weight is dequantised when it is read.
 
-Codes, scales and, in 4 bits, a JSON description of them lie as several tensors under the weight's name; here they are
-one entry, of the shape and dtype that they dequantise to, with the bits that bitsandbytes gives.
+Codes and scales lie as several tensors under the weight's name (bitsandbytes, with a JSON description in 4 bits) or the
+layer's (GPTQ); here they are one entry, of the shape and dtype that they dequantise to.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import CheckpointError
+from ...live.gptq import PARTS
 from ...outside.documents import Unreadable, parse_object
+from ...quantize.gptq import PackedGPTQ
 from ...quantize.int8 import PackedInt8
 from ...quantize.nested import NESTED_BLOCK, NestedScales
 from ...quantize.nf4 import PackedNF4
 from ..disk.header import KIND_OF, Entry
 from ..residual import QUANT_STATE
+from ..source.gptq import gptq_layers, read_gptq
 from ..source.reader import CHUNK, Source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -33,10 +36,10 @@ class Dequantized(Source):
         Args:
             source: the checkpoint.
             model: its model, which says which layers store their weights transposed.
-            dtype: of 8-bit weights once they are dequantised; 4-bit ones say it themselves.
+            dtype: of INT8 and GPTQ weights once they are dequantised; NF4 ones say it themselves.
 
         Raises:
-            CheckpointError: a packed weight lacks a part, or is of another format than NF4 and INT8.
+            CheckpointError: a packed weight lacks a part, or is of another format than NF4, INT8 and GPTQ's.
         """
         super().__init__(source.path)
         self.config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -44,7 +47,8 @@ class Dequantized(Source):
         self._states = {
             name.removesuffix(QUANT_STATE): self._state(name) for name in source.entries if name.endswith(QUANT_STATE)
         }
-        self.packed = {*self._states, *_eight_bit(source)}
+        self._layers = {f"{name}.weight": name for name in gptq_layers(source)}
+        self.packed = {*self._states, *_eight_bit(source), *self._layers}
         """Names of the packed weights."""
         transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
         self._transposed = self.packed & transposed
@@ -53,6 +57,7 @@ class Dequantized(Source):
                 self.entries[name] = self._entry(name)
             elif not self._is_part(name):
                 self.entries[name] = entry
+        self.entries |= {weight: self._entry(weight) for weight in self._layers}
 
     def read(self, name: str) -> Tensor:
         """As `Source.read`; of a packed weight, what it dequantises to, as its layer stores it."""
@@ -73,14 +78,21 @@ class Dequantized(Source):
         owner, dot, _ = name.partition(".weight.")
         module, _, kind = name.rpartition(".")
         four_bit = bool(dot) and f"{owner}.weight" in self._states
-        return four_bit or (kind in ("SCB", "weight_format") and f"{module}.weight" in self.packed)
+        eight_bit = kind in ("SCB", "weight_format") and f"{module}.weight" in self.packed
+        return four_bit or eight_bit or (kind in PARTS and f"{module}.weight" in self._layers)
 
-    def _packed(self, name: str) -> PackedNF4 | PackedInt8:
+    def _packed(self, name: str) -> PackedNF4 | PackedInt8 | PackedGPTQ:
+        if name in self._layers:
+            return read_gptq(self._source, self._layers[name], self._dtype)
         return read_packed(self._source, name, self._states.get(name), self._dtype)
 
     def _entry(self, name: str) -> Entry:
-        stored = self._source.entries[name]
-        shape = tuple(self._states[name]["shape"]) if name in self._states else stored.shape
+        if name in self._layers:
+            stored = self._source.entries[f"{self._layers[name]}.qweight"]
+            shape: tuple[int, ...] = self._packed(name).shape
+        else:
+            stored = self._source.entries[name]
+            shape = tuple(self._states[name]["shape"]) if name in self._states else stored.shape
         dtype = DTYPES[self._states[name]["dtype"]] if name in self._states else self._dtype
         shape = shape[::-1] if name in self._transposed else shape
         return Entry(KIND_OF[dtype], shape, shape[0] * shape[1] * dtype.itemsize, stored.file, stored.offset)

@@ -21,9 +21,12 @@ from ...live.factors import Layout
 from ...live.quantized import quantized_layer
 from ...live.targets import Target
 from ...quantize.formats import Packed
+from ...quantize.gptq import empty_gptq
 from ...quantize.int8 import PackedInt8
 from ...quantize.nested import NESTED_BLOCK, NestedScales
 from ...quantize.nf4 import PackedNF4
+from ...quantize.nvfp4 import PackedNVFP4
+from ..compressed_tensors import empty_nvfp4, nvfp4_parts
 from ..disk.header import KIND_OF, Entry
 from ..disk.layout import TensorKind, kind_of
 from ..factors import PREFIX
@@ -203,7 +206,9 @@ def tensor_of(model: PreTrainedModel, names: Names, key: str) -> str | None:
 
 
 def packed_parts(module: nn.Module, name: str, packed: Packed) -> dict[str, Tensor]:
-    """A quantised weight as a checkpoint of bitsandbytes holds it: tensor name -> tensor; no bias."""
+    """A quantised weight as checkpoints of its format hold it: tensor name -> tensor; no bias."""
+    if isinstance(packed, PackedNVFP4):
+        return nvfp4_parts(name, packed)
     layer: Any = quantized_layer(module, packed)
     layer.bias = None
     state: dict[str, Any] = layer.state_dict(prefix=f"{name}.")
@@ -215,6 +220,10 @@ def empty_packed(shape: tuple[int, ...], quantization: Quantization, dtype: torc
     out, columns = shape
     if quantization.format == "int8":
         return PackedInt8(torch.empty(shape, dtype=torch.int8), torch.empty(out), dtype)
+    if quantization.format == "gptq":
+        return empty_gptq(out, columns, quantization.block_size, quantization.bits, dtype)
+    if quantization.format == "nvfp4":
+        return empty_nvfp4(out, columns, dtype)
     blocks = -(-out * columns // quantization.block_size)
     scales: Tensor | NestedScales = torch.empty(blocks)
     if quantization.double_quant:

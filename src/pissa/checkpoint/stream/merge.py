@@ -33,6 +33,7 @@ from ..factors import PREFIX
 from ..read import SavedAdapter, base_place, fitted, read_adapter
 from ..recorded import record_template
 from ..saved_residual import SavedResidual
+from ..source.gptq import gptq_layers
 from ..source.reader import Source, open_source
 from ..source.skeleton import Names, build, checkpoint_names
 from ..vocabulary import rows_needed, rows_of
@@ -201,12 +202,12 @@ def trained_weight(W: Tensor, factors: AdapterFactors, *, offset: bool, ready: b
 
 
 def _readable(source: Source, model: nn.Module) -> Source:
-    """The source itself, or one that dequantises what bitsandbytes quantised."""
+    """The source itself, or one that dequantises what is in few bits."""
     quantization = source.config.get("quantization_config")
     if not quantization:
         return source
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "bitsandbytes":
+    if method != "bitsandbytes" and not (method == "gptq" and gptq_layers(source)):
         raise CheckpointError(
             f"{source.path} is quantised ({str(method)[:50]}): nothing can be merged into it; give the base in 16 bits"
         )

@@ -19,10 +19,13 @@ from transformers import PreTrainedModel
 from ...config import PissaConfig
 from ...live.marks import set_marks
 from ...live.peft_config import peft_config
-from ...live.quantized import bitsandbytes_config
+from ...live.quantized import description_of
 from ...live.state import INITIAL
 from ...live.targets import Target, layouts_of, resolve_targets
 from ...live.trial import check_by_peft
+from ...quantize.nvfp4 import PackedNVFP4
+from ..compressed_tensors import PARTS as COMPRESSED
+from ..compressed_tensors import nvfp4_description
 from ..disk.layout import INDEX, FileLayout, TensorKind, file_layout, sharded
 from ..factors import CONFIG, PREFIX, WEIGHTS
 from ..residual import warn_of_uneven
@@ -109,8 +112,8 @@ def in_order(weights: dict[str, TensorKind], model: PreTrainedModel) -> dict[str
 
     def place(key: str) -> tuple[int, str]:
         whole = key.partition(".weight.")[0] + ".weight" if ".weight." in key else key
-        whole = key.removesuffix("SCB") + "weight" if key.endswith(".SCB") else whole
-        whole = key.removesuffix("weight_format") + "weight" if key.endswith(".weight_format") else whole
+        for part in ("SCB", "weight_format", *COMPRESSED):
+            whole = key.removesuffix(part) + "weight" if key.endswith(f".{part}") else whole
         return order.get(whole, len(order)), key
 
     return {key: weights[key] for key in sorted(weights, key=place)}
@@ -134,7 +137,12 @@ def _configurations(
     lora = replace(peft_config(model, targets, config), lora_dropout=0.0, modules_to_save=in_full or None)
     if config.quantization is not None:
         empty = empty_packed(targets[0].place.matrix_shape, config.quantization, dtype)
-        settings.quantization_config = bitsandbytes_config(model, [t.name for t in targets], empty, dtype)
+        names = [t.name for t in targets]
+        settings.quantization_config = (
+            nvfp4_description(model, names)
+            if isinstance(empty, PackedNVFP4)
+            else description_of(model, names, empty, dtype, config.quantization.is_symmetric)
+        )
         set_marks(lora, residual=config.quantization.format)
         warn_of_uneven({t.name: t.place.matrix_shape[-2] for t in targets}, config.quantization.format)
     if not config.starts_at_zero:

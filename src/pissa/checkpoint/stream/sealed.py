@@ -14,9 +14,11 @@ from ...live.layers import Kind
 from ...outside.documents import LARGEST
 from ...provenance import sha256
 from ...quantize.formats import Packed
+from ..compressed_tensors import read_nvfp4
 from ..disk.header import read_header
 from ..residual import QUANT_STATE
 from ..seal import plain_file
+from ..source.gptq import read_gptq
 from ..source.reader import Source
 from .dequantized import read_packed, read_state
 
@@ -78,6 +80,10 @@ class Sealed(Source):
             packed = read_packed(self, key, read_state(self, key), dtype)
         elif f"{key.removesuffix('weight')}SCB" in self.entries:
             packed = read_packed(self, key, None, dtype)
+        elif f"{key.removesuffix('weight')}qweight" in self.entries:
+            packed = read_gptq(self, key.removesuffix(".weight"), dtype)
+        elif f"{key}_packed" in self.entries:
+            packed = read_nvfp4(self, key.removesuffix(".weight"), dtype)
         return (kind.matrices(self.read(key)), None) if packed is None else (packed.dequantize(), packed)
 
     def _show(self, what: str, size: int) -> None:

@@ -41,12 +41,8 @@ def check_config(config: PissaConfig) -> None:
         )
     if config.quantization is None:
         return
-    if config.quantization.format not in ("nf4", "int8"):
-        raise ConfigError(
-            f"pissa init writes the formats nf4 and int8, not {config.quantization.format}: use one of these, or pissa "
-            "train --quantize gptq"
-        )
-    require_bitsandbytes()
+    if config.quantization.format in ("nf4", "int8"):
+        require_bitsandbytes()
 
 
 def check_base(source: Source) -> None:

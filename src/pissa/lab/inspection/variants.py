@@ -34,7 +34,7 @@ class Variant:
     def plain(self) -> Quantization:
         """The same format as it comes, which errors are compared with."""
         q = self.quantization
-        same = {name: getattr(q, name) for name in ("format", "double_quant", "block_size", "bits")}
+        same = {name: getattr(q, name) for name in ("format", "double_quant", "block_size", "bits", "symmetric")}
         return quantization_preset("qlora", **same)
 
     def config(self, rank: int, seed: int) -> PissaConfig:
