@@ -113,6 +113,8 @@ class Manifest:
     residual: str | None = None
     """The residual's directory, relative to this one."""
     base_sample: str | None = None
+    polish: dict[str, float] | None = None
+    """How far the quantised model's hidden states were from the base's before its start was polished, and after."""
     template: str | None = None
     """The prompt template of the run that an export was made of."""
 

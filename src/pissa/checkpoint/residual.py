@@ -241,5 +241,6 @@ def _manifest(record: Record) -> dict[str, Any]:
         "method": record.method,
         "config": asdict(record.config) if record.config is not None else None,
         "modules": {name: asdict(certificate) for name, certificate in record.certificates.items()},
+        **({"polish": record.polish} if record.polish is not None else {}),
         "versions": package_versions(),
     }

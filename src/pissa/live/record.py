@@ -44,6 +44,8 @@ class Record:
     """Directory or hub id of the base."""
     residual: str | None = None
     """The directory to which the residual was saved, or from which it was loaded."""
+    polish: dict[str, Any] | None = None
+    """What a polish of the quantised start did (`training/polish.py`); None where there was none."""
     undo: Undo = field(default_factory=Undo)
     """Filled in when the record is put on a model."""
 

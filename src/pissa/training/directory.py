@@ -7,6 +7,7 @@ RUN/state/           what continues the run:
     run.json             settings, fingerprints of base and data, figures of the split
     log.jsonl            one line a step
     validation.jsonl     one line for each time that the validation loss was measured
+    polish.safetensors   only while the start is polished: how far that is
     checkpoint-N/        adapter (as RUN/'s itself is), optimizer, schedule, generators
 """
 
@@ -92,6 +93,11 @@ class RunDirectory:
         return self.state / "validation.jsonl"
 
     @property
+    def polish(self) -> Path:
+        """How far the start has been polished; there only until it is."""
+        return self.state / "polish.safetensors"
+
+    @property
     def results(self) -> Path:
         """There when the run is finished."""
         return self.path / "results.json"
@@ -111,6 +117,8 @@ class RunDirectory:
     def what_is_saved(self) -> str:
         """One line for whoever interrupted the run."""
         last = self.last_checkpoint
+        if last is None and self.polish.is_file():
+            return "interrupted while the start was polished: the same command goes on with that"
         if last is None:
             return "interrupted before the first checkpoint: nothing is saved; the same command starts again"
         return f"interrupted; {last} is saved: the same command continues from there"
@@ -136,6 +144,7 @@ def discard(directory: RunDirectory) -> None:
             shutil.rmtree(place)
     directory.log.unlink(missing_ok=True)
     directory.validation.unlink(missing_ok=True)
+    directory.polish.unlink(missing_ok=True)
     directory.record.unlink(missing_ok=True)
 
 

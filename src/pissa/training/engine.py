@@ -49,6 +49,13 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
     except ImportError as error:
         raise MissingExtraError("training needs trl: pip install 'pissa[train]'") from error
     processes = process_count()
+    if recipe.quantize == "nvfp4":
+        raise ConfigError("no layer trains on NVFP4: train with quantize nf4, int8 or gptq; pissa init writes nvfp4")
+    if recipe.polish is not None and processes > 1:
+        raise ConfigError(
+            f"polish runs in one process and here are {processes}: polish in one (with max_steps 1), and train the "
+            "RUN/residual that it leaves in all of them"
+        )
     micro = micro_batch(recipe)
     per_step = micro * processes
     _check_installed(recipe)

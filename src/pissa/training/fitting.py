@@ -7,12 +7,14 @@ before they are used: the text goes through the model once, and every weight is 
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoint.source.load import load_tokenizer
 from ..data.encode import Collator, Encoded
 from ..data.text import calibration_batches
-from .recipe import DATA, Recipe
+from .polish import HELD_OUT
+from .recipe import DATA, NONE, Recipe
 
 BATCH_TOKENS = 1024
 """Tokens that go through the model at a time, padding included."""
@@ -36,6 +38,21 @@ def fitting_batches(source: str, recipe: Recipe, encoded: Encoded, pad_id: int) 
     if quantization.calibration != DATA:
         return batches_of(quantization.calibration, source, recipe)
     return row_batches(encoded, recipe.calibration_windows * recipe.calibration_length, pad_id)
+
+
+def polish_batches(source: str, recipe: Recipe, encoded: Encoded, pad_id: int) -> list[dict[str, Any]]:
+    """The same for a polish: text of as many batches as it has steps, where there is so much, and some to measure on.
+
+    Raises:
+        DataError: the file cannot be read, or is too short.
+    """
+    tokens = ((recipe.polish or 0) + HELD_OUT) * BATCH_TOKENS
+    if recipe.calibration in (None, DATA, NONE):
+        return row_batches(encoded, tokens, pad_id)
+    assert recipe.calibration is not None
+    return batches_of(
+        recipe.calibration, source, replace(recipe, calibration_windows=tokens // recipe.calibration_length)
+    )
 
 
 def batches_of(file: str, source: str, recipe: Recipe) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from ..adapted.adapt import adapt
 from ..adapted.load import load
@@ -27,6 +28,7 @@ from ..provenance import fingerprint
 from .bar import shown
 from .directory import RunDirectory, read_record
 from .engine import storage_dtype
+from .polish import hidden_states, polish
 from .ready import ready_split
 from .recipe import Recipe
 from .text_part import beside_text, for_text
@@ -42,6 +44,8 @@ class Prepared:
     """Of the base, and of the residual where it is quantised."""
     split: dict[str, float | None] | None
     """What the split cost; None where it was made before and stands in the run's record."""
+    unpolished: tuple[list[dict[str, Any]], list[Tensor]] | None = None
+    """Where the start is still to be polished: the batches of that, and what the base puts out for them."""
 
 
 def prepare(
@@ -52,6 +56,7 @@ def prepare(
     progress: Progress | None,
     label: str,
     batches: Callable[[], list[dict[str, Any]] | None] = lambda: None,
+    polish_text: Callable[[], list[dict[str, Any]]] = list,
     check: Callable[[Any], None] | None = None,
 ) -> Prepared:
     """The model to train, as the last checkpoint left it where there is one.
@@ -64,6 +69,7 @@ def prepare(
         progress: a bar for the split, or None.
         label: the run's name on the bar.
         batches: gives those of the data that components are scored by or a quantisation is fitted to; None for none.
+        polish_text: gives those that the start is polished on, where the recipe asks for it.
         check: called with a base before anything is split; what it raises ends the run.
     """
     checkpoint = directory.last_checkpoint
@@ -84,6 +90,11 @@ def prepare(
         return Prepared(load(checkpoint, base, is_trainable=True), mark, None)
     if recipe.quantization is not None and device.type != "cpu":
         base.to(device)
+    unpolished = None
+    if recipe.polish is not None:
+        with shown(progress, f"{label}, what the full model puts out"):
+            text = polish_text()
+            unpolished = text, hidden_states(base, text)
     start = time.perf_counter()
     adapted = _adapted(base, recipe, progress, label, batches())
     seconds = time.perf_counter() - start
@@ -91,7 +102,32 @@ def prepare(
         mark["residual"] = fingerprint(residual_state(adapted.get_base_model()))
     record = record_of(adapted)
     assert record is not None
-    return Prepared(adapted, mark, _figures(seconds, record.certificates))
+    return Prepared(adapted, mark, _figures(seconds, record.certificates), unpolished)
+
+
+def polished(
+    prepared: Prepared, steps: int, directory: RunDirectory, progress: Progress | None, label: str
+) -> dict[str, float | None]:
+    """Polish a start, or go on with that; the figures of the split as they are then."""
+    assert prepared.unpolished is not None and prepared.split is not None
+    task = progress.add_task(f"{label}, polish", total=steps, note="") if progress is not None else None
+
+    def show(step: int, error: float) -> None:
+        if progress is not None and task is not None:
+            progress.update(task, completed=step, note=f"error of the hidden states {error:.4f}")
+
+    try:
+        made = polish(prepared.model, *prepared.unpolished, steps, state=directory.polish, progress=show)
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
+    if progress is not None:
+        gain = f"{made.error_before:.4f} to {made.error_after:.4f}"
+        progress.console.print(f"polish: error of the hidden states on text held out from {gain}", highlight=False)
+    record = record_of(prepared.model)
+    assert record is not None
+    figures = _figures(prepared.split["init_seconds"] or 0.0, record.certificates)
+    return {**figures, "hidden_error_before": made.error_before, "hidden_error_after": made.error_after}
 
 
 def _prepared_before(

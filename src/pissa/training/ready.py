@@ -18,7 +18,7 @@ SPLIT = (
 )  # fmt: skip
 """Settings of a split, which go by the same name in a recipe."""
 FIXED = ("dropout", "placement", "modules_to_save", "calibration", "rounding", "quantize_method", "iterations")
-FIXED += QUANTIZATION_OWN
+FIXED += ("polish", *QUANTIZATION_OWN)
 """Settings that only a new adapter could have."""
 PLAIN = {"pissa": ("pissa", "qpissa", "loftq")}
 """Methods that are one where a weight has been split."""
@@ -42,6 +42,8 @@ def recipe_of_split(ready: SavedResidual, recipe: Recipe) -> Recipe:
             f"{ready.base or 'its base'}, so that no result could say it: train that, with --quantize nf4"
         )
     usual, settings = Recipe(), _settings(ready)
+    if settings.get("quantize") == "nvfp4":
+        raise ConfigError(f"{ready.path} is in NVFP4, on which no layer trains; split the base with --quantize nf4")
     wanted = {**{name: getattr(usual, name) for name in FIXED}, **settings}
     given = {name: getattr(recipe, name) for name in wanted}
     changed = [

@@ -26,7 +26,7 @@ ADAPTER_ONLY = (
     "loraplus_ratio",
 )
 """Settings that full fine-tuning would ignore, and therefore refuses; a comparison gives it the others' rank."""
-QUANTIZATION_OWN = ("refit", "scale_search", "momentum", "double_quant", "block_size", "bits")
+QUANTIZATION_OWN = ("refit", "scale_search", "momentum", "double_quant", "block_size", "bits", "symmetric")
 """Settings of a quantisation that change its preset where they are given."""
 DATA, NONE = "data", "none"
 """In the place of a calibration file: the training rows, and no text."""
@@ -217,7 +217,7 @@ def _check_validation(recipe: Recipe) -> None:
 def _check_quantization(recipe: Recipe) -> None:
     """Refuse settings of a quantisation that nothing would use."""
     short = recipe.method if recipe.method in QUANTIZED_METHODS else None
-    names = ("quantize_method", "iterations", *QUANTIZATION_OWN)
+    names = ("quantize_method", "iterations", "polish", *QUANTIZATION_OWN)
     given = [name for name in names if getattr(recipe, name) is not None]
     if given and recipe.quantize is None and short is None:
         raise ConfigError(f"{' and '.join(given)} without a format; add quantize (--quantize nf4)")
@@ -227,6 +227,11 @@ def _check_quantization(recipe: Recipe) -> None:
         )
     kind = recipe.quantize_method or short or _quantize_method(recipe.method)
     _check_calibration(recipe)
+    if recipe.polish is not None and (kind == "qlora" or "dora" in recipe.method or "adalora" in recipe.method):
+        raise ConfigError(
+            f"polish trains two factors that begin at more than zero, and {kind} with method {recipe.method} has none: "
+            "leave polish out, or take method pissa"
+        )
     if recipe.iterations is not None and kind not in ITERATIONS:
         raise ConfigError(f"quantize_method {kind} takes no iterations; leave them out")
     if recipe.export_rank is not None and (recipe.quantize is not None or short is not None):

@@ -74,11 +74,13 @@ class QuantizationGroup:
 
     panel: ClassVar[str] = "Quantisation"
 
-    quantize: Literal["nf4", "int8", "gptq"] | None = None
+    quantize: Literal["nf4", "int8", "gptq", "nvfp4"] | None = None
     """Format of the frozen residual. Left out, it is kept in dtype. A start in nf4 takes two CPU cores about 40
-    seconds for each 100 million weights."""
+    seconds for each 100 million weights. Only pissa init writes nvfp4."""
     bits: Literal[2, 3, 4] | None = None
     """How many bits a code of gptq has. Left out, 4."""
+    symmetric: bool | None = None
+    """Whether gptq's zero points are the middle code, as vLLM's kernels take them. Left out, with 4 bits."""
     quantize_method: Name | None = None
     """How residual and adapter are fitted to each other: qlora; loftq, as published; qpissa, with this library's scale
     search, refit and momentum; or a preset such as qpissa-5, the published one with 5 iterations. Left out, it is
@@ -96,6 +98,10 @@ class QuantizationGroup:
     """How many tokens a window has."""
     rounding: Rounding = "nearest"
     """"gptq" carries each rounding error on to the columns that are not yet rounded; it is fitted to text."""
+    polish: Count | None = None
+    """Steps in which, before the training, the factors learn the full model's last hidden states, each on about 1,000
+    tokens of the calibration text, or else of the training rows. On two CPU cores a step takes about 5 seconds for
+    each 100 million weights. Left out, there is none."""
     refit: bool | None = None
     """End on an SVD of what the quantised residual leaves over. Left out, the method's own."""
     scale_search: ScaleSearch | None = None

@@ -46,9 +46,9 @@ from .directory import (
     write_record,
 )
 from .engine import DEEPSPEED, FSDP, autocasts, is_launched_with, is_main_process, training_arguments
-from .fitting import fitting_batches, what_it_takes
+from .fitting import fitting_batches, polish_batches, what_it_takes
 from .outcome import check_finite, publish, results_of, validated
-from .prepare import prepare
+from .prepare import polished, prepare
 from .preview import Preview, preview, preview_of
 from .progress import StepLog, StopAtStepEnd, read_log
 from .rate_adviser import advise, probe_data
@@ -223,7 +223,10 @@ def _train(
         check_known(encoded.input_ids, rows_of(base), tokenizer, model)
         check_causal(base)
 
-    prepared = prepare(model, recipe, directory, arguments.device, progress, name, batches, check)
+    def polish_text() -> list[dict[str, Any]]:
+        return polish_batches(model, recipe, encoded, tokenizer.pad_token_id)
+
+    prepared = prepare(model, recipe, directory, arguments.device, progress, name, batches, polish_text, check)
     fingerprints = {**prepared.fingerprints, "data": fingerprint_of_rows(encoded)}
     if validation is not None:
         fingerprints["eval_data"] = fingerprint_of_rows(validation)
@@ -244,10 +247,14 @@ def _train(
             advised = {"advice": advice} if advice is not None else {}
             found = {"settings": settings, "fingerprints": fingerprints, "split": split}
             write_record(directory, {**found, **kept, **advised})
+            if prepared.unpolished is not None:
+                split = polished(prepared, recipe.polish or 0, directory, progress, name)
+                write_record(directory, {**found, **kept, **advised, "split": split})
             record = record_of(prepared.model)
             unsaved = record is not None and record.residual is None
             if recipe.quantization is not None and prepared.split is not None and unsaved:
                 save_residual(prepared.model, directory.residual, tokenizer=tokenizer)
+                directory.polish.unlink(missing_ok=True)
         log = StepLog(directory.log, progress=progress, label=name)
         watching = [log, *([ValidationLog(directory.validation)] if validation is not None else []), *callbacks]
         with shown(progress, f"{name}, preparing the first step"):
