@@ -7,9 +7,11 @@ W* = W + α·W (E[x x'ᵀ] − M') M'⁻¹ is the weight that maps what now come
 2504.09629; α = 1 is the least-squares answer, α = 0 leaves W alone and only takes the moments anew). SRR (arXiv
 2602.02001) chooses how much of the rank begins as principal part: k* = argmin_k ρ_k(SW)·ρ_{r−k}(SE).
 
-The text's first half calibrates and its second half measures. A run that was stopped goes on where it was.
+A method may change settings of its fit: `ours+windows=96` calibrates on more text, `ours+rounding=gptq` rounds in
+another way. One text calibrates and another measures (without `--test-text`, the first text's two halves). A run that
+was stopped goes on where it was.
 
-    python benchmarks/few_bits.py --text WIKITEXT2/valid.txt.gz --methods plain,qpissa-5,ours --out few-bits.json
+    python benchmarks/few_bits.py --text WIKITEXT2/valid.txt.gz --windows 16
 """
 
 from __future__ import annotations
@@ -19,31 +21,33 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from principal_part import relative, srr
 from torch import Tensor
 
+from pissa.adapted.adapt import adapt
 from pissa.calibrate.blocks import Sweep, block_names, block_of, probe
 from pissa.calibrate.moments import groups_of, second_moments
 from pissa.checkpoint.source.load import load_base, load_tokenizer
 from pissa.config import PissaConfig, Quantization, quantization_preset
+from pissa.data.text import surroundings
 from pissa.data.text_files import texts_of
 from pissa.evaluation.perplexity import perplexity
-from pissa.lab.models import smollm2
+from pissa.lab.models import minilm, smollm2
 from pissa.live.layers import place_of
 from pissa.live.targets import resolve_targets
 from pissa.provenance import hardware, package_versions
-from pissa.quantize.alternate import MOMENTUM_IN_METRIC, less
-from pissa.quantize.formats import quantize_matrix
-from pissa.quantize.lowrank import LowRank, best_fit, extrapolated, power_step
-from pissa.quantize.metric import Metric, metric
 from pissa.split import split_weight
+from pissa.training.polish import HELD_OUT, Polish, hidden_states, polish
 
 METHODS = "plain,qpissa-5,ours,sequential-0,sequential-0.5,sequential-1,srr"
 DAMPING = 0.01
+NOT_RECORDED = ("out", "methods", "model", "text", "test_text", "threads", "around")
+"""What does not change a row: where things lie, and which rows to measure."""
 
 
 def main() -> None:
@@ -52,26 +56,31 @@ def main() -> None:
     torch.set_grad_enabled(False)
     out = Path(arguments.out)
     document: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"rows": []}
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "methods", "model", "text", "threads")}
+    settings = {k: v for k, v in vars(arguments).items() if k not in NOT_RECORDED}
     if document.get("settings", settings) != settings:
         raise SystemExit(f"{out} holds another measurement; name another --out")
     flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
     document |= {"settings": settings, "versions": package_versions(), "hardware": hardware()}
-    document["command"] = f"python benchmarks/few_bits.py --text WIKITEXT2/valid.txt.gz {flags}"
+    document["command"] = f"python benchmarks/few_bits.py --text TEXT {flags}"
 
-    tokenizer = load_tokenizer(arguments.model or smollm2())
-    ids = tokenizer("".join(texts_of(arguments.text)), verbose=False)["input_ids"]
-    half, test = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+    source = arguments.model or (minilm() if arguments.encoder else smollm2())
+    tokenizer = load_tokenizer(source, must_end=False)
+    arguments.around = surroundings(tokenizer) if arguments.encoder else ([], [])
+    plain: dict[str, Any] = {"verbose": False, "add_special_tokens": not arguments.encoder}
+    text, *others = (tokenizer("".join(texts_of(file)), **plain)["input_ids"] for file in texts(arguments))
+    text, test = (text, others[0]) if others else (text[: len(text) // 2], text[len(text) // 2 :])
     states: list[Tensor] = []
-    batches = windows(half, arguments.calibration_windows, arguments.calibration_length)
     for name in ("fp32", *arguments.methods.split(",")):
-        if name in {row["method"] for row in document["rows"]} and not (arguments.blocks and name == "fp32"):
+        if name in {row["method"] for row in document["rows"]} and not (by_states(arguments) and name == "fp32"):
             continue
-        model = load_base(arguments.model or smollm2(), dtype=torch.float32).eval().requires_grad_(False)
+        model = load_base(
+            source, dtype=torch.float32, kind="AutoModel" if arguments.encoder else "AutoModelForCausalLM"
+        )
+        model.eval().requires_grad_(False)
         if arguments.blocks:
             model.model.layers = model.model.layers[: arguments.blocks]
         start, load = time.process_time(), hardware()["load_average"]
-        more = quantized(model, name, arguments, batches) if name != "fp32" else {}
+        more = quantized(model, name, arguments, text) if name != "fp32" else {}
         seconds = time.process_time() - start
         row = {"method": name, **measured(model, test, arguments, states), "cpu_seconds": round(seconds, 1), **more}
         others = [other for other in document["rows"] if other["method"] != name]
@@ -81,29 +90,46 @@ def main() -> None:
         print(f"{name:16s} {row['value']:9.4f}  {seconds:.0f} CPU s", flush=True)
 
 
+def texts(arguments: Any) -> list[str]:
+    """The files to calibrate on and to measure on; one of them for both."""
+    return [arguments.text] + ([arguments.test_text] if arguments.test_text else [])
+
+
 def measured(model: Any, test: Sequence[int], arguments: Any, states: list[Tensor]) -> dict[str, Any]:
-    """The perplexity of a whole model; of its first blocks alone, how far what they put out is from `states`, which the
-    first model that is measured leaves there."""
-    if not arguments.blocks:
+    """The perplexity of a language model; of an encoder, or of a model's first blocks alone, how far what it puts out
+    is from `states`, which the first model that is measured leaves there."""
+    if not by_states(arguments):
         found = perplexity(model, test, window=512, count=arguments.windows)
         return {"value": found.value, "losses": found.losses}
-    found = [model.model(**batch, use_cache=False).last_hidden_state for batch in windows(test, arguments.windows, 256)]
+    found = hidden_states(model, windows(test, arguments.windows, arguments))
     states[:] = states or found
-    apart = sum(float((h - own).square().sum()) for h, own in zip(found, states, strict=True))
-    return {"value": (apart / sum(float(own.square().sum()) for own in states)) ** 0.5}
+    apart = [float((h - own).square().sum()) / float(own.square().sum()) for h, own in zip(found, states, strict=True)]
+    return {"value": (sum(apart) / len(apart)) ** 0.5, "by_batch": apart}
 
 
-def windows(ids: Sequence[int], count: int, length: int) -> list[dict[str, Tensor]]:
-    """Windows at even distances, eight to a batch."""
-    rows = [ids[i * (len(ids) // count) :][:length] for i in range(count)]
-    return [{"input_ids": torch.tensor(rows[i : i + 8])} for i in range(0, count, 8)]
+def by_states(arguments: Any) -> bool:
+    """Whether hidden states are compared, and not perplexities."""
+    return bool(arguments.blocks) or arguments.encoder
 
 
-def quantized(model: Any, method: str, arguments: Any, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+def windows(ids: Sequence[int], count: int, arguments: Any, rows: int = 8) -> list[dict[str, Tensor]]:
+    """Windows at even distances, so many to a batch, with the special tokens that an encoder knows around them."""
+    before, after = arguments.around
+    length = arguments.calibration_length - len(before) - len(after)
+    found = [[*before, *ids[i * (len(ids) // count) :][:length], *after] for i in range(count)]
+    return [{"input_ids": torch.tensor(found[i : i + rows])} for i in range(0, count, rows)]
+
+
+def quantized(model: Any, method: str, arguments: Any, text: Sequence[int]) -> dict[str, Any]:
     """Put `Q + s·B·A` in the place of every linear layer's weight."""
+    method, *changes = method.split("+")
+    own: dict[str, Any] = {key: value for key, _, value in (change.partition("=") for change in changes)}
+    batches = windows(text, int(own.pop("windows", arguments.calibration_windows)), arguments)
     names = [target.name for target in resolve_targets(model, PissaConfig(rank=arguments.rank))]
     form: dict[str, Any] = {"format": arguments.quantize, "bits": arguments.bits, "block_size": arguments.block_size}
-    ours = replace(Quantization(**form), iterations=arguments.iterations or Quantization().iterations)
+    own = {key: json.loads(value) if value[0].isdigit() else value for key, value in own.items()}
+    steps = own.pop("polish", 0)
+    ours = Quantization(**{**form, "iterations": arguments.iterations or Quantization().iterations, **own})
     notes: dict[str, Any] = {}
     kind, _, alpha = method.partition("-")
     if kind in ("plain", "qpissa", "loftq"):
@@ -113,6 +139,11 @@ def quantized(model: Any, method: str, arguments: Any, batches: list[dict[str, T
             put(model, name, split_weight(place_of(model.get_submodule(name)).matrices(), way, name=name).restore())
         return notes
     config = PissaConfig(arguments.rank, quantization=ours)
+    if steps:
+        more = windows(text, 4 * (steps + HELD_OUT), arguments, rows=4)
+        return {
+            "polish": asdict(polished(model, config, batches, more, steps, Path(arguments.out).with_suffix(".state")))
+        }
 
     def fit(name: str, W: Tensor, M: Tensor) -> Tensor:
         if kind == "srr":
@@ -127,6 +158,16 @@ def quantized(model: Any, method: str, arguments: Any, batches: list[dict[str, T
     for name, error in fitted:
         notes.setdefault("errors", {})[name] = error
     return notes
+
+
+def polished(model: Any, config: PissaConfig, batches: Any, more: Any, steps: int, state: Path) -> Polish:
+    """Adapt the model, and polish it on more of the same text; its own layers are then the quantised ones."""
+    targets = hidden_states(model, more)
+    adapted = adapt(model, config, batches=batches)
+    made = polish(adapted, more, targets, steps, state=state, progress=lambda step, e: print(step, e, flush=True))
+    adapted.eval().requires_grad_(False)
+    state.unlink(missing_ok=True)
+    return made
 
 
 def put(model: Any, name: str, W: Tensor) -> None:
@@ -185,56 +226,11 @@ class Inputs:
         return torch.cat(self.seen[name])
 
 
-def relative(E: Tensor, W: Tensor, M: Tensor) -> float:
-    """`‖E X‖ / ‖W X‖` on the text of the moment."""
-    return float((((E @ M) * E).sum().clamp_min(0) / ((W @ M) * W).sum()).sqrt())
-
-
-def principal_part(W: Tensor, weighting: Metric, rank: int, seed: int = 0) -> int:
-    """SRR's k*: how many of the rank's components begin as principal part."""
-    E = torch.empty_like(W).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
-    of_weight, of_error = (left_over(torch.linalg.svdvals(weighting.apply(X)), rank) for X in (W, E))
-    return int((of_weight * of_error.flip(0)).argmin())
-
-
-def left_over(S: Tensor, rank: int) -> Tensor:
-    """ρ_k for k = 0 … rank: the share of the norm that the best rank-k matrix leaves."""
-    squares = S.double().square()
-    tail = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])[: rank + 1]
-    return (tail.clamp_min(0) / squares.sum()).sqrt()
-
-
-def srr(W: Tensor, M: Tensor, rank: int, config: Quantization) -> tuple[int, Tensor]:
-    """(k*, `Q + L`) of the alternation begun with k* principal components."""
-    weighting = metric(M, W.shape[1])
-    k = principal_part(W, weighting, rank)
-    return k, begun_with(W, k, weighting, rank, config)[0]
-
-
-def begun_with(W: Tensor, k: int, weighting: Metric, rank: int, config: Quantization) -> tuple[Tensor, list[float]]:
-    """`Q + L` of the alternation whose first quantisation leaves out k components, and its errors step by step."""
-    L: LowRank | None = None
-    target = W
-    if k:
-        L = best_fit(W, k, weighting, None, tolerance=1e-3, algorithm="auto", seed=0)
-        target = L.subtract_from(W)
-        L = None
-    best, errors, packed = W, [], None
-    for _ in range(config.iterations):
-        packed = quantize_matrix(target, config, W.dtype, weighting, near=packed)
-        E = less(W, packed)
-        before, L = L, power_step(E, rank, weighting, L, 0)
-        if not errors or L.error < min(errors):
-            best = torch.addmm(packed.dequantize(), L.left, L.right)
-        errors.append(L.error)
-        target = (extrapolated(L, before, MOMENTUM_IN_METRIC) if before is not None else L).subtract_from(W)
-    return best, errors
-
-
 def table(document: dict[str, Any]) -> str:
     """The rows for people."""
     found = {row["method"]: row["value"] for row in document["rows"]}
-    what = "error of the hidden states" if document["settings"]["blocks"] else "perplexity"
+    hidden = document["settings"]["blocks"] or document["settings"]["encoder"]
+    what = "error of the hidden states" if hidden else "perplexity"
     lines = [f"`{document['command']}`", "", f"| method | {what} | share of the gap recovered | CPU s to split |"]
     lines.append("| --- | --- | --- | --- |")
     for row in document["rows"]:
@@ -248,12 +244,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory or hub id; SmolLM2-135M-Instruct from the cache")
     parser.add_argument("--text", default=f"{os.environ.get('PISSA_DATA', '.')}/wikitext2/valid.txt.gz")
+    parser.add_argument("--test-text", help="another text to measure on; left out, the second half of --text")
     parser.add_argument("--methods", default=METHODS, help="separated by commas")
     parser.add_argument("--quantize", default="nf4", choices=("nf4", "gptq"))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=0, help="0 for the default")
+    parser.add_argument("--encoder", action="store_true", help="the model is no language model: compare hidden states")
     parser.add_argument("--blocks", type=int, default=0, help="only the first ones, and their hidden states; 0 for all")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--calibration-windows", type=int, default=16)
