@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pissa.checkpoint.disk.header import KIND_OF
-from pissa.checkpoint.disk.layout import METADATA, TensorKind, file_layout, kind_of, raw_bytes, sharded
+from pissa.checkpoint.disk.layout import KIND_OF, METADATA, TensorKind, file_layout, kind_of, raw_bytes, sharded
 
 NAMES = ("a", "b.weight", 'quote"d', "back\\slash", "ünï", "\u2028", "\x01", "zz/z")
 

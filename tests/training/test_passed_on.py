@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import arguments, in_process, recipe, rows, run, write_rows
+from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from pissa.errors import ConfigError
 from pissa.training.engine import training_arguments
-from pissa.training.passed_on import FIXED, OURS, named_values
+from pissa.training.passed_on import (
+    FIXED,
+    OURS,
+    check_passed_on,
+    declared_fields,
+    named_values,
+    optimizer_names,
+)  # fmt: skip
 from pissa.training.recipe import Recipe, read_recipe, recipe_from
 
 
@@ -23,7 +32,7 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
         "rank: 8\ntraining:\n  adam_beta2: 0.95\n  lr_scheduler_kwargs: {num_cycles: 0.4}\n  adam_epsilon: 1e-7\n"
     )
     assert read_recipe(path, training={"adam_beta2": 0.9}).training == {
-        "adam_beta2": 0.9, "lr_scheduler_kwargs": {"num_cycles": 0.4}, "adam_epsilon": "1e-7",
+        "adam_beta2": 0.9, "lr_scheduler_kwargs": {"num_cycles": 0.4}, "adam_epsilon": 1e-7,
     }  # fmt: skip
     arguments = training_arguments(read_recipe(path), tmp_path)
     assert (arguments.adam_beta2, arguments.lr_scheduler_kwargs) == (0.95, {"num_cycles": 0.4})
@@ -109,3 +118,30 @@ def test_the_command_takes_any_field_several_times(
     ran = in_process([*given, "--set", "adam_beta2=0.95", "--json"], capsys)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["settings"]["training"] == {"adam_beta2": 0.95}
+
+
+def test_what_sftconfig_declares_is_read_from_its_text() -> None:
+    assert declared_fields().keys() == {field.name for field in fields(SFTConfig) if field.init}
+    assert set(optimizer_names()) == {name.value for name in OptimizerNames}
+    for field in fields(SFTConfig):  # every default is of its own field's type, as that is read
+        if field.init and field.default is not MISSING and field.name not in {*OURS, *FIXED}:
+            check_passed_on({field.name: field.default})
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"adam_beta2": "high"}, "adam_beta2 is 'high'; SFTConfig takes float"),
+        ({"adam_beta2": True}, "adam_beta2 is True"),
+        ({"dataloader_num_workers": 1.5}, "dataloader_num_workers is 1.5; SFTConfig takes int"),
+        ({"torch_compile": 1}, "torch_compile is 1; SFTConfig takes bool"),
+        ({"run_name": 5}, "run_name is 5"),
+        ({"adam_beta2": 1, "run_name": None, "lr_scheduler_kwargs": {}, "hub_strategy": "end"}, None),
+    ],
+)
+def test_values_are_held_against_the_field_s_type(settings: dict[str, Any], wrong: str | None) -> None:
+    if wrong is None:
+        assert Recipe(training=settings).training == settings
+        return
+    with pytest.raises(ConfigError, match=re.escape(wrong)):
+        Recipe(training=settings)

@@ -15,7 +15,7 @@ from ..lab.comparison.plan import ComparisonPlan, read_rates, search_runs_within
 from ..training.recipe import Recipe, read_recipe, recipe_from
 from .flags import with_settings
 from .output import show
-from .places import check_file, check_model, check_output, check_rows, check_text
+from .places import check_file, check_model, check_outline, check_output, check_rows, check_text
 
 RECORD = "compare.json"
 """What only a comparison's directory has."""
@@ -80,6 +80,8 @@ def command(
         if plan.evaluation_data is not None:
             check_file(plan.evaluation_data, CALLED["evaluation_data"])
         check_output(out, RECORD, "comparison")
+        if set(plan.methods) != {"full"}:
+            check_outline(model, recipe)
         from ..lab.comparison.run import compare
 
         called = shlex.join(["pissa", *sys.argv[1:]])

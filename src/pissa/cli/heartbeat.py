@@ -20,7 +20,8 @@ from ..stages import SILENT, current
 
 SILENCE = 4.0
 """Seconds after which something is said."""
-BEFORE_ANY = "starting"
+BEFORE_ANY, BETWEEN = "starting", "working"
+"""What is said where no stage has begun yet, and where none is going on."""
 CLEAR = "\r\x1b[2K"
 
 
@@ -70,7 +71,7 @@ class _Heartbeat:
             if found == SILENT:
                 self.last = now
                 continue
-            words = found or self.words
+            words = found or (BEFORE_ANY if self.words == BEFORE_ANY else BETWEEN)
             if words != self.words:
                 self.words, self.since = words, now
             if now - self.last >= SILENCE:

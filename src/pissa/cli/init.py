@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..training.recipe import DATA, NONE, QUANTIZATION_OWN, Recipe, recipe_from
 from .flags import with_settings
 from .output import show
-from .places import check_choice, check_model, check_output, check_text
+from .places import check_choice, check_model, check_outline, check_output, check_text
 
 SPLIT = (
     "rank", "alpha", "method", "component", "random_fraction", "cur_core", "cur_rcond", "target_modules",
@@ -64,6 +64,7 @@ def command(
         check_text(text)
     if not (out / "pissa.json").is_file():  # which a finished one has
         check_output(out, ".pissa-init/run.json", "split")
+    check_outline(model, recipe)
     from ..checkpoint.stream.init import Step, init_checkpoint
     from ..training.fitting import batches_of
     from ..training.run import quieten

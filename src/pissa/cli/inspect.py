@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import AdapterSettings
 from ..lab.inspection.settings import InspectionSettings
 from .flags import with_settings
 from .output import show
-from .places import check_model, check_text, check_writable
+from .places import check_model, check_outline, check_text, check_writable
 
 INTERRUPTED = "nothing is kept: the same command starts again"
 
@@ -28,6 +29,8 @@ def command(
             check_text(text)
     if asked.figures is not None:
         check_writable(asked.figures)
+    adapters = AdapterSettings(max(asked.rank), target_modules=asked.target_modules, rank_budget=asked.rank_budget)
+    check_outline(model, adapters)
     from ..lab.inspection.inspect import inspect
     from ..lab.inspection.tables import inspection_table
     from ..training.bar import make_progress

@@ -14,12 +14,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..config.settings import BOOL, did_you_mean
+from ..config.settings import BOOL, SPOKEN, did_you_mean
 from .exits import interruptible
 
 COMMANDS = ("init", "train", "eval", "chat", "export", "verify", "inspect", "compare", "demo")
 """A command's module has its name and holds it as `command`, and as INTERRUPTED what an interruption leaves."""
-SPOKEN = {"true": True, "false": False}
 
 
 class _Help:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoint.disk.resumable import Resumable
 from ..checkpoint.disk.write import check_writable
 from ..checkpoint.source.look import check_adapter, check_model, check_subject
+from ..checkpoint.source.outline import check_outline
 from ..config.settings import did_you_mean
 from ..data.read import check_source, file_rows
 from ..data.rows import collect
@@ -22,6 +23,7 @@ __all__ = [
     "check_choice",
     "check_file",
     "check_model",
+    "check_outline",
     "check_output",
     "check_rows",
     "check_subject",

@@ -14,7 +14,7 @@ from ..training.passed_on import named_values
 from ..training.recipe import DATA, NONE, Recipe, read_yaml, recipe_from, with_flags
 from .flags import with_settings
 from .output import show
-from .places import check_model, check_output, check_rows, check_text
+from .places import check_model, check_outline, check_output, check_rows, check_text
 
 INTERRUPTED = "no step was done: the same command starts again, or continues from the last checkpoint"
 
@@ -51,7 +51,10 @@ def command(
     A run that was stopped goes on when the same command is given again.
     """
     if assigned:
-        settings = {**settings, "training": named_values(assigned)}
+        named = named_values(assigned)
+        if not isinstance(named, dict):
+            raise ConfigError(f"--set is {', '.join(assigned)}; give NAME=VALUE, such as adam_beta2=0.95")
+        settings = {**settings, "training": named}
     written = read_yaml(config) if config is not None else {}
     model, data, out = _places(written, {"model": model, "data": data, "out": out})
     recipe = recipe_from(with_flags(written, settings), config or "the command line")
@@ -62,6 +65,8 @@ def command(
     if recipe.eval_data is not None:
         check_rows(recipe.eval_data)
     check_output(out, "state/run.json", "run")
+    if recipe.adapts:
+        check_outline(model, recipe)
     with stage("loading the libraries"):
         from ..training.card import how_it_came_to_be, what_it_came_to
         from ..training.run import rehearse, train

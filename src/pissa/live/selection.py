@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from ..config import PissaConfig
+from ..config.naming import matches, nothing_matches
 from ..decompose.svd import TruncatedSVD
 from ..errors import TargetError, listed
 from .conversion import is_rewritten
@@ -81,7 +81,7 @@ def select_weights(model: nn.Module, modules: dict[str, nn.Module], config: Piss
     candidates = _candidates(modules)
     names = dict.fromkeys([*modules, *candidates])
     if config.exclude_modules:
-        _check_all_matched([*names], modules, config.exclude_modules, "exclude_modules: ")
+        _check_all_matched([*names], modules, config.exclude_modules, "exclude_modules")
     if config.target_modules == "all-linear":
         chosen = [name for name in _all_linear(model, modules, candidates) if not _lies_in(name, saved)]
     else:
@@ -209,12 +209,7 @@ def _check_all_matched(
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     missing = [p for p in wanted if not any(matches(name, p if isinstance(patterns, str) else [p]) for name in chosen)]
     if missing:
-        endings = _linear_endings(modules)
-        close = [c for p in missing for c in difflib.get_close_matches(p.rpartition(".")[2], endings, n=3, cutoff=0.4)]
-        raise TargetError(
-            f"{where}no module matches {listed([repr(p) for p in missing])}; closest names: "
-            f"{', '.join(dict.fromkeys(close)) or ', '.join(endings) or 'none, the model has no linear layer'}"
-        )
+        raise TargetError(nothing_matches(missing, _linear_endings(modules), where))
 
 
 def _linear_endings(modules: dict[str, nn.Module]) -> list[str]:
@@ -235,11 +230,3 @@ def _candidates(modules: Mapping[str, nn.Module]) -> dict[str, Target]:
                 own = ".".join(part for part in (name, "" if key == "weight" else key) if part)
                 found[own] = Target(own, module, kind, key)
     return found
-
-
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """Whether a module's name is meant: a string is one regular expression for whole names, a list holds names or
-    name endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import PissaConfig
+from ..config.naming import rank_too_large
 from ..decompose.components import slots_drawn
 from ..errors import ConfigError, TargetError, WeightError, listed
 from ..split import STORAGE_DTYPES
@@ -118,9 +119,9 @@ def check_shapes(targets: list[Target], config: PissaConfig) -> None:
     for target in targets:
         shape = target.place.matrix_shape[-2:]
         if 0 < min(shape) < target.rank:
-            low.append(f"{target.name} {shape}: {target.rank} > {min(shape)}")
+            low.append((target.name, shape, target.rank))
     if low:
-        raise ConfigError(f"rank exceeds the smaller side of {listed(low)}; lower rank, or set rank_pattern for these")
+        raise ConfigError(rank_too_large(low))
     if config.method == "random-pissa":
         _check_residual_triplets(targets, config.random_fraction)
 

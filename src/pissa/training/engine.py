@@ -16,7 +16,6 @@ import torch
 
 from ..errors import ConfigError, MissingExtraError
 from ..optimizers.names import SPECTRAL
-from .passed_on import passed_on
 from .recipe import Recipe
 from .sampler import GROUPED
 
@@ -103,7 +102,7 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         log_level="error",
     )
     try:
-        arguments = SFTConfig(**{**settings, **passed_on(recipe.training)})
+        arguments = SFTConfig(**{**settings, **recipe.training})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from error
     if arguments.packing and arguments.packing_strategy not in APART:

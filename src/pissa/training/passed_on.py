@@ -5,8 +5,11 @@ In YAML they stand under `training:`, on the command line they are given as `--s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+import ast
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ..config.settings import nearest
@@ -72,33 +75,89 @@ FIXED = {
     "do_predict": "a run trains",
 }
 """SFTConfig's name -> why it cannot be set."""
+DECLARING = (
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("transformers", "training_args.py", "TrainingArguments"),
+)
+"""SFTConfig and what it derives from: package, file and class."""
+OPTIMIZERS = ("transformers", "training_args.py", "OptimizerNames")
+PLAIN = {"bool": bool, "int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
+"""Types of a field that a value is held against."""
 
 
-def passed_on(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, their names held against SFTConfig's.
+def check_passed_on(settings: Mapping[str, Any]) -> None:
+    """Hold settings against the fields of SFTConfig.
 
     Raises:
-        ConfigError: naming every setting that SFTConfig does not have, that one of ours is for, or that is fixed.
+        ConfigError: naming every setting that SFTConfig does not have, that one of ours is for, that is fixed, or whose
+            value is of another type.
     """
-    from trl.trainer.sft_config import SFTConfig
-
-    known = {field.name for field in fields(SFTConfig) if field.init}
+    known = declared_fields() if settings else {}
     wrong = []
-    for name in settings:
+    for name, value in settings.items():
         if name in OURS:
             wrong.append(f"{name} has a setting of its own, {OURS[name]}")
         elif name in FIXED:
             wrong.append(f"{name} cannot be set: {FIXED[name]}")
-        elif name not in known:
-            near = nearest(name, known - {*OURS, *FIXED})
+        elif known and name not in known:
+            near = nearest(name, known.keys() - {*OURS, *FIXED})
             wrong.append(f"{name} is no field of SFTConfig" + (f"; did you mean {near}?" if near else ""))
+        elif known and not _is_of(known[name], value):
+            wrong.append(f"{name} is {value!r}; SFTConfig takes {known[name]}")
     if wrong:
         raise ConfigError(f"training: {'; '.join(wrong)}")
-    return {name: _number(value) for name, value in settings.items()}
+
+
+@cache
+def declared_fields() -> dict[str, str]:
+    """SFTConfig's fields with their types, as its text and those of what it derives from declare them: importing them
+    takes seconds. Empty where TRL or its text is not there."""
+    found = [declaration for place in DECLARING for declaration in _declarations(*place)]
+    return {
+        node.target.id: ast.unparse(node.annotation)
+        for node in reversed(found)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and "init=False" not in _value(node)
+    }
+
+
+@cache
+def optimizer_names() -> tuple[str, ...]:
+    """What transformers calls its optimizers, as its text declares them; empty where that is not there."""
+    named = (node.value for node in _declarations(*OPTIMIZERS) if isinstance(node, ast.Assign))
+    return tuple(str(value.value) for value in named if isinstance(value, ast.Constant))
+
+
+def _declarations(package: str, file: str, owner: str) -> Iterator[ast.stmt]:
+    """The statements of a class, from its file."""
+    found = find_spec(package)
+    path = Path(found.origin).parent / file if found is not None and found.origin is not None else None
+    if path is None or not path.is_file():
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == owner:
+            yield from node.body
+
+
+def _value(node: ast.AnnAssign) -> str:
+    return ast.unparse(node.value) if node.value is not None else ""
+
+
+def _is_of(annotation: str, value: Any) -> bool:
+    """Whether a value is of a field's type; True where that has parts of a library's own."""
+    parts = [part.partition("[")[0].strip() for part in annotation.split("|")]
+    if any(part not in PLAIN and part != "None" for part in parts) or (value is None and "None" in parts):
+        return True
+    if isinstance(value, bool) and "bool" not in parts:
+        return False
+    return any(part in PLAIN and isinstance(value, PLAIN[part]) for part in parts)
 
 
 def named_values(given: Any) -> Any:
-    """Settings of NAME=VALUE, or of a list of such texts, each value as YAML reads it; anything else as it is."""
+    """Settings of NAME=VALUE, or of a list of such texts, each value as YAML reads it; those of a mapping with numbers
+    that YAML takes for text; anything else as it is."""
+    if isinstance(given, Mapping):
+        return {name: _number(value) for name, value in given.items()}
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and "=" in text for text in texts):
         return given

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import METHODS, AdapterSettings, PissaConfig, Quantization, quantization_preset
-from ..config.settings import check_settings, nearest, read_settings, settings_of
+from ..config.settings import check_settings, did_you_mean, nearest, read_settings, settings_of
 from ..errors import ConfigError
 from ..optimizers.names import SPECTRAL, default_rate
 from ..outside.documents import LARGEST_YAML, Unreadable, parse_yaml, read_bounded
+from .passed_on import check_passed_on, optimizer_names
 from .recipe_groups import TRAINING_METHODS as TRAINING_METHODS
 from .recipe_groups import AdapterGroup, DataGroup, QuantizationGroup, TrainingGroup, ValidationGroup
 
@@ -55,6 +56,7 @@ class Recipe(DataGroup, ValidationGroup, TrainingGroup, QuantizationGroup, Adapt
         read_settings(self)
         check_settings(self)
         _check_optimizer(self)
+        check_passed_on(self.training)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", default_rate(self.optimizer))
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
@@ -185,8 +187,12 @@ def _check_unused(recipe: Recipe) -> None:
 
 
 def _check_optimizer(recipe: Recipe) -> None:
-    """Refuse what the optimizer of products cannot do."""
+    """Refuse an optimizer that nobody has, and what the one of products cannot do."""
     if recipe.optimizer != SPECTRAL:
+        known = (SPECTRAL, *optimizer_names()) if recipe.optimizer != Recipe.optimizer else ()
+        if known and recipe.optimizer not in known:
+            near = did_you_mean(recipe.optimizer, known) or f"; allowed: {', '.join(known)}"
+            raise ConfigError(f"optimizer is {recipe.optimizer!r}, which transformers does not have{near}")
         return
     if not recipe.adapts or "adalora" in recipe.method:
         has = "three factors" if recipe.adapts else "no adapter"

@@ -12,43 +12,43 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
 from ...outside.documents import LARGEST, Unreadable, parse_object
+
+if TYPE_CHECKING:
+    import torch
 
 DEEPEST_SHAPE = 64
 """Dimensions that a torch tensor can have."""
 DAMAGED = "the file is damaged, or was not made by safetensors; download it again"
 
-# Format's name -> bits of an element and torch's dtype, where it has one. F4 packs two elements into one of torch's.
-KINDS: dict[str, tuple[int, torch.dtype | None]] = {
-    "BOOL": (8, torch.bool),
-    "F4": (4, torch.float4_e2m1fn_x2),
+# Format's name -> bits of an element, and torch's name of it where it has one. F4 packs two into one of torch's.
+KINDS: dict[str, tuple[int, str | None]] = {
+    "BOOL": (8, "bool"),
+    "F4": (4, "float4_e2m1fn_x2"),
     "F6_E2M3": (6, None),
     "F6_E3M2": (6, None),
-    "U8": (8, torch.uint8),
-    "I8": (8, torch.int8),
-    "F8_E5M2": (8, torch.float8_e5m2),
-    "F8_E4M3": (8, torch.float8_e4m3fn),
-    "F8_E8M0": (8, torch.float8_e8m0fnu),
-    "F8_E4M3FNUZ": (8, torch.float8_e4m3fnuz),
-    "F8_E5M2FNUZ": (8, torch.float8_e5m2fnuz),
-    "I16": (16, torch.int16),
-    "U16": (16, torch.uint16),
-    "F16": (16, torch.float16),
-    "BF16": (16, torch.bfloat16),
-    "I32": (32, torch.int32),
-    "U32": (32, torch.uint32),
-    "F32": (32, torch.float32),
-    "C64": (64, torch.complex64),
-    "F64": (64, torch.float64),
-    "I64": (64, torch.int64),
-    "U64": (64, torch.uint64),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
 }
-KIND_OF = {dtype: kind for kind, (_, dtype) in KINDS.items() if dtype is not None}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class Entry:
     @property
     def dtype(self) -> torch.dtype | None:
         """torch's element type; None for the 6-bit kinds, which torch does not have."""
-        return KINDS[self.kind][1]
+        import torch
+
+        name = KINDS[self.kind][1]
+        return None if name is None else getattr(torch, name)
 
 
 def read_header(descriptor: int, file: Path, size: int) -> dict[str, Entry]:

@@ -17,12 +17,14 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from .header import KIND_OF, KINDS
+from .header import KINDS
 
 PATTERN = "model{suffix}.safetensors"
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
 ALIGNMENT = 8
+KIND_OF = {getattr(torch, name): kind for kind, (_, name) in KINDS.items() if name is not None}
+"""torch's element type -> the format's name of it."""
 
 
 @dataclass(frozen=True)

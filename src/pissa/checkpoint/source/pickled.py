@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import CheckpointError, listed
-from ..disk.header import KIND_OF, Entry
+from ..disk.header import Entry
+from ..disk.layout import KIND_OF
 
 LARGEST_PICKLE = 1 << 25
 LOCAL_HEADER = 30

@@ -20,7 +20,8 @@ from ...quantize.gptq import PackedGPTQ
 from ...quantize.int8 import PackedInt8
 from ...quantize.nested import NESTED_BLOCK, NestedScales
 from ...quantize.nf4 import PackedNF4
-from ..disk.header import KIND_OF, Entry
+from ..disk.header import Entry
+from ..disk.layout import KIND_OF
 from ..residual import QUANT_STATE
 from ..source.gptq import gptq_layers, read_gptq
 from ..source.reader import CHUNK, Source

@@ -27,8 +27,8 @@ from ...quantize.nested import NESTED_BLOCK, NestedScales
 from ...quantize.nf4 import PackedNF4
 from ...quantize.nvfp4 import PackedNVFP4
 from ..compressed_tensors import empty_nvfp4, nvfp4_parts
-from ..disk.header import KIND_OF, Entry
-from ..disk.layout import TensorKind, kind_of
+from ..disk.header import Entry
+from ..disk.layout import KIND_OF, TensorKind, kind_of
 from ..factors import PREFIX
 from ..residual import stored
 from ..source.reader import CHUNK, Source

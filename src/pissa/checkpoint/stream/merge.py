@@ -25,8 +25,7 @@ from ...live.marks import check_always_on, is_marked_offset
 from ...stages import stage
 from ..card import merged_card, write_card
 from ..companions import copy_companions
-from ..disk.header import KIND_OF
-from ..disk.layout import INDEX, TensorKind, sharded
+from ..disk.layout import INDEX, KIND_OF, TensorKind, sharded
 from ..disk.outputs import Outputs
 from ..disk.write import output_directory, write_json
 from ..factors import PREFIX

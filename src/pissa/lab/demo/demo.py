@@ -40,6 +40,7 @@ from ...evaluation.tasks.registry import Evaluation, EvaluationOptions, find_tas
 from ...outside.documents import read_document
 from ...outside.text import on_one_line
 from ...provenance import hardware, package_versions
+from ...stages import stage
 from ...training.bar import make_progress
 from ...training.recipe import Recipe
 from ...training.run import RunResult, quieten, train
@@ -250,9 +251,10 @@ def _scores(
 
     new_tokens = plan.new_tokens if task.unseen is not None else 256
     options = EvaluationOptions(max_new_tokens=new_tokens, batch_size=BATCH, template=task.template)
-    match = find_task("gsm8k").run(model, tokenizer, task.held_out, options, log=log, progress=advance)
-    progress.update(bar, note=f"{match.value:.0%} right")
-    return match, held_out_loss(model, tokenizer, task.held_out, template=task.template).mean
+    with stage(f"{label}, test"):
+        match = find_task("gsm8k").run(model, tokenizer, task.held_out, options, log=log, progress=advance)
+        progress.update(bar, note=f"{match.value:.0%} right")
+        return match, held_out_loss(model, tokenizer, task.held_out, template=task.template).mean
 
 
 def question(task: Task, sample: Mapping[str, Any]) -> str:
@@ -338,13 +340,14 @@ def _check_export(base: str, run: Path, tokenizer: Any, task: Task, progress: Pr
     """Logits of the trained model (residual and adapter) against those of plain PEFT on the untouched base."""
     from ...adapted.load import load
 
-    bar = progress.add_task("export, loaded by PEFT", total=1, note="")
+    label = "export, loaded by PEFT"
+    bar = progress.add_task(label, total=1, note="")
     texts = [prompt_text(example, tokenizer, task.template) for example in task.held_out[:4]]
     prompts = {str(i): torch.tensor([ids]) for i, ids in enumerate(token_ids(texts, tokenizer))}
     trained = load(run, load_base(base, dtype=torch.float32)).eval()
     with torch.no_grad():
         expected = {name: trained(input_ids=ids).logits for name, ids in prompts.items()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with stage(label), tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "prompts.safetensors"), Path(scratch, "logits.safetensors")
         save_file(prompts, asked)
         command = [sys.executable, "-c", FRESH_PROCESS, base, str(run), str(asked), str(answered)]
