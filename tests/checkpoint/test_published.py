@@ -88,6 +88,26 @@ def test_the_layout_is_told_from_bases_runs_and_adapters(base: Path, residual: P
     assert residual_at(tmp_path / "adapter") is None and residual_at(tmp_path / "missing") is None
 
 
+@pytest.mark.parametrize("name", ["corda_init", "loftq_init"])
+def test_residuals_of_other_methods_are_told_too(base: Path, residual: Path, tmp_path: Path, name: str) -> None:
+    trained = logits_of(trained_by_peft(residual, tmp_path / "adapter", named=residual))
+    (residual / "pissa_init").rename(residual / name)
+    with pytest.raises(CheckpointError, match=f"is a residual, .* in its {name}/; give {base}"):
+        init_checkpoint(str(residual), tmp_path / "out", PissaConfig(4))
+    assert largest_difference(logits_of(load(residual)), logits_of(plain(base))) < NOISE
+    recipe = Recipe(max_steps=1, template="none", dtype="fp32")
+    if name == "loftq_init":  # rounded to a format, and nobody knows by how much
+        with pytest.raises(ConfigError, match="does not say how far"):
+            train(str(residual), ROWS, tmp_path / "run", recipe, quiet=True)
+        with pytest.warns(UserWarning, match="does not say how far"):
+            export_lora(tmp_path / "adapter", tmp_path / "lora")
+        return
+    assert train(str(residual), ROWS, tmp_path / "run", recipe, quiet=True).results["base"] == str(base)
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    on_base = PeftModel.from_pretrained(plain(base), str(tmp_path / "lora"))
+    assert largest_difference(logits_of(on_base), trained) < NOISE
+
+
 def test_loading_and_evaluating_it_is_loading_the_base(base: Path, residual: Path) -> None:
     expected = logits_of(plain(base))
     assert largest_difference(logits_of(plain(residual)), expected) > FAR

@@ -30,7 +30,6 @@ from ..live.factors import AdapterFactors, Layout, halves
 from ..live.layers import CONVOLUTION, Place, place_named
 from ..live.marks import config_with_ranks, is_marked_offset, marks, not_plain_lora
 from ..live.runtime import UNDILATED, holes, is_dilated, taps, with_holes
-from ..live.state import INITIAL
 from .adapter_config import read_adapter_config
 from .factors import CONFIG, read_factors
 from .manifest import read_manifest
@@ -38,6 +37,7 @@ from .recorded import recorded_template
 from .saved_residual import SavedResidual, find_residual, residual_at
 from .source.hub import adapter_directory
 from .source.look import no_adapter_in
+from .source.names import initial_in
 
 LOSSLESS = "lossless"
 
@@ -117,14 +117,14 @@ def read_adapter(path: str | os.PathLike[str], base: str | os.PathLike[str] | No
         residual = residual or find_residual(directory, manifest, config.base_model_name_or_path)
     if residual is not None:
         recorded = residual.base
-    beside = [directory / INITIAL] + ([residual.path / INITIAL] if residual is not None else [])
+    beside = [initial_in(place) for place in (directory, *([residual.path] if residual is not None else []))]
     if manifest.get("layout") == LOSSLESS or is_marked_offset(config):
         config = config_with_ranks(config, 0.5)
         odd = [name for name, f in factors.items() if f.A.shape[-2] % 2]
         if odd:
             raise CheckpointError(f"{directory} is no lossless export: odd rank at {', '.join(odd)}")
         factors = {name: halves(f) for name, f in factors.items()}
-    elif initial_directory := next((place for place in beside if (place / CONFIG).is_file()), None):
+    elif initial_directory := next((place for place in beside if place is not None), None):
         factors = _with_initial(directory, factors, initial_directory)
     reason = not_plain_lora(config, initial_known=any(f.A0 is not None for f in factors.values()))
     if reason:
@@ -157,7 +157,7 @@ def _adapter_directory(path: Path) -> Path:
     if trained:
         path = path / trained
     elif residual_at(path) is not None:
-        path = path / INITIAL  # the residual by itself: its adapter is the one at step 0
+        path = initial_in(path) or path  # the residual by itself: its adapter is the one at step 0
     if not (path / CONFIG).is_file():
         raise CheckpointError(no_adapter_in(path))
     return path

@@ -2,7 +2,8 @@
 
     ours         `pissa.json` says so, and how every module was split
     published    no `pissa.json`: a transformers model with the initial adapter in `pissa_init/` beside its weights, as
-                 the authors' scripts and PEFT's examples write it. The initial adapter's configuration names the base
+                 the authors' scripts and PEFT's examples write it (for CorDA in `corda_init/`, for LoftQ in
+                 `loftq_init/`). The initial adapter's configuration names the base
 
 Whoever takes a MODEL for a base asks here first: a residual is a model to transformers, and computes something else
 than the base.
@@ -19,15 +20,15 @@ from typing import Any
 
 from ..decompose.certificate import Certificate
 from ..errors import CheckpointError
-from ..live.state import INITIAL
 from .factors import CONFIG
 from .manifest import read_manifest
 from .source.files import read_json
 from .source.hub import adapter_directory, in_cache, is_in_hub
-from .source.names import looks_like_path
+from .source.names import INITIAL, INITIALS, initial_in, looks_like_path
 
 RESIDUAL = "residual"
 MODEL_CONFIG = "config.json"
+LOFTQ = INITIALS[2]
 SETTINGS = {
     "r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "target_modules": "target_modules",
     "exclude_modules": "exclude_modules", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
@@ -79,11 +80,11 @@ def residual_at(place: str | os.PathLike[str], *, ask: bool = False) -> SavedRes
 
 
 def published_residual(path: Path) -> SavedResidual | None:
-    """The residual in a directory without our manifest: a model with `pissa_init/` beside its weights."""
-    initial = path / INITIAL / CONFIG
-    if not initial.is_file() or not (path / MODEL_CONFIG).is_file() or (path / CONFIG).is_file():
+    """The residual in a directory without our manifest: a model with its initial adapter beside its weights."""
+    initial = initial_in(path)
+    if initial is None or not (path / MODEL_CONFIG).is_file() or (path / CONFIG).is_file():
         return None
-    adapter, model = read_json(initial), read_json(path / MODEL_CONFIG)
+    adapter, model = read_json(initial / CONFIG), read_json(path / MODEL_CONFIG)
     named = adapter.get("base_model_name_or_path") or None
     base = None if named is not None and Path(named).absolute() == path.absolute() else named
     config = {ours: adapter[theirs] for theirs, ours in SETTINGS.items() if adapter.get(theirs) is not None}
@@ -92,7 +93,8 @@ def published_residual(path: Path) -> SavedResidual | None:
             config[name] = sorted(config[name])  # PEFT writes a set in the order of its hashes
         elif config[name] != "all-linear":
             del config[name]  # a regular expression of PEFT's
-    quantized = model.get("quantization_config") is not None
+    # LoftQ's are rounded to a format even where they are stored in 16 bits
+    quantized = model.get("quantization_config") is not None or initial.name == LOFTQ
     return SavedResidual(path, base, {}, {"method": "pissa", "quantization": None, **config}, "pissa", quantized)
 
 
@@ -106,7 +108,7 @@ def find_residual(directory: Path, manifest: dict[str, Any], named: str | None) 
     """The residual that an adapter is for: the directory that the initial adapter lies in; where its manifest says
     (relative to itself, so that a run can be moved as a whole); else the base that its configuration names, where that
     is one."""
-    if directory.name == INITIAL and (found := residual_at(directory.parent)) is not None:
+    if directory.name in INITIALS and (found := residual_at(directory.parent)) is not None:
         return found
     relative = manifest.get("residual")
     if relative is not None:
@@ -125,16 +127,22 @@ def check_is_base(model: str | os.PathLike[str]) -> None:
     found = residual_at(model, ask=True)
     if found is not None:
         raise CheckpointError(
-            f"{model} is a residual, not a base: the components that it lacks are in its {INITIAL}/; give "
+            f"{model} is a residual, not a base: the components that it lacks are in its {_beside(found)}/; give "
             f"{found.base or 'the base that it was made of'}, or train what is split already: pissa train {model}"
         )
+
+
+def _beside(residual: SavedResidual) -> str:
+    """The name of the directory of a residual's initial adapter."""
+    initial = initial_in(residual.path)
+    return initial.name if initial is not None else INITIAL
 
 
 @cache
 def _in_hub(model: str, ask: bool) -> Path | None:
     """The directory in the hub's cache of a repository that has an initial adapter; None of any other."""
-    name = f"{INITIAL}/{CONFIG}"
-    found = in_cache(model, name)
-    if ask and (found is not None or is_in_hub(model, name)):
+    names = [f"{name}/{CONFIG}" for name in INITIALS]
+    found = next((place for name in names if (place := in_cache(model, name)) is not None), None)
+    if ask and (found is not None or any(is_in_hub(model, name) for name in names)):
         return adapter_directory(model)
     return found

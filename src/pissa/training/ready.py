@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.factors import CONFIG
 from ..checkpoint.saved_residual import SavedResidual, residual_at
+from ..checkpoint.source.names import initial_in
 from ..config.kinds import module_names
 from ..errors import ConfigError
-from ..live.state import INITIAL
 from .recipe import QUANTIZATION_OWN, Recipe
 
 SPLIT = (
@@ -27,7 +26,7 @@ PLAIN = {"pissa": ("pissa", "qpissa", "loftq")}
 def ready_split(source: str) -> SavedResidual | None:
     """The residual in a directory that holds its initial adapter too; None for any other source."""
     found = residual_at(source, ask=True)
-    return found if found is not None and (found.path / INITIAL / CONFIG).is_file() else None
+    return found if found is not None and initial_in(found.path) is not None else None
 
 
 def recipe_of_split(ready: SavedResidual, recipe: Recipe) -> Recipe:

@@ -15,7 +15,14 @@ from ...stages import stage
 from ..manifest import MANIFEST, read_manifest
 from .files import CONFIG, find_weights, read_json
 from .hub import in_cache
-from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INITIAL, OLD_ADAPTER_WEIGHTS, check_adapter_name, check_model_name
+from .names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    OLD_ADAPTER_WEIGHTS,
+    check_adapter_name,
+    check_model_name,
+    initial_in,
+)
 
 PATIENCE = 10.0
 """Seconds that the hub has for an answer."""
@@ -61,7 +68,7 @@ def check_adapter(adapter: str | os.PathLike[str]) -> None:
         _check_in_hub(os.fspath(adapter), ADAPTER_CONFIG)
         return
     trained = (read_manifest(directory) or {}).get("trained")
-    if trained or (directory / INITIAL / ADAPTER_CONFIG).is_file():
+    if trained or initial_in(directory) is not None:
         return
     if not (directory / ADAPTER_CONFIG).is_file():
         raise CheckpointError(no_adapter_in(directory))
@@ -82,7 +89,7 @@ def check_subject(subject: str | os.PathLike[str]) -> None:
         check_adapter(subject)
     elif (directory / CONFIG).is_file():
         check_model(subject)
-    elif not (directory / INITIAL / ADAPTER_CONFIG).is_file():
+    elif initial_in(directory) is None:
         raise CheckpointError(nothing_in(directory))
 
 

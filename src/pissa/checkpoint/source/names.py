@@ -13,6 +13,13 @@ OLD_ADAPTER_WEIGHTS = "adapter_model.bin"
 """What PEFT wrote before it wrote safetensors."""
 INITIAL = "pissa_init"
 """Where the adapter at step 0 lies, below a residual or a run."""
+INITIALS = (INITIAL, "corda_init", "loftq_init")
+"""The same of residuals that others publish: by the scripts of PiSSA, of CorDA, and of LoftQ, whose are quantised."""
+
+
+def initial_in(directory: Path) -> Path | None:
+    """The directory of the adapter at step 0, below that of a residual or a run; None where there is none."""
+    return next((place for name in INITIALS if ((place := directory / name) / ADAPTER_CONFIG).is_file()), None)
 
 
 def looks_like_path(source: str | os.PathLike[str]) -> bool:
