@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 import pytest
@@ -40,3 +41,14 @@ def test_a_terminal_gets_a_bar() -> None:
     assert not isinstance(progress, Lines)
     with progress, shown(progress, "loading"):
         pass
+
+
+def test_a_narrow_terminal_cuts_the_note_and_no_count() -> None:
+    screen = io.StringIO()
+    progress = make_progress(Console(file=screen, width=80, force_terminal=True))
+    with progress:
+        task = progress.add_task("PiSSA lr 0.0002, test", total=48, note="")
+        progress.update(task, completed=32, note="loss 0.169  grad 1.99  rate 5.1e-07  64 tok/s")
+        progress.refresh()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()[-1]
+    assert len(last) <= 80 and "test" in last and "32/48 loss 0.169" in last and "…" in last

@@ -22,6 +22,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 from ..outside.text import for_terminal
 from ..stages import stage
@@ -36,6 +38,16 @@ class PlainConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich's, with what a stranger may have written spelled out."""
         super().print(*(for_terminal(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+class _NoteColumn(TextColumn):
+    """What is cut, and not wrapped, where a terminal is narrow."""
+
+    def render(self, task: Task) -> Text:
+        """As rich's."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class _Bar(Progress):
@@ -106,9 +118,9 @@ def make_progress(console: Console | None = None) -> Progress:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _NoteColumn("{task.fields[note]}", table_column=Column()),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
     )
 
