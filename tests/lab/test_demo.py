@@ -71,6 +71,7 @@ def test_demo_writes_what_it_promises_and_never_does_it_twice(
     assert results["export"]["max_abs_logit_difference"] < 1e-4
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "in a fresh process" in (out / "report.md").read_text()
+    assert 0 <= results["task"]["base_cut"] <= 4 and results["task"]["new_tokens"] == 4
 
     monkeypatch.setattr(
         "pissa.training.prepare.adapt", lambda *_, **__: pytest.fail("a finished run was adapted again")

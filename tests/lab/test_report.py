@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from pissa.lab.demo.report import demo_report, final_loss
+from pissa.lab.demo.report import demo_report, demo_summary, final_loss
 
 
 def results(**after: float) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def results(**after: float) -> dict[str, Any]:
     export = {"max_abs_logit_difference": 1e-5, "max_abs_logit": 20.0, "rank": 16, "directory": "run"}
     costs = {"seconds": 300.0, "peak_memory_gib": 4.0}
     learned = ["1 + 1?", "3 (wrong)", "2 (right)"]
-    return {"runs": runs, "learned": learned, "export": export, "task": {"name": "sums", "held_out": 16}, **costs}
+    task = {"name": "sums", "held_out": 16, "new_tokens": 64, "base_cut": 12}
+    return {"runs": runs, "learned": learned, "export": export, "task": task, **costs}
 
 
 def test_report_says_that_pissa_leads_where_it_does() -> None:
@@ -62,6 +63,12 @@ def test_report_names_no_winner_of_a_tie() -> None:
     won = copy.deepcopy(results())
     won["runs"][1]["exact_match_after"] = 0.5
     assert "lora lr 0.0002 solves most" in demo_report(won)
+
+
+def test_it_is_said_how_many_answers_of_the_base_were_cut() -> None:
+    said = "answers end at 64 tokens, which 12 of the base's do not fit"
+    assert f"the base solves 0% ({said})" in demo_report(results())
+    assert f"16 held-out problems; {said}" in demo_summary(results())
 
 
 def test_report_holds_for_data_of_unknown_kinds() -> None:

@@ -183,7 +183,13 @@ def run_demo(
         "export": export,
         "seconds": time.perf_counter() - start,
         "peak_memory_gib": _peak_memory_gib(),
-        "task": {"name": task.name, "held_out": len(task.held_out), "settings": settings},
+        "task": {
+            "name": task.name,
+            "held_out": len(task.held_out),
+            "new_tokens": _longest(task, plan),
+            "base_cut": sum(not sample["ended"] for sample in before[0].samples),
+            "settings": settings,
+        },
         "versions": package_versions(),
         "hardware": hardware(),
     }
@@ -249,12 +255,16 @@ def _scores(
             progress.console.print(said, markup=False, highlight=False, soft_wrap=True)
         progress.update(bar, completed=done)
 
-    new_tokens = plan.new_tokens if task.unseen is not None else 256
-    options = EvaluationOptions(max_new_tokens=new_tokens, batch_size=BATCH, template=task.template)
+    options = EvaluationOptions(max_new_tokens=_longest(task, plan), batch_size=BATCH, template=task.template)
     with stage(f"{label}, test"):
         match = find_task("gsm8k").run(model, tokenizer, task.held_out, options, log=log, progress=advance)
         progress.update(bar, note=f"{match.value:.0%} right")
         return match, held_out_loss(model, tokenizer, task.held_out, template=task.template).mean
+
+
+def _longest(task: Task, plan: Plan) -> int:
+    """Tokens after which an answer is cut: worked solutions of the generated problems are short."""
+    return plan.new_tokens if task.unseen is not None else 256
 
 
 def question(task: Task, sample: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def demo_report(results: Mapping[str, Any]) -> str:
         f"- {_same_rate(pissa, lora)}",
         f"- {_tuned(pissa, tuned)}",
         f"- {_held_out(pissa, lora, tuned)}",
-        f"- {_exact(pissa, lora, tuned, count)}",
+        f"- {_exact(pissa, lora, tuned, count, _cut(results['task']))}",
         f"- {_export(results['export'])}",
         "",
         *_learned(results["learned"], pissa),
@@ -69,7 +69,8 @@ def demo_summary(results: Mapping[str, Any]) -> str:
         for run in results["runs"]
     ]
     said = [_same_rate(pissa, lora), _tuned(pissa, tuned), _export(results["export"])]
-    return "\n".join([*rows, "", *said, "", *_learned(results["learned"], pissa)])
+    counted = f"{results['task']['held_out']} held-out problems; {_cut(results['task'])}"
+    return "\n".join([*rows, counted, "", *said, "", *_learned(results["learned"], pissa)])
 
 
 def _learned(learned: Sequence[str], pissa: Mapping[str, Any]) -> list[str]:
@@ -78,6 +79,11 @@ def _learned(learned: Sequence[str], pissa: Mapping[str, Any]) -> list[str]:
         return []
     asked, before, after = learned
     return [f"One held-out problem: {asked}", "", f"- base: {before}", f"- {pissa['label']}: {after}", ""]
+
+
+def _cut(task: Mapping[str, Any]) -> str:
+    """How long an answer may be, and how many of the base's are longer."""
+    return f"answers end at {task['new_tokens']} tokens, which {task['base_cut']} of the base's do not fit"
 
 
 def final_loss(run: Mapping[str, Any]) -> float:
@@ -138,7 +144,7 @@ def _held_out(*runs: Mapping[str, Any]) -> str:
     return f"Held-out loss (before: {runs[0]['held_out_loss_before']:.3f}), lowest first: {listed}."
 
 
-def _exact(pissa: Mapping[str, Any], lora: Mapping[str, Any], tuned: Mapping[str, Any], count: int) -> str:
+def _exact(pissa: Mapping[str, Any], lora: Mapping[str, Any], tuned: Mapping[str, Any], count: int, cut: str) -> str:
     parts = []
     for run in (pissa, lora, tuned):
         low, high = wilson(run["exact_match_after"] * count, count)
@@ -150,7 +156,7 @@ def _exact(pissa: Mapping[str, Any], lora: Mapping[str, Any], tuned: Mapping[str
     same = [run for run in (pissa, lora, tuned) if run["exact_match_after"] == best["exact_match_after"]]
     winner = f"{best['label']} solves most" if len(same) == 1 else "several tie"
     return (
-        f"Of {count} held-out problems the base solves {pissa['exact_match_before']:.0%}; after training "
+        f"Of {count} held-out problems the base solves {pissa['exact_match_before']:.0%} ({cut}); after training "
         f"{', '.join(parts)}: {winner}, and intervals that overlap decide nothing."
     )
 
