@@ -72,5 +72,8 @@ def test_only_what_the_live_model_refuses_is_refused(family: str, tmp_path: Path
         early, late = complaint(check_outline, tmp_path, config), complaint(resolve_targets, model, config)
         assert early is None or late is not None, (asked, early)
         found[str(asked)] = early
+    (tmp_path / "pissa_init").mkdir()
+    (tmp_path / "pissa_init" / "adapter_config.json").write_text("{}")
+    assert complaint(check_outline, tmp_path, PissaConfig(1000)) is None  # the rank is that of the split
     if family == "llama":
         assert [asked for asked, early in found.items() if early is not None] == [*map(str, WRONG)]

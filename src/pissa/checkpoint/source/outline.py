@@ -22,6 +22,7 @@ from ...errors import ConfigError, TargetError
 from ..disk.header import Entry, read_header
 from .files import CONFIG, find_weights, open_plain, read_json
 from .hub import in_cache
+from .names import initial_in
 
 FLOATING = ("F32", "BF16", "F16")
 HEADS = "modeling_layers.py"
@@ -44,8 +45,8 @@ def check_outline(model: str | os.PathLike[str], settings: AdapterSettings) -> N
         CheckpointError: a file is damaged.
     """
     directory = Path(model) if Path(model).is_dir() else in_cache(os.fspath(model), CONFIG)
-    if directory is None or not (directory / CONFIG).is_file():
-        return
+    if directory is None or not (directory / CONFIG).is_file() or initial_in(directory) is not None:
+        return  # where something is split already, its own settings count
     weights, config = find_weights(directory), read_json(directory / CONFIG)
     source = _source(config)
     if weights.form != "safetensors" or source is None:
