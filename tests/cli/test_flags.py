@@ -293,7 +293,9 @@ export {adapter} O --to gguf --form F16
 export {adapter} O --to gguf --llama-cpp {here}
 export {adapter} O.bin --to gguf-lora
 export {adapter} O --rank -1
-export {adapter} O --rank many
+export {adapter} O --rank many -> --rank is 'many'; give a whole number
+export {adapter} O --tolerance x -> --tolerance is 'x'; give a number
+demo --seed 1.5 -> --seed is '1.5'; give a whole number
 export {adapter} O --tolerance 2
 export {adapter} O --check VLLM
 export {adapter} O --merged --base {here}
@@ -375,6 +377,9 @@ def test_an_id_that_the_hub_does_not_have_is_said_before_torch_is_imported(tmp_p
         "train no-such/model --data {rows} --out O",
         "inspect no-such/model",
         "export no-such/adapter O",
+        "eval no-such/model --task gsm8k --data {rows}",
+        "chat no-such/model",
+        "chat {model} --compare no-such/model",
         "verify {model} --base no-such/model",
         "compare --out O --model no-such/model --data {rows}",
         "demo --model no-such/model",

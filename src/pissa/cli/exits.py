@@ -107,13 +107,16 @@ def _usage_error(error: Exception) -> str | None:
     if not message():
         return ""  # without any words, the help has been shown
     context = getattr(error, "ctx", None)
-    said, values = re.subn(r"^Invalid value for '([^']+)': Input should be (.*)", _wanted, message().rstrip("."))
+    details = getattr(error.__cause__, "errors", list)()  # of the library that reads numbers
+    given = f" is {details[0]['input']!r}; " if details else ": "
+    wanted = functools.partial(_wanted, given)
+    said, values = re.subn(r"^Invalid value for '([^']+)': Input should be (.*)", wanted, message().rstrip("."))
     hint = f"; see {context.command_path} --help" if context is not None and not values else ""
     return f"{said}{hint}"
 
 
-def _wanted(found: re.Match[str]) -> str:
-    """What a flag takes, in the words of our own checks."""
+def _wanted(given: str, found: re.Match[str]) -> str:
+    """What a flag was given and what it takes, in the words of our own checks."""
     kinds = {"a valid integer": "a whole number", "a valid number": "a number"}
     wanted = found[2].split(",")[0].replace("greater than or equal to", "a number of at least")
-    return f"{found[1]}: give {kinds.get(wanted, wanted.replace('less than or equal to', 'a number of at most'))}"
+    return f"{found[1]}{given}give {kinds.get(wanted, wanted.replace('less than or equal to', 'a number of at most'))}"

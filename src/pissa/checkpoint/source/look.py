@@ -77,7 +77,7 @@ def check_adapter(adapter: str | os.PathLike[str]) -> None:
 
 
 def check_subject(subject: str | os.PathLike[str]) -> None:
-    """Refuse what holds neither a model nor an adapter.
+    """Refuse what holds neither a model nor an adapter, and an id that the hub has not.
 
     Raises:
         CheckpointError: with what to give.
@@ -85,6 +85,7 @@ def check_subject(subject: str | os.PathLike[str]) -> None:
     directory = Path(subject)
     if not directory.is_dir():
         check_model_name(subject)
+        _check_in_hub(os.fspath(subject), CONFIG, ADAPTER_CONFIG)
     elif (directory / ADAPTER_CONFIG).is_file():
         check_adapter(subject)
     elif (directory / CONFIG).is_file():
@@ -114,13 +115,13 @@ def no_adapter_in(directory: Path) -> str:
     return f"{directory} has no {ADAPTER_CONFIG}{whole}; give a finished run or a PEFT adapter directory"
 
 
-def _check_in_hub(name: str, file: str) -> None:
-    """Refuse an id of which the cache has no such file and that the hub does not have, or cannot be asked for. One
-    question, without the repetitions of a download."""
+def _check_in_hub(name: str, *files: str) -> None:
+    """Refuse an id of which the cache has none of these files and that the hub does not have, or cannot be asked for.
+    One question, without the repetitions of a download."""
     from huggingface_hub import HfApi
 
     try:
-        if in_cache(name, file) is None:
+        if all(in_cache(name, file) is None for file in files):
             with at_the_hub(), stage(f"asking the hub for {name}"):
                 HfApi().repo_info(name, timeout=PATIENCE)
     except Exception as error:  # of the hub's, of the network's, of the system's
