@@ -18,6 +18,7 @@ from ..errors import ConfigError, MissingExtraError
 from ..optimizers.names import SPECTRAL
 from .recipe import Recipe
 from .sampler import GROUPED
+from .usable import check_usable, refused
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
@@ -101,10 +102,9 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         disable_tqdm=True,
         log_level="error",
     )
-    try:
+    with refused():
         arguments = SFTConfig(**{**settings, **recipe.training})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+    check_usable(arguments)
     if arguments.packing and arguments.packing_strategy not in APART:
         raise ConfigError(
             f"training: packing_strategy {arguments.packing_strategy} lets packed examples see each other; leave it "

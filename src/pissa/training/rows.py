@@ -84,10 +84,10 @@ def check_cut(encoded: Encoded, recipe: Recipe) -> None:
     count, lost = len(encoded) + encoded.dropped, encoded.truncated + encoded.dropped
     if lost > recipe.max_cut_share * count:
         raise DataError(
-            f"{encoded.truncated} of {count} rows are longer than max_length = {encoded.max_length} tokens and would "
-            f"be cut, and {encoded.dropped} more dropped because nothing of their response is left: "
-            f"{lost / count:.0%}, and max_cut_share allows {recipe.max_cut_share:.0%}; raise max_length (the longest "
-            f"row has {encoded.longest} tokens), or max_cut_share"
+            f"of {count} rows {encoded.truncated} would be cut at max_length = {encoded.max_length} tokens, and "
+            f"{encoded.dropped} dropped because nothing of their response is left: {lost / count:.0%}, and "
+            f"max_cut_share allows {recipe.max_cut_share:.0%}; raise max_length (the longest row has "
+            f"{encoded.longest} tokens), or max_cut_share"
         )
 
 

@@ -56,6 +56,7 @@ from .ready import ready_split, recipe_of_split
 from .recipe import AUTO, Recipe
 from .resume import go_back, longer, what_follows
 from .rows import Rows, digest, fingerprint_of_rows, scored_batches, tokenised
+from .usable import refused
 from .validation import ValidationLog
 
 if TYPE_CHECKING:
@@ -293,18 +294,19 @@ def _trainer(
 
     stop = StopAtStepEnd()
     early = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping is not None else []
-    trainer = RunTrainer(
-        model,
-        arguments,
-        encoded,
-        tokenizer,
-        batch_size=recipe.batch_size,
-        validation=validation,
-        loraplus_ratio=recipe.loraplus_ratio,
-        spectral=recipe.optimizer == SPECTRAL,
-        keep_best=recipe.keep_best,
-        callbacks=[*watching, *early, stop],
-    )
+    with refused() if recipe.training else nullcontext():
+        trainer = RunTrainer(
+            model,
+            arguments,
+            encoded,
+            tokenizer,
+            batch_size=recipe.batch_size,
+            validation=validation,
+            loraplus_ratio=recipe.loraplus_ratio,
+            spectral=recipe.optimizer == SPECTRAL,
+            keep_best=recipe.keep_best,
+            callbacks=[*watching, *early, stop],
+        )
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(type(callback))
     return trainer, stop
