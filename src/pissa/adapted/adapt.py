@@ -21,7 +21,7 @@ from ..calibrate.moments import Moment, second_moments
 from ..config import PissaConfig, Quantization
 from ..decompose.adalora import orthonormal_factors, random_factors
 from ..decompose.certificate import Certificate, worst
-from ..errors import ConfigError
+from ..errors import ConfigError, listed
 from ..live.attach import attach, attach_offset
 from ..live.budget import with_planned_ranks
 from ..live.peft_config import peft_config
@@ -133,7 +133,7 @@ def _warn_of_dead(factors: Mapping[str, tuple[Tensor, ...]]) -> None:
     dead = [name for name, (A, B, *_) in factors.items() if not bool((A.any(-1).any(-1) | B.any(-1).any(-1)).all())]
     if dead:
         warnings.warn(
-            f"{', '.join(dead)}: the weight is zero, so its adapter starts at zero and cannot learn; give it a "
+            f"{listed(dead)}: the weight is zero, so its adapter starts at zero and cannot learn; give it a "
             "method that starts at random factors, such as lora-kaiming, or leave it out by exclude_modules",
             stacklevel=3,
         )

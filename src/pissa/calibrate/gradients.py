@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, TargetError
+from ..errors import DataError, TargetError, listed
 
 PORTION_BYTES = 1 << 30
 """Gradients collected at a time, in fp32; always at least one."""
@@ -106,11 +106,11 @@ def _gradients(model: nn.Module, batches: Sequence[Mapping[str, Any]], names: Se
             _loss(model, batch).backward()
     unreached = [name for name in names if name not in sums or not sums[name].any()]
     if unreached:
-        raise DataError(f"no gradient reaches {', '.join(unreached)} on this data; give more of it, or exclude them")
+        raise DataError(f"no gradient reaches {listed(unreached)} on this data; give more of it, or exclude them")
     wrong = [name for name in names if not bool(torch.isfinite(sums[name]).all())]
     if wrong:
         raise DataError(
-            f"the gradient of {', '.join(wrong)} is not finite on this data; load the model in bfloat16 or float32"
+            f"the gradient of {listed(wrong)} is not finite on this data; load the model in bfloat16 or float32"
         )
     return {name: sums[name].div_(counted) for name in names}
 

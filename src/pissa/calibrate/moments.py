@@ -68,7 +68,7 @@ class Accumulator:
         """The moment; the sum is given up."""
         if self.total is None or self.tokens == 0:
             raise DataError(
-                f"no token of the calibration text reached {', '.join(names)}; give more text, exclude these "
+                f"no token of the calibration text reached {listed(names)}; give more text, exclude these "
                 "layers, or fit to no text (--calibration none)"
             )
         matrix = self.total.div_(self.tokens).float().tril_()
@@ -76,8 +76,7 @@ class Accumulator:
         self.total = None
         if not bool(torch.isfinite(matrix).all()):
             raise DataError(
-                f"the inputs of {', '.join(names)} overflow on the calibration text; load the model in bfloat16 or "
-                "float32"
+                f"the inputs of {listed(names)} overflow on the calibration text; load the model in bfloat16 or float32"
             )
         return Moment(tuple(names), matrix, self.tokens)
 

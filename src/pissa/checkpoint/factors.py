@@ -75,7 +75,7 @@ def read_factors(
             f"{file} has no complete lora_A/lora_B pair"
             + (f", with {MAGNITUDE}" if config.use_dora else "")
             + (", with lora_E" if "E" in needed else "")
-            + (f" for {', '.join(broken)}" if broken else "")
+            + (f" for {listed(broken)}" if broken else "")
         )
     return *_told_apart(file, sides, config), others
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..calibrate.moments import Moment
 from ..config import PissaConfig
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, listed
 from ..ranks import Weighed, plan_ranks, total_gain, weighed_components
 from ..split import derive_seed
 from .targets import Target
@@ -36,7 +36,7 @@ def with_planned_ranks(
         )
     missing = [target.name for target in targets if moments is not None and target.name not in moments]
     if missing:
-        raise DataError(f"no second moment is given for {', '.join(missing)}; give one for every target, or none")
+        raise DataError(f"no second moment is given for {listed(missing)}; give one for every target, or none")
     known: dict[str, Tensor] = dict(moments or {})  # pyright: ignore[reportAssignmentType] -- a mapping by now
     each = [weighed_target(target, config, known.get(target.name)) for target in targets]
     gains = {target.name: total_gains(weighed) for target, weighed in zip(targets, each, strict=True)}

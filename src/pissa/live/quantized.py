@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import Quantization
-from ..errors import MissingExtraError, TargetError
+from ..errors import MissingExtraError, TargetError, listed
 from ..quantize.formats import Packed
 from ..quantize.gptq import PackedGPTQ
 from ..quantize.int8 import INVERSE, PackedInt8
@@ -171,14 +171,14 @@ def check_quantizable(model: nn.Module, modules: Mapping[str, nn.Module], form: 
     ]
     if kinds:
         raise TargetError(
-            f"cannot quantise {', '.join(kinds)}: layers in few bits replace nn.Linear and Conv1D itself, not classes "
+            f"cannot quantise {listed(kinds)}: layers in few bits replace nn.Linear and Conv1D itself, not classes "
             "made from them; name them in exclude_modules"
         )
     kept: Iterable[str] = getattr(model, "_keep_in_fp32_modules", None) or ()
     full = [name for name in modules if any(f".{key}." in f".{name}." for key in kept)]
     if full:
         raise TargetError(
-            f"cannot quantise {', '.join(full)}: transformers keeps them in full precision when it loads the model; "
+            f"cannot quantise {listed(full)}: transformers keeps them in full precision when it loads the model; "
             "name them in exclude_modules"
         )
     inputs = {name: _inputs(module) for name, module in modules.items()}
@@ -186,7 +186,7 @@ def check_quantizable(model: nn.Module, modules: Mapping[str, nn.Module], form: 
     uneven = [f"{name} ({count} inputs)" for name, count in inputs.items() if count % block_size]
     if form.format == "nf4" and uneven:
         raise TargetError(
-            f"cannot quantise {', '.join(uneven)}: bitsandbytes reads NF4 wrongly on CPUs where the block size, "
+            f"cannot quantise {listed(uneven)}: bitsandbytes reads NF4 wrongly on CPUs where the block size, "
             f"{block_size}, does not divide the number of inputs; choose a smaller block_size, or name them in "
             "exclude_modules"
         )

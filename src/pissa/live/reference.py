@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..errors import PissaError
+from ..errors import PissaError, listed
 from .layers import combine_each, place_named, place_of
 from .marks import PRESERVING_INITIALISATIONS
 from .quantized import bits_of, dense_layer, undeclare_quantized
@@ -173,5 +173,5 @@ def _original_weights(base: nn.Module, layers: dict[str, LoraLayer]) -> dict[str
     }
     wrong = [name for name in layers if name not in found]
     if wrong:
-        raise PissaError(f"base is another model: {', '.join(wrong)} missing or of another shape")
+        raise PissaError(f"base is another model: {listed(wrong)} missing or of another shape")
     return found

@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
+from ..errors import listed
 from .layers import ATTENTION, CONVOLUTION, EMBEDDING, MODULES, Kind, kind_of
 
 OUT_PROJ = ".base_layer.out_proj"
@@ -119,14 +120,14 @@ def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind], dropout: float) ->
     undropped = [name for name, kind in kinds.items() if dropout > 0 and kind in (EMBEDDING, ATTENTION)]
     if undropped:
         warnings.warn(
-            f"{', '.join(undropped)}: PEFT applies no dropout in layers of this kind, so dropout {dropout:g} has no "
+            f"{listed(undropped)}: PEFT applies no dropout in layers of this kind, so dropout {dropout:g} has no "
             "effect there",
             stacklevel=3,
         )
     attentions = [f"{name}.out_proj" for name, kind in kinds.items() if kind is ATTENTION]
     if attentions:
         warnings.warn(
-            f"{', '.join(attentions)}: left as it is, for PEFT adds the adapter of an attention's out_proj twice; only "
+            f"{listed(attentions)}: left as it is, for PEFT adds the adapter of an attention's out_proj twice; only "
             "in_proj is adapted",
             stacklevel=3,
         )
@@ -136,7 +137,7 @@ def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind], dropout: float) ->
     ]
     if reached:
         warnings.warn(
-            f"{', '.join(reached)}: torch's fast path of nn.TransformerEncoderLayer leaves adapters out in evaluation. "
+            f"{listed(reached)}: torch's fast path of nn.TransformerEncoderLayer leaves adapters out in evaluation. "
             "Models from pissa take care of that; to use an export with PEFT alone, call "
             "torch.backends.mha.set_fastpath_enabled(False), or merge it",
             stacklevel=3,
@@ -144,7 +145,7 @@ def warn_of_peft(model: nn.Module, kinds: Mapping[str, Kind], dropout: float) ->
     dilated = [name for name, kind in kinds.items() if kind is CONVOLUTION and is_dilated(model.get_submodule(name))]
     if dilated:
         warnings.warn(
-            f"{', '.join(dilated)}: PEFT alone drops the dilation of an adapter and refuses to load this one; load it "
+            f"{listed(dilated)}: PEFT alone drops the dilation of an adapter and refuses to load this one; load it "
             "with pissa.load, or use export_merged",
             stacklevel=3,
         )

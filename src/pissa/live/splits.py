@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..calibrate.gradients import weight_gradients
 from ..calibrate.moments import Moment
 from ..config import PissaConfig
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..split import Split, Weight, split_each
 from .targets import Target
 
@@ -35,7 +35,7 @@ def splits_of(
         here = [waiting.pop(name) for name in group if name in waiting]
         yield from _split_group(here, config, group)
     if waiting:
-        raise DataError(f"no second moment is given for {', '.join(waiting)}; give one for every target, or none")
+        raise DataError(f"no second moment is given for {listed(waiting)}; give one for every target, or none")
 
 
 def scored_splits(

@@ -114,6 +114,4 @@ def _fill(model: Any, source: Source, dtype: torch.dtype) -> None:
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     wrong = [f"{name} is missing" for name in empty] + [f"{name} is unknown" for name in found.unexpected_keys]
     if wrong:
-        raise CheckpointError(
-            f"{source.path} does not hold the weights that its config.json asks for: {', '.join(wrong)[:500]}"
-        )
+        raise CheckpointError(f"{source.path} does not hold the weights that its config.json asks for: {listed(wrong)}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...calibrate.moments import Moment, second_moments
 from ...data.text import calibration_batches
-from ...errors import ConfigError
+from ...errors import ConfigError, listed
 from ...live.layers import LINEAR, TRANSPOSED
 from ...live.targets import Target
 
@@ -77,7 +77,7 @@ def with_moments(
         return
     others = [target.name for target in targets if target.kind not in (LINEAR, TRANSPOSED)]
     if others:
-        raise ConfigError(f"only linear layers have a second moment of their input; leave out {', '.join(others)}")
+        raise ConfigError(f"only linear layers have a second moment of their input; leave out {listed(others)}")
     named = {target.name: target for target in targets}
     pairs: Iterator[tuple[Moment, Moment]] = zip(
         second_moments(model, calibration.fit, named),
