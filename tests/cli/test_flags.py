@@ -383,9 +383,15 @@ def test_an_id_that_the_hub_does_not_have_is_said_before_torch_is_imported(tmp_p
         "verify {model} --base no-such/model",
         "compare --out O --model no-such/model --data {rows}",
         "demo --model no-such/model",
+        "demo --data no-such/rows",
+        "train {model} --data no-such/rows --out O",
+        "train {model} --data {rows} --eval-data no_such_rows --out O",
+        "compare --out O --model {model} --data {rows} --test no-such/rows",
     ]
     answers = answers_to(commands, {"torch", "transformers", "peft", "datasets"}, tmp_path)
-    missing = r"2\|1\|pissa: (there is no directory no-such/\w+, and as a hub id it cannot be loaded|.* pissa.json).+"
+    missing = (
+        r"2\|1\|pissa: (there is no (directory|file) no.such.\w+, and as a hub id it cannot be loaded|.* pissa.json).+"
+    )
     assert [answer for answer in answers if not re.fullmatch(missing, answer)] == []
     assert len(answers) == len(commands)
 

@@ -17,6 +17,7 @@ from ..data.read import check_source, file_rows
 from ..data.rows import collect
 from ..data.text_files import check_text
 from ..errors import ConfigError, DataError
+from ..outside.hub import check_data_set
 
 __all__ = [
     "check_adapter",
@@ -54,7 +55,9 @@ def check_rows(source: str) -> None:
     """
     check_source(source)
     path = Path(source)
-    if path.exists() and not path.name.lower().endswith(".parquet"):
+    if not path.exists():
+        check_data_set(source)
+    elif not path.name.lower().endswith(".parquet"):
         collect(islice(file_rows(path), FIRST), source)
 
 

@@ -13,6 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import DataError
 
 SECONDS = 8.0
 """In which the hub has to answer."""
@@ -56,17 +59,40 @@ def why_unreachable() -> str | None:
     return found
 
 
-def not_found(name: str | os.PathLike[str], error: BaseException) -> str:
+def check_data_set(name: str) -> None:
+    """Refuse the id of a data set that no cache has and that the hub does not have, or cannot be asked for.
+
+    Raises:
+        DataError: with what the hub says.
+    """
+    from huggingface_hub import HfApi, constants
+
+    owner, _, _ = name.rpartition("/")
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
+    # datasets spells names in a way of its own
+    if Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}").is_dir() or any(
+        prepared.glob(f"{owner}___*" if owner else "*")
+    ):
+        return
+    try:
+        with at_the_hub():
+            HfApi().repo_info(name, repo_type="dataset", timeout=SECONDS)
+    except Exception as error:  # of the hub's, of the network's, of the system's
+        raise DataError(not_found(name, error, kind="file")) from error
+
+
+def not_found(name: str | os.PathLike[str], error: BaseException, kind: str = "directory") -> str:
     """One line for a name that is no directory here and that the hub did not give.
 
     Args:
         name: what was asked for.
         error: what the library said.
+        kind: what it might have been here.
     """
     words, reason = " ".join(str(error).split())[:400] or type(error).__name__, why_unreachable()
     if reason is not None:
         words = f"it is not in the hub's cache, and the hub is not asked, since {reason}"
-    return f"there is no directory {name}, and as a hub id it cannot be loaded: {words}"
+    return f"there is no {kind} {name}, and as a hub id it cannot be loaded: {words}"
 
 
 def _asked(endpoint: str) -> str | None:
