@@ -385,7 +385,7 @@ def test_an_id_that_the_hub_does_not_have_is_said_before_torch_is_imported(tmp_p
         "demo --model no-such/model",
         "demo --data no-such/rows",
         "train {model} --data no-such/rows --out O",
-        "train {model} --data {rows} --eval-data no_such_rows --out O",
+        "train {model} --data {rows} --eval-data no-such/rows --out O",
         "compare --out O --model {model} --data {rows} --test no-such/rows",
     ]
     answers = answers_to(commands, {"torch", "transformers", "peft", "datasets"}, tmp_path)
