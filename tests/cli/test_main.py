@@ -155,6 +155,23 @@ def test_ctrl_c_and_sigterm_say_what_is_saved_at_any_stage(
     assert capsys.readouterr().err == "pissa: interrupted; nothing is written: the same command starts again\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_a_library_makes_an_error_of_is_one(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swallowing(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr("pissa.export.lora.export_lora", swallowing)
+    assert exit_code("export", hollow_adapter(tmp_path), tmp_path / "out") == 130
+    said = capsys.readouterr().err
+    assert said == "pissa: interrupted; nothing is written: the same command starts again\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_what_an_interruption_leaves(name: str) -> None:
     assert re.search(r"the same command|goes on", import_module(f"pissa.cli.{name}").INTERRUPTED)

@@ -15,9 +15,11 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import typer
@@ -26,6 +28,10 @@ from ..errors import PissaError
 from ..outside.text import on_one_line
 from .heartbeat import heartbeat
 from .output import complain
+
+PROMPT = 2.0
+"""Seconds after an interruption in which an error is taken for its consequence."""
+_interrupted_at = float("-inf")
 
 
 def interruptible(
@@ -46,8 +52,21 @@ def interruptible(
         except KeyboardInterrupt as interrupt:
             complain(str(interrupt) or f"interrupted; {saved}", name)
             raise
+        except Exception as error:
+            # some libraries make an error of their own of an interruption inside them
+            if time.monotonic() - _interrupted_at > PROMPT:
+                raise
+            complain(f"interrupted; {saved}", name)
+            raise KeyboardInterrupt from error
 
     return speaking
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Python's own answer to Ctrl-C, noted."""
+    global _interrupted_at
+    _interrupted_at = time.monotonic()
+    signal.default_int_handler(number, frame)
 
 
 @contextmanager
@@ -56,11 +75,16 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    global _interrupted_at
+    _interrupted_at = float("-inf")
+    # where Ctrl-C is ignored, as behind a shell's &, it stays so
+    heard = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, *heard)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") -> None:
