@@ -1,40 +1,25 @@
-"""The `pissa` command and its subcommands."""
+"""Where the command line begins: with nothing imported that takes time, so that an interruption is heard from the first
+moment on."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from .. import __version__
-from .exits import run_app
-from .parser import Group
-
-app = typer.Typer(
-    name="pissa",
-    cls=Group,
-    help="Fine-tune pretrained models through their principal components (PiSSA).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _say_version(wanted: bool) -> None:
-    if wanted:
-        print(f"pissa {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None: ...
+import signal
+import sys
+import threading
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; `exits.py` says what its codes mean."""
+    before = None
+    try:
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        from .app import app
+        from .exits import run_app
+    except KeyboardInterrupt:
+        print("pissa: interrupted before anything began: the same command starts again", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     run_app(app, arguments)

@@ -14,11 +14,14 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..config.settings import BOOL, SPOKEN, did_you_mean
+from ..config.settings import BOOL, did_you_mean
 from .exits import interruptible
 
 COMMANDS = ("init", "train", "eval", "chat", "export", "verify", "inspect", "compare", "demo")
 """A command's module has its name and holds it as `command`, and as INTERRUPTED what an interruption leaves."""
+
+SPOKEN = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+"""How the value of a switch may be said."""
 
 
 class _Help:
@@ -62,7 +65,7 @@ class Command(_Help, TyperCommand):
                 value = left.pop(0) if spoken else "true"
             positive = f"--{name.removeprefix('--no-')}"
             if name in self._settings:
-                word = f"{name}={value}"
+                word = f"{name}={str(SPOKEN[value.lower()]).lower() if value.lower() in SPOKEN else value}"
             elif positive in self._settings and not joined:
                 word = f"{positive}=false"
             elif name in self._switches and value.lower() in SPOKEN:

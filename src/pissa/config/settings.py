@@ -23,8 +23,6 @@ from ..errors import ConfigError
 
 BOOL = "BOOL"
 """How --help shows a switch."""
-SPOKEN = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-"""How flags say whether; YAML has words of its own."""
 
 
 class Rule(NamedTuple):
@@ -162,7 +160,7 @@ def read(value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return next((choice for choice in get_args(kind) if isinstance(value, str) and str(choice) == value), value)
     if kind is bool and isinstance(value, str):
-        return SPOKEN.get(value.lower(), value)
+        return {"true": True, "false": False}.get(value.lower(), value)
     if kind in (int, float) and not isinstance(value, bool):
         return _number(value, kind)
     return value
