@@ -172,6 +172,26 @@ def test_an_interruption_that_a_library_makes_an_error_of_is_one(
     assert said == "pissa: interrupted; nothing is written: the same command starts again\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_python_drops_comes_once_more(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    def dropped(*_: object, **__: object) -> None:
+        thing = Dropping()
+        del thing  # what its end raises is ignored
+        time.sleep(60)
+
+    monkeypatch.setattr("pissa.export.lora.export_lora", dropped)
+    assert exit_code("export", hollow_adapter(tmp_path), tmp_path / "out") == 130
+    said = capsys.readouterr().err
+    assert said == "pissa: interrupted; nothing is written: the same command starts again\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_what_an_interruption_leaves(name: str) -> None:
     assert re.search(r"the same command|goes on", import_module(f"pissa.cli.{name}").INTERRUPTED)

@@ -31,6 +31,8 @@ from .output import complain
 
 PROMPT = 2.0
 """Seconds after an interruption in which an error is taken for its consequence."""
+AGAIN = 0.05
+"""Seconds until an interruption that was dropped comes once more."""
 _interrupted_at = float("-inf")
 
 
@@ -69,6 +71,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
 
 
+def _interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised where nobody can catch it, such as in a callback of its imports: an interruption that
+    was dropped comes once more."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        again = threading.Timer(AGAIN, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """While the block runs, SIGTERM interrupts it as Ctrl-C does; work that can stop in good order listens itself."""
@@ -80,9 +93,11 @@ def terminable() -> Iterator[None]:
     # where Ctrl-C is ignored, as behind a shell's &, it stays so
     heard = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, *heard)}
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
