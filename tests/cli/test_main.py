@@ -81,7 +81,7 @@ def test_wrong_input_is_one_line_and_exit_code_two(
     ("flags", "complaint"),
     [
         (["--rank", "0"], "rank is 0"),
-        (["--rank", "33"], "self_attn.v_proj (16, 32): 33 > 16 and 11 more; lower rank"),
+        (["--rank", "33"], "_proj (16, 32): 33 > 16 and 11 more; lower rank"),
         (["--method", "magic"], "method is 'magic'; allowed: pissa"),
         (["--target-modules", "q_prj"], "closest names: q_proj"),
         (["--dropout", "0.1"], "--allow-dropout"),

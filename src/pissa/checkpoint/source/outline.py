@@ -136,4 +136,4 @@ def _check_rank(settings: AdapterSettings, entries: Mapping[str, Entry], linear:
         if meant and module.rpartition(".")[2] in linear and not matches(module, left):
             low += [(module, entry.shape, settings.rank)] if settings.rank > min(entry.shape) else []
     if low:
-        raise ConfigError(rank_too_large(low))
+        raise ConfigError(rank_too_large(sorted(low, key=lambda each: min(each[1]))))
