@@ -217,7 +217,7 @@ train {model} --data {rows} --out O --target-modules .*q_prj -> no module matche
 train {model} --data {rows} --out O --target-modules {file} -> no module matches
 train {model} --data {rows} --out O --exclude-modules lm_hed -> exclude_modules: no module matches 'lm_hed'
 train {model} --data {rows} --out O --rank-pattern q_porj=3 -> rank_pattern: no module matches 'q_porj'
-train {model} --data {rows} --out O --rank 17 -> self_attn.k_proj (8, 16): 17 > 8, model.layers.0.self_attn.v_proj (8, 16): 17 > 8
+train {model} --data {rows} --out O --rank 17 -> k_proj (8, 16): 17 > 8, model.layers.0.self_attn.v_proj (8, 16): 17 > 8
 train {model} --data {rows} --out O --config {twice}
 init {model} O --rank 9 -> model.layers.0.self_attn.k_proj (8, 16): 9 > 8, model
 init {model} O --target-modules k_proj,mlp.down_prj -> no module matches 'mlp.down_prj'; closest names
