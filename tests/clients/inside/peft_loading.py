@@ -25,6 +25,11 @@ def base(job: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32).eval()
 
 
+def called(name: str) -> str:
+    """What PEFT calls an adapter: torch takes no dots in names of modules."""
+    return name.replace(".", "_")
+
+
 @torch.no_grad()
 def scored(model: Any, reference: dict[str, Any], **options: Any) -> dict[str, Any]:
     """The model's choices and the log-probabilities of the reference's tokens."""
@@ -42,7 +47,11 @@ def mixed(model: Any, job: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Every adapter and the base in one batch (rows of one length: the first prompt of each)."""
     rows = [[*job["reference"][name]["prompts"][0], *job["reference"][name]["tokens"][0]] for name in names]
     start = len(job["reference"][names[0]]["prompts"][0]) - 1
-    logits = model(input_ids=torch.tensor(rows), adapter_names=names).logits.double().log_softmax(-1)[:, start:-1]
+    logits = (
+        model(input_ids=torch.tensor(rows), adapter_names=[called(name) for name in names])
+        .logits.double()
+        .log_softmax(-1)[:, start:-1]
+    )
     found = {}
     for name, each in zip(names, logits, strict=True):
         chosen = torch.tensor(job["reference"][name]["tokens"][0])[:, None]
@@ -71,12 +80,12 @@ def main() -> None:
         result.setdefault("transformers load_adapter", {})[name] = scored(native.eval(), reference[name])
     names = [name for name in adapters if name in job["swappable"]]
     if names:
-        swapping = PeftModel.from_pretrained(base(job), adapters[names[0]], adapter_name=names[0])
+        swapping = PeftModel.from_pretrained(base(job), adapters[names[0]], adapter_name=called(names[0]))
         for name in names[1:]:
-            swapping.load_adapter(adapters[name], adapter_name=name)
+            swapping.load_adapter(adapters[name], adapter_name=called(name))
         swapping.eval()
         for name in [*names, *reversed(names)]:
-            swapping.set_adapter(name)
+            swapping.set_adapter(called(name))
             result.setdefault("set_adapter", {})[name] = scored(swapping, reference[name])
         result["mixed batch"] = mixed(swapping, job, [*names, "__base__"])
     with open(sys.argv[2], "w", encoding="utf-8") as file:
