@@ -80,7 +80,7 @@ def command(
     fitted = results.get("mean_output_reduction")
     lines = [
         results["data"],
-        f"{results['method']}, {len(results['losses'])} steps: {what_it_came_to(results)}",
+        f"{results['method']}, {_steps(len(results['losses']))}: {what_it_came_to(results)}",
         *how_it_came_to_be(results),
         *([f"fitted to text: what layers put out is {fitted:.0f} % closer than in plain 4 bits"] if fitted else []),
         f"{result.directory} is {_what_it_is(recipe, results)}",
@@ -108,6 +108,10 @@ def _places(written: dict[str, Any], given: dict[str, Any]) -> tuple[str, str, P
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}; give a name")
     return places["model"], places["data"], Path(places["out"])
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count != 1 else ''}"
 
 
 def _what_it_is(recipe: Recipe, results: dict[str, Any]) -> str:
