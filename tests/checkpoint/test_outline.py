@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pissa import PissaConfig, PissaError
 from pissa.checkpoint.source.outline import check_outline
+from pissa.errors import CheckpointError
 from pissa.live.targets import resolve_targets
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -77,3 +79,18 @@ def test_only_what_the_live_model_refuses_is_refused(family: str, tmp_path: Path
     assert complaint(check_outline, tmp_path, PissaConfig(1000)) is None  # the rank is that of the split
     if family == "llama":
         assert [asked for asked, early in found.items() if early is not None] == [*map(str, WRONG)]
+
+
+def test_what_is_not_downloaded_yet_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    assert complaint(check_outline, "some/model", PissaConfig(1000)) is None
+    small("llama", snapshot)
+    assert "1000 > 32" in str(complaint(check_outline, "some/model", PissaConfig(1000)))
+    with pytest.raises(CheckpointError, match="has no weights"):
+        (snapshot / "model.safetensors").unlink()
+        check_outline(snapshot, PissaConfig(1000))

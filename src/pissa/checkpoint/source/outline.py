@@ -18,7 +18,7 @@ from typing import Any
 from ...config import AdapterSettings
 from ...config.kinds import ALL_LINEAR, PLAIN_NAME
 from ...config.naming import matches, nothing_matches, rank_too_large
-from ...errors import ConfigError, TargetError
+from ...errors import CheckpointError, ConfigError, TargetError
 from ..disk.header import Entry, read_header
 from .files import CONFIG, find_weights, open_plain, read_json
 from .hub import in_cache
@@ -47,7 +47,12 @@ def check_outline(model: str | os.PathLike[str], settings: AdapterSettings) -> N
     directory = Path(model) if Path(model).is_dir() else in_cache(os.fspath(model), CONFIG)
     if directory is None or not (directory / CONFIG).is_file() or initial_in(directory) is not None:
         return  # where something is split already, its own settings count
-    weights, config = find_weights(directory), read_json(directory / CONFIG)
+    try:
+        weights, config = find_weights(directory), read_json(directory / CONFIG)
+    except CheckpointError:
+        if Path(model).is_dir():
+            raise
+        return  # a download that is not whole yet
     source = _source(config)
     if weights.form != "safetensors" or source is None:
         return
