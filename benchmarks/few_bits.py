@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from pissa.checkpoint.source.load import load_base, load_tokenizer
 from pissa.config import PissaConfig, Quantization, quantization_preset
 from pissa.data.text import surroundings
 from pissa.data.text_files import texts_of
+from pissa.evaluation.intervals import bootstrap
 from pissa.evaluation.perplexity import perplexity
 from pissa.lab.models import minilm, smollm2
 from pissa.live.layers import place_of
@@ -59,7 +62,8 @@ def main() -> None:
     settings = {k: v for k, v in vars(arguments).items() if k not in NOT_RECORDED}
     if document.get("settings", settings) != settings:
         raise SystemExit(f"{out} holds another measurement; name another --out")
-    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
+    given = {key.replace("_", "-"): value for key, value in settings.items() if value is not False}
+    flags = " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in given.items())
     document |= {"settings": settings, "versions": package_versions(), "hardware": hardware()}
     document["command"] = f"python benchmarks/few_bits.py --text TEXT {flags}"
 
@@ -228,16 +232,29 @@ class Inputs:
 
 def table(document: dict[str, Any]) -> str:
     """The rows for people."""
-    found = {row["method"]: row["value"] for row in document["rows"]}
+    rows = {row["method"]: row for row in document["rows"]}
     hidden = document["settings"]["blocks"] or document["settings"]["encoder"]
     what = "error of the hidden states" if hidden else "perplexity"
     lines = [f"`{document['command']}`", "", f"| method | {what} | share of the gap recovered | CPU s to split |"]
     lines.append("| --- | --- | --- | --- |")
     for row in document["rows"]:
-        gap = found.get("plain", found["fp32"]) - found["fp32"]
-        share = f"{100 * (found['plain'] - row['value']) / gap:.1f} %" if gap else ""
-        lines.append(f"| {row['method']} | {row['value']:.4f} | {share} | {row['cpu_seconds']:.0f} |")
+        recovered = share(rows, row) if "plain" in rows else ""
+        lines.append(f"| {row['method']} | {row['value']:.4f} | {recovered} | {row['cpu_seconds']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def share(rows: dict[str, dict[str, Any]], row: dict[str, Any]) -> str:
+    """How much of what plain rounding costs a method wins back, with a 95 % interval over windows, or batches."""
+    part, back = ("losses", math.exp) if "losses" in row else ("by_batch", math.sqrt)
+    full, plain, own = (each[part] for each in (rows["fp32"], rows["plain"], row))
+
+    def recovered(triples: Sequence[tuple[float, float, float]]) -> float:
+        best, worst, found = (back(fmean(column)) for column in zip(*triples, strict=True))
+        return 100 * (worst - found) / (worst - best)
+
+    triples = list(zip(full, plain, own, strict=True))
+    low, high = bootstrap(triples, recovered) or (math.nan, math.nan)
+    return f"{recovered(triples):.1f} % ({low:.1f} to {high:.1f})"
 
 
 def parse() -> argparse.Namespace:
