@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,15 +40,30 @@ def spectra(k: int) -> dict[str, Tensor]:
     }
 
 
-def zoo(seeds: range) -> Iterator[tuple[str, Tensor]]:
-    """Every decay, white and heavy-tailed noise, in wide, tall and square shapes."""
+def zoo(seeds: range, turn: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every decay, white and heavy-tailed noise, in wide, tall and square shapes.
+
+    Args:
+        seeds: each makes all of them anew.
+        turn: 0, 1 or 2: only a third, each kind in one shape; the three turns are the whole. None for the whole.
+    """
     for seed in seeds:
-        for m, n in ((260, 200), (180, 320), (230, 230)):
-            for name, values in spectra(min(m, n)).items():
-                yield f"{name} {m}x{n} seed {seed}", with_spectrum(values, m, n, seed)
-            noise = white_noise(m, n, seed)
-            yield f"white {m}x{n} seed {seed}", noise
-            yield f"heavy-tailed {m}x{n} seed {seed}", noise**3
+        for number, (name, W) in enumerate(_matrices(seed)):
+            if turn is None or number % 3 == turn:
+                yield name, W
+
+
+@cache
+def _matrices(seed: int) -> list[tuple[str, Tensor]]:
+    """13 kinds in 3 shapes, shape by shape: every third one is of each kind once."""
+    found: list[tuple[str, Tensor]] = []
+    for m, n in ((260, 200), (180, 320), (230, 230)):
+        kinds = {name: with_spectrum(values, m, n, seed) for name, values in spectra(min(m, n)).items()}
+        noise = white_noise(m, n, seed)
+        kinds |= {"white": noise, "heavy-tailed": noise**3}
+        found += [(f"{name} {m}x{n} seed {seed}", W) for name, W in kinds.items()]
+    assert len(found) % 9 == 3  # 13 is no multiple of 3, so a kind's three shapes have three turns
+    return found
 
 
 def optimal_energy(W: Tensor, rank: int) -> float:
