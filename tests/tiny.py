@@ -68,27 +68,34 @@ def _core() -> str:
 
 
 def tiny_llama(
-    *, vocab_size: int = 384, hidden: int = 32, tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+    *,
+    vocab_size: int = 384,
+    hidden: int = 32,
+    layers: int = 2,
+    tie: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama with 2 layers, in evaluation mode, equal for equal seeds.
+    """A randomly initialised Llama, in evaluation mode, equal for equal seeds.
 
     Args:
-        hidden: hidden size; NF4 needs a multiple of its block size, 64.
         vocab_size: rows of the embedding; the default holds every token of `tiny_tokenizer`.
+        hidden: hidden size; NF4 needs a multiple of its block size, 64.
+        layers: how many decoder layers.
         tie: share the embedding with the output head.
         dtype: of the weights.
         seed: of the weights; the global generator is left as it was.
     """
-    return deepcopy(_llama(vocab_size, hidden, tie, dtype, seed))
+    return deepcopy(_llama(vocab_size, hidden, layers, tie, dtype, seed))
 
 
 @cache
-def _llama(vocab_size: int, hidden: int, tie: bool, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
+def _llama(vocab_size: int, hidden: int, layers: int, tie: bool, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pissa import PissaConfig, Quantization, adapt, init_checkpoint
 from pissa.checkpoint.stream import activations
-from pissa.checkpoint.stream.init import Step
+from pissa.checkpoint.stream.process import Step
 from pissa.cli import main
 from pissa.errors import ConfigError, Interrupted
 from tiny import tiny_gpt2, tiny_llama, token_batch

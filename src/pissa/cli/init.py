@@ -65,7 +65,8 @@ def command(
     if not (out / "pissa.json").is_file():  # which a finished one has
         check_output(out, ".pissa-init/run.json", "split")
     check_outline(model, recipe)
-    from ..checkpoint.stream.init import Step, init_checkpoint
+    from ..checkpoint.stream.init import init_checkpoint
+    from ..checkpoint.stream.process import Step
     from ..training.fitting import batches_of
     from ..training.run import quieten
     from .bytes_bar import bytes_bar
@@ -93,7 +94,7 @@ def command(
 
 
 def _note(step: object) -> str:
-    from ..checkpoint.stream.init import Step
+    from ..checkpoint.stream.process import Step
 
     assert isinstance(step, Step)
     done, certificate = f"{step.tensors}/{step.all_tensors}", step.certificate
