@@ -15,8 +15,9 @@ from ...provenance import hardware, package_versions
 from ...stages import stage
 from ...training.run import quieten
 from ..load import load_any_tokenizer, load_model
+from .budget import inspect_budget
 from .layers import kind_of, select_targets
-from .measure import inspect_budget, inspect_quantized, inspect_split
+from .measure import inspect_quantized, inspect_split
 from .settings import InspectionSettings
 from .spectra import spectra
 from .text import read_calibration
