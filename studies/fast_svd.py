@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pissa.adapted.adapt import adapt
 from pissa.checkpoint.source.load import load_base
+from pissa.colours import LIGHT
 from pissa.config import PissaConfig
 from pissa.decompose.svd import truncated_svd
 from pissa.lab.demo.arithmetic import make_problems
-from pissa.lab.style import LIGHT
 from pissa.training.run import quieten
 
 from .figures import new_figure

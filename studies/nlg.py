@@ -16,8 +16,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from pissa.colours import INK
 from pissa.evaluation.sandbox import gaps
-from pissa.lab.style import INK
 
 from .coding import LOSS_ON, code_problems, coding_rows, passed, trains_code, warn_of_gaps, what_was_not_scored
 from .few_bits import FORMATS

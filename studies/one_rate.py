@@ -24,7 +24,7 @@ import torch
 
 from pissa import SpectralProduct
 from pissa.errors import DataError
-from pissa.optimizers.names import SPECTRAL, default_rate
+from pissa.optimizers.default_rates import SPECTRAL, default_rate
 from pissa.training.rate_search import rate_beyond
 
 from .figures import new_figure

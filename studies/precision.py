@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pissa.lab.style import LIGHT
+from pissa.colours import LIGHT
 
 from .figures import new_figure
 from .interval import Interval, mean_interval

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from pissa.colours import LIGHT
 from pissa.decompose.robust import l1_approximation
 from pissa.decompose.svd import truncated_svd
 from pissa.lab.inspection.layers import kind_of
-from pissa.lab.style import LIGHT
 
 from .figures import new_figure
 from .huber_descent import huber_descent

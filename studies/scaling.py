@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pissa.lab.style import LIGHT
+from pissa.colours import LIGHT
 
 from .figures import new_figure
 from .interval import Interval

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pissa.colours import LIGHT
 from pissa.config import PissaConfig, quantization_preset
 from pissa.errors import MissingExtraError
 from pissa.lab.inspection.layers import kind_of
-from pissa.lab.style import LIGHT
 from pissa.quantize.error import matrix_norm
 from pissa.quantize.formats import quantize_matrix
 from pissa.split import split_weight

@@ -17,6 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "pissa"
 # Bottom to top: a room imports from itself and from the rooms before it. A new room gets its place here.
 ROOMS = (
     "errors",
+    "colours",
     "stages",
     "provenance",
     "config",
@@ -42,7 +43,7 @@ ROOT = "__init__"
 # All that a module may take from the root; the public names have homes of their own.
 VERSION = "pissa's __version__"
 
-TORCH_ONLY = ("errors", "stages", "config", "outside", "decompose", "quantize", "split", "ranks")
+TORCH_ONLY = ("errors", "colours", "stages", "config", "outside", "decompose", "quantize", "split", "ranks")
 REPORT = ("matplotlib", "jinja2", "scipy")
 HEAVY = ("peft", "transformers", "accelerate", "datasets", "pyarrow", "bitsandbytes", "sklearn", *REPORT)
 EXTRA_S_OWN = (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pissa import adapt, train
 from pissa.config import PissaConfig
-from pissa.data.vocabulary import check_known, guard_vocabulary, known_to
+from pissa.data.known_tokens import check_known, guard_vocabulary, known_to
 from pissa.errors import ConfigError
 from pissa.evaluation.run import evaluate
 from pissa.training.recipe import Recipe

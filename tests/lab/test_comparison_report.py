@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from comparison_results import make_results
 
+from pissa.colours import DARK, LIGHT
 from pissa.errors import DataError, MissingExtraError, OutputError
 from pissa.lab.comparison.curves import band, during, running_mean, steps_to_loss
 from pissa.lab.comparison.page import page_of
 from pissa.lab.comparison.report import as_html, as_markdown, write_report
 from pissa.lab.comparison.table import costs_of, quality_of
-from pissa.lab.style import DARK, LIGHT, LOOKS, looks_of
+from pissa.lab.style import LOOKS, looks_of
 from pissa.training.recipe import TRAINING_METHODS
 
 HOSTILE = '<script>alert("x")</script>'

@@ -18,8 +18,8 @@ from ..checkpoint.source.load import check_model_directory, load_base, load_toke
 from ..checkpoint.source.look import nothing_in
 from ..checkpoint.source.names import looks_like_path
 from ..checkpoint.source.no_foreign_code import through_transformers
+from ..data.known_tokens import guard_vocabulary
 from ..data.prompts import Template
-from ..data.vocabulary import guard_vocabulary
 from ..errors import CheckpointError
 from ..live.record import record_of
 from ..outside.documents import Unreadable, parse_object, read_bounded

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..colours import LIGHT
 from ..errors import MissingExtraError
-from .style import LIGHT
 
 LONGEST_WINDOW = 5
 """Steps over which the curves of a long run are smoothed."""

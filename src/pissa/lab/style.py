@@ -1,7 +1,6 @@
 """One look for each method, in every figure and on every page.
 
-Seven colours that people with any colour vision tell apart, in a light and a dark version, told apart by dashes and
-markers as well. A quantised method has the colour of what it quantises, dashed.
+Methods are told apart by colours, dashes and markers. A quantised method has the colour of what it quantises, dashed.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-INK, GRID = "#1b1f24", "#d7dbe0"
-"""The colour of text and axes, and that of the grid, in a picture on white."""
-LIGHT = ("#0d4eae", "#d95015", "#338b6f", "#7c3370", "#484c14", "#3597ed", "#2c263c")
-DARK = ("#6289f6", "#f9630d", "#33cea4", "#ba71a5", "#ecc618", "#b8d9fe", "#fffae0")
+from ..colours import LIGHT
+
 CIRCLE, SQUARE, TRIANGLE, DIAMOND, DOWN = "o", "s", "^", "D", "v"
 Dashes: TypeAlias = Literal["-"] | tuple[float, tuple[float, ...]]
 SOLID: Dashes = "-"

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from ..errors import ConfigError, PissaError, TrainingError
-from .names import RATES, SPECTRAL
+from .default_rates import RATES, SPECTRAL
 from .pairs import Pair, trained_pairs
 from .product import DAMPING, direction
 

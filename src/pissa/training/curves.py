@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..colours import FAINT, LIGHT
+
 NAME = "curves.png"
 POINTS = 24
 """The running mean covers one in so many steps."""
 NAMES = {"loss": "loss", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
-SINGLE, MEAN, VALIDATION = "#b9c4d3", "#0d4eae", "#d95015"
+SINGLE, MEAN, VALIDATION = FAINT, *LIGHT[:2]
 
 
 def draw_curves(log: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], out: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, MissingExtraError
-from ..optimizers.names import SPECTRAL
+from ..optimizers.default_rates import SPECTRAL
 from .recipe import Recipe
 from .sampler import GROUPED
 from .usable import check_usable, refused

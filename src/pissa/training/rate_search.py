@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from ..optimizers.names import RATES
+from ..optimizers.default_rates import RATES
 
 FACTOR = math.sqrt(10)
 FIRST = 3

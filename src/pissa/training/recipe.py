@@ -10,7 +10,7 @@ from typing import Any
 from ..config import METHODS, AdapterSettings, PissaConfig, Quantization, quantization_preset
 from ..config.settings import check_settings, did_you_mean, nearest, read_settings, settings_of
 from ..errors import ConfigError
-from ..optimizers.names import SPECTRAL, default_rate
+from ..optimizers.default_rates import SPECTRAL, default_rate
 from ..outside.documents import LARGEST_YAML, Unreadable, parse_yaml, read_bounded
 from .passed_on import check_passed_on, optimizer_names
 from .recipe_groups import TRAINING_METHODS as TRAINING_METHODS

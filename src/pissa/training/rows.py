@@ -11,9 +11,9 @@ from typing import Any
 from ..checkpoint.source.load import load_config, load_tokenizer
 from ..data.conversation import Example
 from ..data.encode import Collator, Encoded, encode
+from ..data.known_tokens import check_known, known_to
 from ..data.read import read_examples
 from ..data.rows import examples_from_rows
-from ..data.vocabulary import check_known, known_to
 from ..errors import ConfigError, DataError
 from ..provenance import sha256
 from .engine import micro_batch

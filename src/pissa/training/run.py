@@ -24,11 +24,11 @@ from ..checkpoint.residual import save_residual
 from ..checkpoint.source.load import check_model_directory
 from ..checkpoint.vocabulary import enlarge, rows_of
 from ..data.encode import Encoded
+from ..data.known_tokens import check_known
 from ..data.prompts import resolve_template
-from ..data.vocabulary import check_known
 from ..errors import ConfigError, Interrupted
 from ..live.record import record_of
-from ..optimizers.names import SPECTRAL
+from ..optimizers.default_rates import SPECTRAL
 from ..stages import stage
 from .bar import make_progress, shown
 from .checkpoints import check_checkpoint

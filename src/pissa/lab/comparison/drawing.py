@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...colours import GRID, INK, LIGHT
 from ...errors import MissingExtraError
-from ..style import GRID, INK, LIGHT, Look
+from ..style import Look
 
 WIDTH, HEIGHT = 4.7, 3.1
 LONGEST = 22

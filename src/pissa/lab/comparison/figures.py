@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..style import GRID, INK, LIGHT, Look
+from ...colours import GRID, INK, LIGHT
+from ..style import Look
 from .curves import Band, band, during
 from .drawing import Figure, log_axis, short
 from .null_arm import NullRate

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.disk.write import output_files
+from ...colours import DARK, LIGHT
 from ...errors import MissingExtraError
 from ...outside.text import on_one_line
-from ..style import DARK, LIGHT
 from .drawing import png, svg
 from .page import Page, page_of
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from ...checkpoint.disk.write import explained
+from ...colours import LIGHT
 from ...errors import MissingExtraError
 from ..figures import decorate
-from ..style import LIGHT
 
 
 def draw_inspection(

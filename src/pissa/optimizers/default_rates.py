@@ -1,4 +1,4 @@
-"""The optimizers by the names that settings use, and the learning rate of each where none is given."""
+"""The learning rate of each optimizer where none is given, by the name that settings use."""
 
 SPECTRAL = "spectral"
 RATES = {SPECTRAL: 0.05}
