@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.checkpoint.disk.layout import INDEX, Kind, raw_bytes, sharded
+from pissa.checkpoint.disk.layout import INDEX, TensorKind, raw_bytes, sharded
 
 NOISE = 1 << 26
 """Values of noise that all weights are cut from."""
@@ -59,7 +59,7 @@ def main() -> None:
 def make(directory: Path, shape: Shape, seed: int) -> None:
     """Write shards, index and configuration."""
     directory.mkdir(parents=True, exist_ok=False)
-    tensors = {name: Kind("BF16", size) for name, size in names(shape).items()}
+    tensors = {name: TensorKind("BF16", size) for name, size in names(shape).items()}
     files, index = sharded(tensors)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(NOISE, generator=generator).mul_(0.02).to(torch.bfloat16)
