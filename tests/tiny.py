@@ -110,18 +110,20 @@ def _llama(vocab_size: int, hidden: int, layers: int, tie: bool, dtype: torch.dt
     return model.to(dtype).eval()  # type: ignore[arg-type]
 
 
-def tiny_gpt2(*, hidden: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT2LMHeadModel:
-    """A randomly initialised GPT-2 with 2 layers: Conv1D layers, a tied head, no dropout."""
-    return deepcopy(_gpt2(hidden, dtype, seed))
+def tiny_gpt2(
+    *, hidden: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> GPT2LMHeadModel:
+    """A randomly initialised GPT-2: Conv1D layers, a tied head, no dropout."""
+    return deepcopy(_gpt2(hidden, layers, dtype, seed))
 
 
 @cache
-def _gpt2(hidden: int, dtype: torch.dtype, seed: int) -> GPT2LMHeadModel:
+def _gpt2(hidden: int, layers: int, dtype: torch.dtype, seed: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=384,
         n_positions=64,
         n_embd=hidden,
-        n_layer=2,
+        n_layer=layers,
         n_head=2,
         resid_pdrop=0.0,
         embd_pdrop=0.0,

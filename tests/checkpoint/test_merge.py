@@ -28,11 +28,11 @@ from tiny import logits_of, same_tensors, tiny_gpt2, tiny_llama, tiny_tokenizer,
 
 pytestmark = pytest.mark.filterwarnings("ignore:untied", "ignore:fan_in_fan_out")
 BASES: dict[str, Callable[[], Any]] = {
-    "llama": tiny_llama,
-    "tied": lambda: tiny_llama(tie=True),
-    "gpt2": lambda: tiny_gpt2(hidden=64),
-    "bf16": lambda: tiny_llama(hidden=64, dtype=torch.bfloat16),
-    "fp16": lambda: tiny_gpt2(hidden=64, dtype=torch.float16),
+    "llama": lambda: tiny_llama(layers=1),
+    "tied": lambda: tiny_llama(layers=1, tie=True),
+    "gpt2": lambda: tiny_gpt2(layers=1, hidden=64),
+    "bf16": lambda: tiny_llama(layers=1, hidden=64, dtype=torch.bfloat16),
+    "fp16": lambda: tiny_gpt2(layers=1, hidden=64, dtype=torch.float16),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "pissa": {},
@@ -98,7 +98,7 @@ def nudge(model: Any) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bf16"])
 def test_a_quantised_residual_is_merged_dequantised(tmp_path: Path, kind: str, form: str) -> None:
     pytest.importorskip("bitsandbytes")
-    base = tiny_llama(hidden=64) if kind == "llama" else BASES[kind]()
+    base = tiny_llama(layers=1, hidden=64) if kind == "llama" else BASES[kind]()
     model = adapt(base, PissaConfig(4, quantization=FORMATS[form]))
     save_residual(model, tmp_path / "residual")
     train_steps(model)

@@ -34,10 +34,10 @@ from tiny import largest_difference, logits_of, same_tensors, snapshot, tiny_gpt
 NOISE = 2e-6
 """fp32 rounding of logits of size 1."""
 BASES: dict[str, Callable[[], Any]] = {
-    "llama": tiny_llama,
-    "tied": lambda: tiny_llama(tie=True),
-    "gpt2": tiny_gpt2,
-    "half": lambda: tiny_llama(dtype=torch.bfloat16),
+    "llama": lambda: tiny_llama(layers=1),
+    "tied": lambda: tiny_llama(layers=1, tie=True),
+    "gpt2": lambda: tiny_gpt2(layers=1),
+    "half": lambda: tiny_llama(layers=1, dtype=torch.bfloat16),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa+adalora": {"use_adalora": True},
     "minor+adalora": {"component": "minor", "use_adalora": True, "alpha": 6},
 }
-MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+MODELS = {"llama": partial(tiny_llama, layers=1), "gpt2": partial(tiny_gpt2, layers=1)}
 NOISE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Of a logit; logits are about 0.5."""
 

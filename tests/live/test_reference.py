@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,7 +20,10 @@ from pissa.live.state import INITIAL, TRAINABLE, adapter_layers
 from sampled import thinned
 from tiny import largest_difference, logits_of, same_tensors, snapshot, tiny_gpt2, tiny_llama, train_steps
 
-MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+MODELS: dict[str, Callable[..., Any]] = {
+    "llama": partial(tiny_llama, layers=1),
+    "gpt2": partial(tiny_gpt2, layers=1),
+}
 NOISE = 1e-5
 
 
@@ -69,7 +73,7 @@ def test_reference_in_16_bits_is_the_base_up_to_the_residual_s_rounding(dtype: t
     ("method", "training", "trainable"), thinned(METHODS, product([False, True], [True, False]), whole=["pissa"])
 )
 def test_a_block_leaves_flags_modes_and_adapters_as_they_were(method: Method, training: bool, trainable: bool) -> None:
-    model = adapt(tiny_llama(), PissaConfig(4, method=method, modules_to_save=["lm_head"])).train(training)
+    model = adapt(tiny_llama(layers=1), PissaConfig(4, method=method, modules_to_save=["lm_head"])).train(training)
     if not trainable:
         model.requires_grad_(False)
     frozen = next(parameter for name, parameter in model.named_parameters() if ".lora_A.default" in name)
@@ -85,8 +89,8 @@ def test_a_block_leaves_flags_modes_and_adapters_as_they_were(method: Method, tr
 
 @pytest.mark.parametrize("method", METHODS)
 def test_blocks_nest(method: Method) -> None:
-    base = logits_of(tiny_llama())
-    model = adapt(tiny_llama(), PissaConfig(4, method=method))
+    base = logits_of(tiny_llama(layers=1))
+    model = adapt(tiny_llama(layers=1), PissaConfig(4, method=method))
     train_steps(model)
     trained, before = logits_of(model), state_of(model)
     with reference(model):
@@ -98,8 +102,8 @@ def test_blocks_nest(method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_reference_is_the_base_inside_disable_adapter_too(method: Method) -> None:
-    base = logits_of(tiny_llama())
-    model = adapt(tiny_llama(), PissaConfig(4, method=method))
+    base = logits_of(tiny_llama(layers=1))
+    model = adapt(tiny_llama(layers=1), PissaConfig(4, method=method))
     train_steps(model)
     trained = logits_of(model)
     with model.disable_adapter():
