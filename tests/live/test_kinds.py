@@ -86,8 +86,7 @@ def test_the_function_at_step_0_is_the_base_s(
     assert back == 0 if untouched else back <= NOISE[dtype]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "placement"), thinned(CASES, PLACEMENTS))
 def test_trained_saved_loaded_exported_and_merged_it_is_one_function(name: str, placement: str, tmp_path: Path) -> None:
     case = CASES[name]
     batch, base = case.batch(), output(case.model(), case.batch())
@@ -156,8 +155,7 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     return merged_state(model)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "placement"), thinned(CASES, PLACEMENTS))
 def test_restore_gives_the_base_back_bit_for_bit(name: str, placement: str) -> None:
     case = CASES[name]
     base = case.model(torch.bfloat16)
@@ -186,8 +184,7 @@ def test_restore_without_the_base_is_within_the_certified_rounding(name: str) ->
         assert error <= certificates[n].rounding + 2.0**-8
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "placement"), thinned(CASES, PLACEMENTS))
 def test_nothing_but_the_adapter_moves_in_training(name: str, placement: str) -> None:
     case = CASES[name]
     model = adapted(case, placement=placement)
