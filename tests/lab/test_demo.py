@@ -105,8 +105,10 @@ def test_demo_trains_and_tests_with_the_same_prompts(
 
 
 def test_demo_takes_real_data(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # with a fresh process, which the first test has already
+    # with a fresh process and three arms, which the first test has already
     monkeypatch.setattr(demo, "_check_export", lambda *_: EXPORT)
+    monkeypatch.setattr(demo, "_arms", lambda: (("pissa", "pissa", 2e-4),))
+    monkeypatch.setattr(demo, "demo_report", lambda _: "")
     rows, _ = make_problems(0, 20, 1)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"question": r["instruction"], "answer": r["output"]}) + "\n" for r in rows))

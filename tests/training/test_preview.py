@@ -104,7 +104,7 @@ def test_more_of_everything_takes_more(base_directory: Path) -> None:
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"method": "full"}], ids=str)
 def test_a_few_layers_stand_for_all(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_llama().config
-    config.num_hidden_layers = 14
+    config.num_hidden_layers = 10
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     chosen = recipe(batch_size=8, **settings)
