@@ -4,7 +4,8 @@ A user's mistake raises one of these: one line that says what was given, what is
 The command line turns them into exit code 2 without a traceback; whatever else escapes is our fault and exits with 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def listed(items: Iterable[object], most: int = 3, separator: str = ", ") -> str:
@@ -67,3 +68,20 @@ class MissingExtraError(PissaError, ImportError):
 
 class Interrupted(KeyboardInterrupt):
     """The user, or the machine, stopped the work; the message says what is saved and how to continue."""
+
+
+@contextmanager
+def extra(name: str, needs: str) -> Iterator[None]:
+    """Import what an extra of pissa installs.
+
+    Args:
+        name: of the extra.
+        needs: what needs which package, for the message.
+
+    Raises:
+        MissingExtraError: an import failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(f"{needs}: pip install 'pissa[{name}]'") from error

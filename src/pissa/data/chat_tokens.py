@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError, extra
 from ..outside.templates import TemplateLimitError, TemplateRefusedError, apply_template, within_limits
 from .chat_text import endless, render, template_messages
 from .conversation import OPENING, REASONING, Example, Message, RowError
@@ -46,10 +46,8 @@ class ChatTemplate:
     @cached_property
     def marked(self) -> str | None:
         """The template whose marks say what is learned; None where there is no such template."""
-        try:
+        with extra("train", "template chat needs trl"):
             from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-        except ImportError as error:
-            raise MissingExtraError("template chat needs trl: pip install 'pissa[train]'") from error
         own = self.tokenizer.get_chat_template()
         if not self.tokenizer.is_fast:
             return None

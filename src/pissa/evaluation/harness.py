@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import MissingExtraError
+from ..errors import extra
 
 NAME = "pissa_local"
 
@@ -101,10 +101,8 @@ def likelihoods(
 
 
 def _lm_eval(module: str) -> Any:
-    try:
+    with extra("eval", "this task is lm-eval's"):
         return import_module(module)
-    except ImportError as error:
-        raise MissingExtraError("this task is lm-eval's: pip install 'pissa[eval]'") from error
 
 
 @contextmanager

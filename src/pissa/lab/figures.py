@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..colours import LIGHT
-from ..errors import MissingExtraError
+from ..errors import extra
 
 LONGEST_WINDOW = 5
 """Steps over which the curves of a long run are smoothed."""
@@ -25,11 +25,9 @@ def draw_curves(runs: Sequence[Mapping], path: Path, *, title: str) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
+    with extra("report", "figures need matplotlib"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
-    except ImportError as error:
-        raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title)
     window = max(1, min([LONGEST_WINDOW, *(len(run["losses"]) // 6 for run in runs)]))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import Quantization
-from ..errors import MissingExtraError, TargetError, listed
+from ..errors import TargetError, extra, listed
 from ..quantize.formats import Packed
 from ..quantize.gptq import PackedGPTQ
 from ..quantize.int8 import INVERSE, PackedInt8
@@ -41,10 +41,8 @@ def require_bitsandbytes() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
+    with extra("quant", "4- and 8-bit layers need bitsandbytes"):
         import bitsandbytes
-    except ImportError as error:
-        raise MissingExtraError("4- and 8-bit layers need bitsandbytes: pip install 'pissa[quant]'") from error
     return bitsandbytes
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError, MissingExtraError, extra
 from ..optimizers.default_rates import SPECTRAL
 from .recipe import Recipe
 from .sampler import GROUPED
@@ -44,10 +44,8 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         ConfigError: a batch that cannot be shared evenly between the processes, or a setting that TRL does not take.
         MissingExtraError: TensorBoard is asked for and not installed, or TRL is not.
     """
-    try:
+    with extra("train", "training needs trl"):
         from trl.trainer.sft_config import SFTConfig
-    except ImportError as error:
-        raise MissingExtraError("training needs trl: pip install 'pissa[train]'") from error
     processes = process_count()
     if recipe.quantize == "nvfp4":
         raise ConfigError("no layer trains on NVFP4: train with quantize nf4, int8 or gptq; pissa init writes nvfp4")

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ...errors import ConfigError, MissingExtraError
+from ...errors import ConfigError, extra
 from ...outside.documents import Unreadable, parse_object
 from ...outside.schema import wrong_fields
 
@@ -128,10 +128,8 @@ class Judge:
             return thread.submit(asyncio.run, self._post(body)).result()
 
     async def _post(self, body: dict[str, Any]) -> Reply:
-        try:
+        with extra("eval", "a judge is asked through aiohttp"):
             import aiohttp
-        except ImportError as error:
-            raise MissingExtraError("a judge is asked through aiohttp: pip install 'pissa[eval]'") from error
         headers = {"Authorization": f"Bearer {os.environ.get(self.key_env, '')}"} if self.key_env is not None else {}
         address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...colours import GRID, INK, LIGHT
-from ...errors import MissingExtraError
+from ...errors import extra
 from ..style import Look
 
 WIDTH, HEIGHT = 4.7, 3.1
@@ -77,12 +77,10 @@ def png(figure: Figure, looks: Mapping[str, Look]) -> bytes:
 
 
 def _draw(figure: Figure, out: Any, kind: str, legend: Mapping[str, Look]) -> None:
-    try:
+    with extra("report", "a report needs matplotlib and jinja2"):
         import matplotlib
         from matplotlib.figure import Figure as Canvas
         from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise MissingExtraError("a report needs matplotlib and jinja2: pip install 'pissa[report]'") from error
     settings: Any = {**SETTINGS, "svg.hashsalt": figure.name}
     with matplotlib.rc_context(settings):
         canvas = Canvas(figsize=(WIDTH, figure.height), dpi=160, layout="constrained")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...checkpoint.disk.write import output_files
 from ...colours import DARK, LIGHT
-from ...errors import MissingExtraError
+from ...errors import extra
 from ...outside.text import on_one_line
 from .drawing import png, svg
 from .page import Page, page_of
@@ -63,10 +63,8 @@ def as_markdown(page: Page) -> str:
 
 
 def _environment(*, autoescape: bool) -> Any:
-    try:
+    with extra("report", "a report needs matplotlib and jinja2"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("a report needs matplotlib and jinja2: pip install 'pissa[report]'") from error
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     return Environment(
         loader=loader, autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import DataError, MissingExtraError
+from ...errors import DataError, extra
 from ...evaluation.intervals import wilson
 
 POWER = 0.8
@@ -224,8 +224,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _scipy_stats() -> Any:
-    try:
+    with extra("report", "statistics of a comparison need scipy"):
         from scipy import stats
-    except ImportError as error:
-        raise MissingExtraError("statistics of a comparison need scipy: pip install 'pissa[report]'") from error
     return stats

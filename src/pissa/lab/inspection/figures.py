@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checkpoint.disk.write import explained
 from ...colours import LIGHT
-from ...errors import MissingExtraError
+from ...errors import extra
 from ..figures import decorate
 
 
@@ -36,10 +36,8 @@ def draw_inspection(
         MissingExtraError: matplotlib is not installed.
         OutputError: the directory cannot be written.
     """
-    try:
+    with extra("report", "figures need matplotlib"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
     paths = [directory / "reduction.png", directory / "singular_values.png"]
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -59,10 +57,8 @@ def draw_plan(document: dict[str, Any], directory: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
         OutputError: the directory cannot be written.
     """
-    try:
+    with extra("report", "figures need matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("figures need matplotlib: pip install 'pissa[report]'") from error
     figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     ranks, curve = figure.subplots(1, 2)
     kinds: dict[str, list[int]] = {}
