@@ -105,25 +105,11 @@ def _attach(
     if packed:
         _quantize_layers(model, packed)
         set_marks(lora_config, residual=form_of(next(iter(packed.values()))))
-    with warnings.catch_warnings():
-        # PEFT looks for the keys among modules alone, though it finds those of bare parameters as well
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        try:
-            adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
-            if subtract:
-                adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
-        except REFUSALS as error:
-            raise refusal(error) from error
-    settle_names(adapted)
-    fill_tokens(adapted)
+    adapted = _wrap(model, lora_config, twice=subtract)
     layers = adapter_layers(adapted)
     if set(layers) != set(initial):
         raise PissaError(f"PEFT adapted other modules than asked for: {sorted(set(layers) ^ set(initial))}")
-    for wrapper in (adapted, adapted.base_model):
-        wrapper.training = model.training
-    for module in adapted.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.train(module.original_module.training)
+    _follow_modes(adapted, model)
     for name, factors in initial.items():
         layer: Any = layers[name]
         layer.train(base_layer(layer).training)
@@ -144,6 +130,35 @@ def _attach(
     undo = Undo(shared, ties, tied_before, trainable)
     keep_record(adapted, replace(record, base=base, quantized=quantized, undo=undo))
     return adapted
+
+
+def _wrap(model: nn.Module, lora_config: LoraConfig, *, twice: bool) -> PeftModel:
+    """Let PEFT wrap the layers, with adapters whose values are still to be set.
+
+    Args:
+        twice: with the initial adapter beside the trainable one.
+    """
+    with warnings.catch_warnings():
+        # PEFT looks for the keys among modules alone, though it finds those of bare parameters as well
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        try:
+            adapted = get_peft_model(model, lora_config, adapter_name=TRAINABLE, low_cpu_mem_usage=True)
+            if twice:
+                adapted.add_adapter(INITIAL, _initial_config(lora_config), low_cpu_mem_usage=True)
+        except REFUSALS as error:
+            raise refusal(error) from error
+    settle_names(adapted)
+    fill_tokens(adapted)
+    return adapted
+
+
+def _follow_modes(adapted: PeftModel, model: nn.Module) -> None:
+    """Let what PEFT put around modules be in training or evaluation as they are."""
+    for wrapper in (adapted, adapted.base_model):
+        wrapper.training = model.training
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.train(module.original_module.training)
 
 
 def _initial_config(lora_config: LoraConfig) -> LoraConfig:
