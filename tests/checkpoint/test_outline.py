@@ -90,7 +90,7 @@ def test_what_is_not_downloaded_yet_is_not_looked_at(tmp_path: Path, monkeypatch
     (snapshot / "config.json").write_text('{"model_type": "llama"}')
     assert complaint(check_outline, "some/model", PissaConfig(1000)) is None
     small("llama", snapshot)
-    assert "1000 > 32" in str(complaint(check_outline, "some/model", PissaConfig(1000)))
+    assert "1000 > 16" in str(complaint(check_outline, "some/model", PissaConfig(1000)))
     with pytest.raises(CheckpointError, match="has no weights"):
         (snapshot / "model.safetensors").unlink()
         check_outline(snapshot, PissaConfig(1000))
