@@ -48,6 +48,8 @@ REPORT = ("matplotlib", "jinja2", "scipy")
 HEAVY = ("peft", "transformers", "accelerate", "datasets", "pyarrow", "bitsandbytes", "sklearn", *REPORT)
 EXTRA_S_OWN = (
     "training.measured",
+    "training.fused",
+    "training.saved",
     "training.trainer",
 )
 """Modules that are a class of an optional package's; nothing may import them but functions."""

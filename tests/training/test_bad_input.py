@@ -30,7 +30,7 @@ from small_runs import (
 from pissa.checkpoint.disk.write import TEMPORARY_PREFIX
 from pissa.errors import CheckpointError, ConfigError, OutputError, PissaError
 from pissa.training import outcome
-from pissa.training import trainer as trainer_module
+from pissa.training import saved as saved_module
 from pissa.training.recipe import Recipe
 from tiny import largest_difference, same_tensors, tiny_llama, tiny_tokenizer
 
@@ -249,14 +249,14 @@ def test_a_disk_full_at_a_checkpoint_leaves_the_one_before(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
 ) -> None:
     out = tmp_path / "run"
-    original = trainer_module.write_lora
+    original = saved_module.write_lora
 
     def full(export: Any, directory: Path) -> None:
         original(export, directory)
         if "checkpoint-4" in str(directory):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "write_lora", full)
+    monkeypatch.setattr(saved_module, "write_lora", full)
     with pytest.raises(OutputError, match="is full; make room and run the same command again"):
         run(base, out, recipe())
     assert listing(out) == {"state"}

@@ -16,7 +16,7 @@ from pissa import PissaConfig, adapt
 from pissa.data.encode import encode
 from pissa.data.rows import examples_from_rows
 from pissa.errors import ConfigError, TrainingError
-from pissa.training import run as run_module
+from pissa.training import course
 from pissa.training.rate_adviser import MEASURED_ROWS, MULTIPLE, PROBE_STEPS, ProbeData, advise, best_rate, probe_data
 from pissa.training.recipe import Recipe, read_recipe, recipe_from
 from tiny import global_generators, same_tensors, snapshot, tiny_llama, tiny_tokenizer, token_batch
@@ -140,7 +140,7 @@ def test_a_run_that_goes_on_does_not_estimate_again(
     shutil.rmtree(tmp_path / "again" / "state" / "checkpoint-4")
     for file in ("results.json", "adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "again" / file).unlink()
-    monkeypatch.setattr(run_module, "advise", None)
+    monkeypatch.setattr(course, "advise", None)
     again = run(base_directory, tmp_path / "again", settings)
     assert again.results["losses"] == whole.results["losses"]
     assert again.results["advice"] == json.loads(json.dumps(whole.results["advice"]))
@@ -167,7 +167,7 @@ def test_what_cannot_be_estimated_is_refused(
     with pytest.raises(ConfigError, match=r"epochs is 'auto'; give a positive number$"):
         recipe_from({"epochs": "auto"})
     # accelerate's own variable would have Trainer shard
-    monkeypatch.setattr(run_module, "FSDP", "PISSA_TEST_SHARDS")
+    monkeypatch.setattr(course, "FSDP", "PISSA_TEST_SHARDS")
     monkeypatch.setenv("PISSA_TEST_SHARDS", "true")
     with pytest.raises(ConfigError, match="before FSDP or DeepSpeed shard it; give a number"):
         run(base_directory, tmp_path / "out", recipe(learning_rate="auto"))

@@ -137,7 +137,7 @@ def test_every_checkpoint_on_the_untouched_base_is_the_model_at_that_step(
             seen[state.global_step] = logits_of(self.trainer.model)
 
     monkeypatch.setattr(StepLog, "on_log", on_log)
-    monkeypatch.setattr("pissa.training.trainer.KEPT_CHECKPOINTS", 10)
+    monkeypatch.setattr("pissa.training.saved.KEPT_CHECKPOINTS", 10)
     run(base_directory, tmp_path / "run", recipe(save_every=2))
     for step in (2, 4, 6):
         plain = plain_logits(base_directory, tmp_path / "run" / "state" / f"checkpoint-{step}")

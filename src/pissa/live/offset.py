@@ -164,7 +164,9 @@ def second_half(factor: Tensor, dimension: int, stacks: int = 1) -> Tensor:
 
 def trained_values(parameter: nn.Parameter) -> int:
     """How many of a parameter's values are trained."""
-    return parameter.numel() // (2 if hasattr(parameter, FROZEN) else 1)
+    # under ZeRO-3 a parameter that is not in use has no values here
+    values = getattr(parameter, "ds_numel", parameter.numel())
+    return values // (2 if hasattr(parameter, FROZEN) else 1)
 
 
 def _check(optimizer: Optimizer, *_: Any) -> None:

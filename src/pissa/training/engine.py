@@ -92,7 +92,8 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         **_validation(recipe, micro),
         seed=recipe.seed,
         data_seed=recipe.seed,
-        use_cpu=not cuda,
+        # accelerate would take a processor's word for it and leave DeepSpeed out
+        use_cpu=not cuda and not is_launched_with(DEEPSPEED),
         ddp_backend=None if cuda or processes == 1 else "gloo",
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=cuda,
@@ -103,6 +104,11 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
     with refused():
         arguments = SFTConfig(**{**settings, **recipe.training})
     check_usable(arguments)
+    if arguments.deepspeed_plugin is not None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # the model is loaded and split whole; the engine shards it afterwards
+        unset_hf_deepspeed_config()
     if arguments.packing and arguments.packing_strategy not in APART:
         raise ConfigError(
             f"training: packing_strategy {arguments.packing_strategy} lets packed examples see each other; leave it "

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 def results_of(
     recipe: Recipe,
-    settings: dict[str, Any],
     encoded: Encoded,
     template: str,
+    *,
+    settings: dict[str, Any],
     fingerprints: dict[str, str],
     split: dict[str, float | None],
     model: Any,

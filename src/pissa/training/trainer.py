@@ -1,20 +1,20 @@
 """TRL's SFTTrainer with seven things changed.
 
 loss          on processors too the vocabulary projection is computed at learned tokens only; adapters of the head train
+              (`fused.py`)
 order         batches of similar length are a function of seed and epoch (`sampler.py`), so that a run continues exactly
 gradients     an adapter that the first step gives none ends the run, with its name
 validation    the loss is the mean over all learned tokens, and measuring it leaves training as it was; the step with
-              the lowest one gets a checkpoint and is what is left in the end, where that is asked for
+              the lowest one gets a checkpoint and is what is left in the end, where that is asked for (`measured.py`)
 checkpoints   appear whole or not at all
 adapters      are saved as the lossless LoRA for the base, from which both adapters are read back exactly; those of a
-              quantised residual as they are, with its name
+              quantised residual as they are, with its name (`saved.py`)
 logs          have tokens per second, and a step that diverged ends the run before anything of it is kept
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,44 +25,31 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from ..checkpoint.disk.write import TEMPORARY_PREFIX, durable_rename, explained
-from ..checkpoint.residual import write_trained
 from ..data.encode import IGNORED, Encoded
-from ..errors import MissingExtraError, OutputError, TrainingError, listed
-from ..export.files import write_lora
-from ..export.lora import export_state
-from ..live.adalora import penalty
+from ..errors import MissingExtraError, TrainingError, listed
 from ..live.factors import MAGNITUDE
-from ..live.record import record_of
-from ..live.state import active_adapter_name
 from ..optimizers.spectral import SpectralProduct
-from .checkpoints import list_files
 from .checks import check_packs, without_gradient
 from .directory import RunDirectory
-from .loss import backbone_gives, next_labels, response_loss
-from .measured import Measured
+from .fused import FusedLoss
 from .optimizer import parameter_groups
 from .sampler import GROUPED, LengthGroupedBatches
-from .sharding import after_sharding, check_engine
+from .saved import Saved
+from .sharding import after_sharding, check_engine, is_sharded
 
-KEPT_CHECKPOINTS = 2
 EXTENDED = ("_get_train_sampler", "_load_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint")
 EXTENDED += ("create_optimizer", "get_decay_parameter_names", "evaluate", "evaluation_loop", "prediction_step")
 EXTENDED += ("_determine_best_metric", "_get_eval_sampler", "_load_best_model", "_load_optimizer_and_scheduler")
-EXTENDED += ("_prepare_for_training",)
+EXTENDED += ("_prepare_for_training", "save_model")
 EXTENDED_OF_TRL = ("create_model_card", "_send_telemetry")
 """What `RunTrainer` overrides although neither transformers nor TRL promises to keep it."""
 WIDTH = 8
 """A batch's width is rounded up to a multiple of this, unless pad_to_multiple_of says otherwise."""
-AGREE = 0.02
-"""Largest relative difference of the fused loss from the model's own on the first batch; bf16 stays below it."""
 ROUTER = ("output_router_logits", "router_aux_loss_coef")
 
 
@@ -79,24 +66,6 @@ def check_trainer() -> None:
             f"Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which pissa extends; "
             "install the version that constraints.txt names"
         )
-
-
-@contextmanager
-def _torch_explained(path: Path) -> Iterator[None]:
-    """Turn what `torch.save` says of a full disk into one clear line.
-
-    Raises:
-        OutputError: in place of such an error; any other passes as it is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        # torch's writer hides the system's reason
-        if "inline_container" in str(error) or "iostream error" in str(error):
-            raise OutputError(
-                f"the disk that holds {path} is full, or fails; make room and run the same command again"
-            ) from error
-        raise
 
 
 @contextmanager
@@ -132,7 +101,7 @@ def _columns(rows: Encoded, tokenizer: Any, *, blanks: int) -> dict[str, list[li
     return {"input_ids": ids, "labels": [*rows.labels, *([IGNORED] for _ in range(blanks))]}
 
 
-class RunTrainer(Measured):
+class RunTrainer(FusedLoss, Saved):
     """Trains on learned tokens; what it logs at each step has loss, gradient norm, learning rate and tokens/s."""
 
     def __init__(
@@ -197,8 +166,8 @@ class RunTrainer(Measured):
         shared = self.args.per_device_train_batch_size * self.args.world_size
         multiple = shared if self.args.world_size > 1 else 1
         self.sampler = LengthGroupedBatches(rows.lengths, batch_size, self.args.seed, multiple=multiple)
-        # the fused head reads a weight that FSDP gives to its own layer alone
-        self.fused: bool | None = False if self.is_fsdp_enabled else None
+        # the fused head reads a weight that a sharding engine gives to its own layer alone
+        self.fused: bool | None = False if is_sharded(self) else None
         self.gradients_seen = False
         self.tokens_in_step = 0
         self.step_started = time.perf_counter()
@@ -252,68 +221,6 @@ class RunTrainer(Measured):
         self.sampler.set_epoch(options["epoch"])
         return super()._run_epoch(*args, **options)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        mask = inputs.get("attention_mask")
-        self.tokens_in_step += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        if self.fused is None:
-            self.fused = self._fused_is_right(model, inputs)
-        if self.fused:
-            with self._only_learned(inputs) as chosen:
-                loss = super().compute_loss(model, chosen, num_items_in_batch=num_items_in_batch)
-        else:
-            loss = self._plain_loss(model, inputs, num_items_in_batch)
-        return loss + self._orthogonality()
-
-    def _plain_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """The mean over learned tokens of the model's own logits."""
-        loss, count = response_loss(model, self._head(), inputs)
-        if num_items_in_batch is None:
-            return loss / max(count, 1)
-        # gradients are averaged over processes, the token count is that of all of them together
-        return loss * self.accelerator.num_processes / num_items_in_batch
-
-    def _head(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).get_output_embeddings()
-
-    @contextmanager
-    def _only_learned(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Inputs such that the fused head computes learned tokens only, which TRL does on GPUs alone."""
-        if inputs["input_ids"].device.type != "cpu" or self.label_smoother is not None:
-            yield inputs
-            return
-        targets = next_labels(inputs["labels"])
-        learned = targets != IGNORED
-        others = {name: value for name, value in inputs.items() if name != "labels"}
-        backbone: Any = self.base.base_model
-        with backbone_gives(backbone, learned):
-            yield {**others, "shift_labels": targets[learned][None]}
-
-    @torch.no_grad()
-    def _fused_is_right(self, model: Any, inputs: dict[str, Any]) -> bool:
-        """Whether the fused head computes what the model's own forward does, tried on the first batch.
-
-        It multiplies hidden states by the head's weight, so an adapted head, or a model that does something of its own
-        between the two, needs its own forward.
-        """
-        if type(self._head()) is not nn.Linear or self.base.base_model is self.base:
-            return False
-        training = model.training
-        model.eval()
-        try:
-            own, count = response_loss(model, self._head(), inputs)
-            with self._only_learned(inputs) as chosen:
-                fused = -model(**{**chosen, "use_cache": False}, fused_lm_head=True).log_probs.sum()
-        finally:
-            model.train(training)
-        agree = count == 0 or bool((fused.float() - own).abs() <= AGREE * own.abs())
-        return agree or not bool(torch.isfinite(own))
-
     def training_step(self, *args: Any, **options: Any) -> Any:
         """As Trainer's; after the first one every trained parameter must have a gradient.
 
@@ -335,14 +242,6 @@ class RunTrainer(Measured):
                 "these modules, or cuts what they give, so they would never be trained; leave them out with "
                 "exclude_modules"
             )
-
-    def _orthogonality(self) -> Tensor | float:
-        """AdaLoRA's penalty for this part of the step: its gradient alone, so that the logged loss is the data's."""
-        model = self.accelerator.unwrap_model(self.model)
-        found = penalty(model, active_adapter_name(model)) if isinstance(model, PeftModel) else None
-        if found is None:
-            return 0.0
-        return (found - found.detach()) / self.args.gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand the step's numbers to all callbacks, with tokens per second.
@@ -374,72 +273,7 @@ class RunTrainer(Measured):
         self.tokens_in_step, self.step_started = 0, now
         return rate
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        state = Path(str(self.args.output_dir))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        partial = state / f"{TEMPORARY_PREFIX}{name}"
-        if self.is_world_process_zero():
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(partial)
-        try:
-            with explained(partial), _torch_explained(state):
-                super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            self.args.output_dir = str(state)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            with explained(partial):
-                list_files(partial / name)
-                durable_rename(partial / name, state / name)
-            shutil.rmtree(partial, ignore_errors=True)
-            best = str(self.best_checkpoint) if self.best_checkpoint is not None else None
-            limit: dict[str, Any] = {"save_total_limit": KEPT_CHECKPOINTS, "use_mtime": False}
-            rotate_checkpoints(output_dir=str(state), best_model_checkpoint=best, **limit)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel):
-            # the tokenizer is the run's, not each checkpoint's
-            tokenizer, self.processing_class = self.processing_class, None
-            try:
-                return super()._save(output_dir, state_dict)
-            finally:
-                self.processing_class = tokenizer
-        if self.args.should_save:
-            directory = Path(output_dir or str(self.args.output_dir))
-            directory.mkdir(parents=True, exist_ok=True)
-            record = record_of(model)
-            if record is not None and record.quantized:
-                write_trained(model, directory, final=self.state_directory / directory.name)
-                return None
-            write_lora(export_state(model, state=state_dict), directory)
-        return None
-
-    def whole_state(self) -> dict[str, Any] | None:
-        """The model's state dict, gathered, where its engine shards it; None where every process holds it whole."""
-        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
-
     def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **options)
         after_sharding(self)
         return prepared
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler = self.lr_scheduler
-        if checkpoint is not None and isinstance(scheduler, LambdaLR) and self.optimizer is not None:
-            # a checkpoint's rates are those of the length that the run had then
-            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in rates]
-            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-                group["lr"] = rate
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # adapters were loaded with the model, before the optimizer was made for them
-        if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
