@@ -76,6 +76,17 @@ def test_tools_calls_and_reasoning_are_written_and_learned_where_the_assistant_s
     assert learned[1] == "4<end>"
 
 
+@pytest.mark.parametrize("arguments", [{"a": "ü"}, '{"a": "ü"}'], ids=["object", "text"])
+@pytest.mark.parametrize("form", ["", " | tojson"], ids=["adds texts", "takes objects"])
+def test_a_call_s_arguments_are_written_as_the_template_wants_them(arguments: Any, form: str) -> None:
+    calls = "{% for c in m.tool_calls or [] %}{{ 'args=' + c.function.arguments" + form + " }}{% endfor %}<end>\n"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}" + calls + "{% endfor %}"
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER, ASSISTANT]
+    text, _, _ = seen_and_learned({"messages": turns}, template)
+    assert 'args={"a": "ü"}<end>' in text
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [

@@ -76,7 +76,7 @@ class ChatTemplate:
         try:
             found = apply_template(
                 self.tokenizer,
-                template_messages(messages, self.tokenizer),
+                template_messages(messages, self.tokenizer, self.marked),
                 tools=[*example.tools] or None,
                 chat_template=self.marked,
                 tokenize=True,
@@ -192,19 +192,22 @@ class ChatTemplate:
                     self._check_matters(messages[: index + 1], without, example, example, keys[0])
                     self._written.add(name)
             if message.role in OPENING and message.role not in self._written and message.content.strip():
-                if message.content.strip() not in render(messages, self.tokenizer, example):
+                if message.content.strip() not in self._render(messages, example):
                     raise RowError(f"has a message of the role '{message.role}', which the chat template leaves out")
                 self._written.add(message.role)
 
     def _check_matters(
         self, messages: Sequence[Message], without: Sequence[Message], example: Example, bare: Example, name: str
     ) -> None:
-        if render(messages, self.tokenizer, example) == render(without, self.tokenizer, bare):
+        if self._render(messages, example) == self._render(without, bare):
             raise RowError(
                 f"has '{name}', which the tokenizer's chat template does not write; give the tokenizer a template that "
                 "does, or put it into the content"
             )
         self._written.add(name)
+
+    def _render(self, messages: Sequence[Message], example: Example) -> str:
+        return render(messages, self.tokenizer, example, template=self.marked)
 
 
 def _runs(bits: Sequence[bool]) -> Iterator[Span]:

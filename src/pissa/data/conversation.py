@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -31,14 +32,24 @@ class Message:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What else the chat template may write: tool_calls, reasoning_content, name, tool_call_id …"""
 
-    def as_dict(self, *, parts: bool = False) -> dict[str, Any]:
+    def as_dict(self, *, parts: bool = False, arguments_as_text: bool = False) -> dict[str, Any]:
         """The message as a chat template takes it.
 
         Args:
             parts: give the content as a list of one text, which templates of multimodal models ask for.
+            arguments_as_text: give the arguments of calls as JSON in a string, which DeepSeek-V3's template asks for.
         """
         content = [{"type": "text", "text": self.content}] if parts else self.content
-        return {"role": self.role, "content": content, **self.extra}
+        calls = self.extra.get("tool_calls")
+        texts = {"tool_calls": [_as_text(call) for call in calls]} if calls and arguments_as_text else {}
+        return {"role": self.role, "content": content, **self.extra, **texts}
+
+
+def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of a function whose arguments are JSON in a string."""
+    function = call["function"]
+    text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 @dataclass(frozen=True)
