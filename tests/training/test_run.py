@@ -187,7 +187,9 @@ def assert_same_run(out: Path, expected: Path) -> None:
         assert ours[key] == theirs[key], key
 
 
-@pytest.mark.parametrize("step", [1, 3, 6, 12])
+@pytest.mark.parametrize(
+    "step", [1, pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_a_run_killed_after_any_step_goes_on_bit_for_bit(
     uninterrupted: tuple[str, Path], base_directory: Path, tmp_path: Path, step: int
 ) -> None:
