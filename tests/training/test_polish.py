@@ -44,10 +44,11 @@ def text(count: int = 6) -> list[dict[str, torch.Tensor]]:
 
 
 def start() -> tuple[PeftModel, list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-    """A model in 4 bits, the text, and what the full one puts out for it."""
+    """A model in 4 bits, its head too, the text, and what the full one puts out for it."""
     base, batches = tiny_llama(hidden=64), text()
     targets = hidden_states(base, batches)
-    return adapt(base, PissaConfig(rank=4, quantization=Quantization("nf4", iterations=2))), batches, targets
+    config = PissaConfig(4, target_modules=r".*(_proj|lm_head)", quantization=Quantization("nf4", iterations=2))
+    return adapt(base, config), batches, targets
 
 
 def factors(model: PeftModel, adapter: str = TRAINABLE) -> dict[str, torch.Tensor]:

@@ -122,7 +122,9 @@ def _parted(count: int) -> tuple[list[int], list[int]]:
 
 
 def _descend(error: Tensor, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    for parameter, gradient in zip(parameters, torch.autograd.grad(error, parameters), strict=True):
+    """One step; layers after the last hidden states (a head, a pooler) have no gradient and stay."""
+    gradients = torch.autograd.grad(error, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
 
@@ -179,7 +181,8 @@ def _resume(path: Path, mark: str, parameters: Sequence[Tensor], optimizer: torc
             number, _, name = key.partition(".")
             held.setdefault(int(number), {})[name] = file.get_tensor(key)
     _copy([held[i].pop("factor") for i in range(len(parameters))], parameters)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": held})
+    moments = {number: state for number, state in held.items() if state}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     return int(found["step"])
 
 
