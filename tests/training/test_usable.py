@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from pissa.errors import ConfigError, MissingExtraError
 from pissa.training.engine import training_arguments
+from pissa.training.packages import check_packages
 from pissa.training.recipe import Recipe
 
 PACKAGES = {"lomo": "lomo_optim", "galore_adamw": "galore_torch", "schedule_free_adamw": "schedulefree"}
@@ -46,3 +48,15 @@ def test_values_that_optimizer_schedule_and_loader_do_not_take_are_refused(
 def test_what_can_be_used_is_taken(optimizer: str, tmp_path: Path) -> None:
     settings = {"lr_scheduler_kwargs": {"num_cycles": 0.4}, "dataloader_num_workers": 1}
     assert training_arguments(Recipe(optimizer=optimizer, training=settings), tmp_path).dataloader_num_workers == 1
+
+
+def test_packages_are_looked_for_without_importing_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_packages(Recipe())
+    monkeypatch.setattr("pissa.training.packages.find_spec", lambda _: None)
+    said = (
+        "training needs a package: pip install 'pissa[train]'; report_to wandb needs a package: pip install wandb; "
+        "liger needs a package: pip install liger-kernel; attention flash_attention_2 needs a package: pip install "
+        "flash-attn"
+    )
+    with pytest.raises(MissingExtraError, match=re.escape(said)):
+        check_packages(Recipe(report_to=("wandb",), liger=True, attention="flash_attention_2"))

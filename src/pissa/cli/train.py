@@ -10,6 +10,7 @@ import typer
 from ..config.settings import settings_of
 from ..errors import ConfigError
 from ..stages import stage
+from ..training.packages import check_packages
 from ..training.passed_on import named_values
 from ..training.recipe import DATA, NONE, Recipe, read_yaml, recipe_from, with_flags
 from .flags import with_settings
@@ -58,6 +59,7 @@ def command(
     written = read_yaml(config) if config is not None else {}
     model, data, out = _places(written, {"model": model, "data": data, "out": out})
     recipe = recipe_from(with_flags(written, settings), config or "the command line")
+    check_packages(recipe)
     check_model(model)
     check_rows(data)
     if recipe.calibration not in (None, DATA, NONE):

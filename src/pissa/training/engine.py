@@ -8,14 +8,14 @@ A batch of the recipe is that of one optimizer step, whatever the number of proc
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, MissingExtraError, extra
+from ..errors import ConfigError, extra
 from ..optimizers.default_rates import SPECTRAL
+from .packages import FLASH, check_packages
 from .recipe import Recipe
 from .sampler import GROUPED
 from .usable import check_usable, refused
@@ -23,12 +23,6 @@ from .usable import check_usable, refused
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
-FLASH = {
-    "flash_attention_2": ("flash_attn", "flash-attn"),
-    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
-    "flash_attention_4": ("flash_attn", "flash-attn-4"),
-}
-"""Attention -> the module that it needs, and its package."""
 APART = ("bfd", "bfd_split")
 """Ways to pack under which attention stays inside each example."""
 MICRO_BATCH = 4
@@ -56,7 +50,8 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
         )
     micro = micro_batch(recipe)
     per_step = micro * processes
-    _check_installed(recipe)
+    check_packages(recipe)
+    _check_accelerator(recipe)
     cuda = torch.cuda.is_available()
     settings: dict[str, Any] = dict(
         output_dir=str(state),
@@ -135,20 +130,8 @@ def _validation(recipe: Recipe, micro: int) -> dict[str, Any]:
     )
 
 
-def _check_installed(recipe: Recipe) -> None:
-    """Refuse settings whose packages are not there, which transformers would say much later.
-
-    Raises:
-        MissingExtraError: naming what to install.
-    """
-    wanted = [(f"report_to {name}", name, name) for name in recipe.report_to]
-    if recipe.liger:
-        wanted.append(("liger", "liger_kernel", "liger-kernel"))
-    if recipe.attention in FLASH:
-        wanted.append((f"attention {recipe.attention}", *FLASH[recipe.attention]))
-    missing = [(what, package) for what, module, package in wanted if find_spec(module) is None]
-    if missing:
-        raise MissingExtraError("; ".join(f"{what} needs a package: pip install {name}" for what, name in missing))
+def _check_accelerator(recipe: Recipe) -> None:
+    """Refuse what only a GPU computes where there is none."""
     if (recipe.liger or recipe.attention in FLASH) and not torch.cuda.is_available():
         what = "liger" if recipe.liger else f"attention {recipe.attention}"
         raise ConfigError(f"{what} computes on GPUs alone, and there is none; leave it out")
