@@ -195,3 +195,15 @@ def test_an_interruption_that_python_drops_comes_once_more(
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_what_an_interruption_leaves(name: str) -> None:
     assert re.search(r"the same command|goes on", import_module(f"pissa.cli.{name}").INTERRUPTED)
+
+
+def test_an_interruption_before_a_command_begins_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pissa.cli.parser.load_command", stopped)
+    assert exit_code("export", "a", "b") == 130
+    said = capsys.readouterr().err.split("\n")
+    assert "pissa: interrupted before anything began: the same command starts again" in said

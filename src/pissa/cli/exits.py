@@ -29,11 +29,15 @@ from ..outside.text import on_one_line
 from .heartbeat import heartbeat
 from .output import complain
 
+INTERRUPTED = 130
 PROMPT = 2.0
 """Seconds after an interruption in which an error is taken for its consequence."""
 AGAIN = 0.05
 """Seconds until an interruption that was dropped comes once more."""
 _interrupted_at = float("-inf")
+_told = False
+"""Whether it has been said what the interruption leaves."""
+BEFORE_ANY = "interrupted before anything began: the same command starts again"
 
 
 def interruptible(
@@ -52,16 +56,23 @@ def interruptible(
         try:
             command(*arguments, **options)
         except KeyboardInterrupt as interrupt:
-            complain(str(interrupt) or f"interrupted; {saved}", name)
+            _tell(str(interrupt) or f"interrupted; {saved}", name)
             raise
         except Exception as error:
             # some libraries make an error of their own of an interruption inside them
             if time.monotonic() - _interrupted_at > PROMPT:
                 raise
-            complain(f"interrupted; {saved}", name)
+            _tell(f"interrupted; {saved}", name)
             raise KeyboardInterrupt from error
 
     return speaking
+
+
+def _tell(words: str, name: str) -> None:
+    """Say what an interruption leaves."""
+    global _told
+    _told = True
+    complain(words, name)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -88,8 +99,8 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    global _interrupted_at
-    _interrupted_at = float("-inf")
+    global _interrupted_at, _told
+    _interrupted_at, _told = float("-inf"), False
     # where Ctrl-C is ignored, as behind a shell's &, it stays so
     heard = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, *heard)}
@@ -115,7 +126,12 @@ def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") 
         # in a program of its own; whoever calls from Python, a test for one, hears no more than it says
         with terminable(), heartbeat(name) if arguments is None else nullcontext():
             code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED and not _told:
+            complain(BEFORE_ANY, name)
         sys.exit(code if isinstance(code, int) else 0)
+    except KeyboardInterrupt:
+        complain(BEFORE_ANY, name)
+        sys.exit(INTERRUPTED)
     except PissaError as error:
         complain(str(error), name)
         sys.exit(2)
