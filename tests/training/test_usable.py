@@ -60,3 +60,6 @@ def test_packages_are_looked_for_without_importing_anything(monkeypatch: pytest.
     )
     with pytest.raises(MissingExtraError, match=re.escape(said)):
         check_packages(Recipe(report_to=("wandb",), liger=True, attention="flash_attention_2"))
+    with pytest.raises(MissingExtraError, match=r"^quantize nf4 needs a package: pip install 'pissa\[quant\]'$"):
+        check_packages(Recipe(quantize="nf4"), trains=False)
+    check_packages(Recipe(quantize="gptq"), trains=False)

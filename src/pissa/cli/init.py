@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..training.packages import check_packages
 from ..training.recipe import DATA, NONE, QUANTIZATION_OWN, Recipe, recipe_from
 from .flags import with_settings
 from .output import show
@@ -56,6 +57,7 @@ def command(
             raise ConfigError('rounding "gptq" needs text to see what the layers see; add --calibration FILE')
         recipe = replace(recipe, calibration=NONE if recipe.quantization is not None else None)
     config = recipe.pissa_config()
+    check_packages(recipe, trains=False)
     text = config.quantization.calibration if config.quantization is not None else None
     check_choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     limit = _bytes(memory) if memory is not None else None

@@ -14,14 +14,23 @@ FLASH = {
 }
 """Attention -> the module that it needs, and its package."""
 
+BITSANDBYTES = ("nf4", "int8")
+"""Formats whose layers are bitsandbytes'."""
 
-def check_packages(recipe: Recipe) -> None:
+
+def check_packages(recipe: Recipe, *, trains: bool = True) -> None:
     """Refuse settings whose packages are not there, which transformers would say much later.
+
+    Args:
+        recipe: of a run, or of a split.
+        trains: whether it is a run.
 
     Raises:
         MissingExtraError: naming what to install.
     """
-    wanted = [("training", "trl", "'pissa[train]'")]
+    wanted = [("training", "trl", "'pissa[train]'")] if trains else []
+    if recipe.quantization is not None and recipe.quantization.format in BITSANDBYTES:
+        wanted.append((f"quantize {recipe.quantization.format}", "bitsandbytes", "'pissa[quant]'"))
     wanted += [(f"report_to {name}", name, name) for name in recipe.report_to]
     if recipe.liger:
         wanted.append(("liger", "liger_kernel", "liger-kernel"))
