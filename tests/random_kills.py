@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ from tiny import tiny_llama, tiny_tokenizer
 
 MOST_KILLS = 5
 """Of one trial, before it may go on to its end."""
-CLOCK = ("second", "per_second", "memory", "created", "time", "load_average")
-"""Parts of the names of fields that a clock or the machine writes."""
+CLOCK = ("second", "per_second", "memory", "created", "time", "load_average", "trainer_state.json")
+"""Parts of the names of fields that a clock or the machine writes; the last is what is said of a file with times."""
 Kept = dict[str, Any]
 
 
@@ -93,7 +94,9 @@ def in_fork(arguments: Sequence[str], kill_after: float | None = None) -> tuple[
             if ended:
                 status = found
             elif kill_after is not None and time.monotonic() - start > kill_after:
-                os.killpg(child, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it is not yet a group of its own
+                    os.killpg(child, signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
                 status = os.waitpid(child, 0)[1]
             else:
                 time.sleep(0.001)

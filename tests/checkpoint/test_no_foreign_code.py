@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pissa.checkpoint.source.load import load_base, load_config, load_tokenizer
+from pissa.checkpoint.source.load import load_base, load_config, load_tokenizer, without_values
 from pissa.checkpoint.source.no_foreign_code import through_transformers
 from pissa.checkpoint.source.reader import check_kernels, open_source
 from pissa.checkpoint.source.skeleton import build
@@ -28,11 +29,11 @@ PEFT_CONFIGURATIONS = "src/pissa/checkpoint/adapter_config.py"
 """Reads adapter_config.json through PEFT's own classes, which know no code of strangers."""
 
 
-def test_nothing_calls_from_pretrained_but_the_loader() -> None:
+def test_nothing_calls_from_pretrained_or_from_config_but_the_loader() -> None:
     found = set()
     for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "studies").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
+            if isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "from_config"):
                 found.add(path.relative_to(ROOT).as_posix())
     assert found <= {LOADER, PEFT_CONFIGURATIONS} and LOADER in found
 
@@ -76,6 +77,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "load_base": load_base,
     "load_tokenizer": load_tokenizer,
     "load_config": load_config,
+    "without_values": lambda path: without_values(path, dtype=torch.float32),
     "load_model": load_model,
     "load_any_tokenizer": load_any_tokenizer,
     "load_subject": load_subject,

@@ -155,3 +155,12 @@ def test_input_goes_to_the_last_user_message() -> None:
     messages = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
     contents = [message.content for message in Example(messages, input="i").with_input()]
     assert contents == ["a", "b", "c\n\ni", "d"]
+
+
+@pytest.mark.parametrize("key", ["name", "prefix", "channel"])
+def test_what_else_a_message_says_is_written_or_noted(key: str) -> None:
+    row = {"messages": [USER, {**ASSISTANT, key: "x"}]}
+    writes_it = FULL.replace("{{ m.content }}", f"{{{{ m.{key} or '' }}}}{{{{ m.content }}}}")
+    assert seen_and_learned(row, writes_it)[1] == ["x4<end>"]
+    assert f"not written by the template: '{key}' of messages" in seen_and_learned(row, FULL)[2]
+    assert "not written" not in seen_and_learned({"messages": TWO}, FULL)[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,17 @@ def test_gsm8k_is_read_whole(pissa_data: Path) -> None:
 def test_alpaca_list_is_read_with_its_inputs(pissa_data: Path) -> None:
     examples = read_examples(pissa_data / "alpaca" / "alpaca_en_demo.json.gz")
     assert {bool(example.input) for example in examples} == {True, False}
+
+
+def test_what_is_no_plain_file_is_refused_before_anybody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for source in (tmp_path / "rows.jsonl", Path(os.devnull)):
+        with pytest.raises(DataError, match="is no plain file"):
+            read_examples(source)
+
+
+def test_a_row_that_says_a_thing_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "r", "answer": "s"}')
+    with pytest.raises(DataError, match="the key 'answer' occurs twice"):
+        read_examples(path)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from pissa.data.conversation import Message, RowError
 from pissa.data.messages import LEARNED_KEYS, OTHER_LEARNED_KEYS
-from pissa.data.rows import INSTEAD, PREFERENCE, example_from_row, examples_from_rows
+from pissa.data.rows import INSTEAD, NOT_OPTIONS, PREFERENCE, example_from_row, examples_from_rows
 from pissa.errors import DataError
+from pissa.outside.documents import short
 
 PAIR = (Message("user", "q"), Message("assistant", "r"))
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
@@ -234,3 +238,33 @@ def test_rows_in_memory_are_refused_together() -> None:
     assert [example.where for example in examples_from_rows(rows[:1])] == ["the data: row 1"]
     with pytest.raises(DataError, match="holds no rows"):
         examples_from_rows([])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([*SHAPES.values()]), st.text(max_size=12), st.sampled_from(["x", 0, 1.5, [1], {"a": 1}, True]))
+def test_any_other_key_is_read_refused_or_named_in_one_warning(row: dict[str, Any], key: str, value: Any) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            (example,) = examples_from_rows([{key: value, **row}])
+        except DataError as error:
+            assert key in str(error) or ascii(key)[1:-1][:20] in str(error)
+            return
+    if example.content() == example_from_row(row).content() and key not in {*row, *LEARNED_KEYS}:
+        assert len(told) == 1 and f"{short(key)} (in 1)" in str(told[0].message)
+
+
+def test_options_of_the_template_are_not_training_s_own() -> None:
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    own = set(arguments) - {"self", "kwargs", "documents"}
+    assert own <= {*NOT_OPTIONS}
+    for name in own:
+        with pytest.raises(RowError, match=f"has '{name}' in 'chat_template_kwargs'"):
+            example_from_row({"messages": [USER, ASSISTANT], "chat_template_kwargs": {name: True}})
+
+
+@pytest.mark.parametrize("key", [*LEARNED_KEYS, *OTHER_LEARNED_KEYS])
+def test_a_part_of_a_turn_is_not_left_unlearned(key: str) -> None:
+    part = {"type": "text", "text": "r", key: 0}
+    with pytest.raises(RowError, match=f"'{key}' in a part of message 2"):
+        example_from_row({"messages": [USER, {"role": "assistant", "content": [part]}]})

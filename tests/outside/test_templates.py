@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,3 +81,25 @@ def test_rows_under_a_hostile_template_are_one_error_after_one_of_them(
     with pytest.raises(PissaError) as caught:
         encode(rows, tokenizer, template="chat", max_length=64)
     assert "\n" not in str(caught.value) and time.monotonic() - start < 60
+
+
+def test_a_template_that_writes_far_more_than_it_reads_is_refused() -> None:
+    with pytest.raises(TemplateRefusedError, match="it writes 1,000,000 characters or tokens for one conversation"):
+        rendered("{{ 'a ' * 500000 }}")
+    long: Any = [{"role": "user", "content": "a" * 1_000_000}]
+    tokenizer: Any = tiny_tokenizer(chat_template="{{ messages[0].content * 2 }}")
+    assert len(apply_template(tokenizer, long, tokenize=False)) == 2_000_000
+
+
+def test_a_template_that_is_slow_again_and_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(templates, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(templates, "_spent", {})
+    for _ in range(4):  # 5 seconds each, by this clock
+        assert templates.within_limits("slow", lambda: 1) == 1
+    with pytest.raises(TemplateRefusedError, match=r"it takes 5.0 s on average for one conversation"):
+        templates.within_limits("slow", lambda: 1)
+    assert templates.within_limits("another", lambda: 1) == 1
+    for _ in range(4):  # what is long may take long
+        templates.within_limits("reads", lambda: 1, 1_000_000)
+    assert templates.within_limits("reads", lambda: 1, 1_000_000) == 1

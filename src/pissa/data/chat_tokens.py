@@ -42,6 +42,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._written: set[str] = set()
+        self.left_out: set[str] = set()
+        """Keys of messages that the template does not write."""
 
     @cached_property
     def marked(self) -> str | None:
@@ -184,13 +186,11 @@ class ChatTemplate:
         if example.tools and "tools" not in self._written:
             self._check_matters(messages, messages, example, replace(example, tools=()), "tools")
         for index, message in enumerate(messages):
-            reasoning = [key for key in REASONING if message.extra.get(key)]
-            for name, keys in (("tool_calls", ["tool_calls"]), ("reasoning_content", reasoning)):
-                if name not in self._written and any(message.extra.get(key) for key in keys):
+            for name, keys in _said(message).items():
+                if name not in self._written | self.left_out:
                     less = {key: value for key, value in message.extra.items() if key not in keys}
                     without = (*messages[:index], Message(message.role, message.content, message.learned, less))
-                    self._check_matters(messages[: index + 1], without, example, example, keys[0])
-                    self._written.add(name)
+                    self._check_matters(messages[: index + 1], without, example, example, name)
             if message.role in OPENING and message.role not in self._written and message.content.strip():
                 if message.content.strip() not in self._render(messages, example):
                     raise RowError(f"has a message of the role '{message.role}', which the chat template leaves out")
@@ -199,15 +199,25 @@ class ChatTemplate:
     def _check_matters(
         self, messages: Sequence[Message], without: Sequence[Message], example: Example, bare: Example, name: str
     ) -> None:
-        if self._render(messages, example) == self._render(without, bare):
+        if self._render(messages, example) != self._render(without, bare):
+            self._written.add(name)
+        elif name not in ("tools", "tool_calls", *REASONING):
+            self.left_out.add(name)
+        else:
             raise RowError(
                 f"has '{name}', which the tokenizer's chat template does not write; give the tokenizer a template that "
                 "does, or put it into the content"
             )
-        self._written.add(name)
 
     def _render(self, messages: Sequence[Message], example: Example) -> str:
         return render(messages, self.tokenizer, example, template=self.marked)
+
+
+def _said(message: Message) -> dict[str, list[str]]:
+    """What a message says beside its content: name -> its keys; what was thought may have several."""
+    told = [key for key, value in message.extra.items() if value and key != "tool_call_id"]
+    reasoning = [key for key in REASONING if key in told]
+    return {**{key: [key] for key in told if key not in reasoning}, **({reasoning[0]: reasoning} if reasoning else {})}
 
 
 def _runs(bits: Sequence[bool]) -> Iterator[Span]:

@@ -13,13 +13,14 @@ padding keeps its label.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, listed
+from ..outside.documents import short
 from .chat_tokens import ChatTemplate
 from .conversation import Example, RowError
 from .prompts import Template, prompt_text, resolve_template
@@ -141,7 +142,11 @@ def encode(
     if offenders:
         remedy = "Give rows that the template can hold, or another template"
         raise unusable_rows("the data", offenders, len(examples), remedy)
-    return _cut(found, max_length, keep)
+    encoded = _cut(found, max_length, keep)
+    beside = {key for each in examples for m in each.messages for key, value in m.extra.items() if value}
+    left_out = sorted(beside if chat is None else chat.left_out)
+    note = f"not written by the template: {listed(map(short, left_out))} of messages"
+    return replace(encoded, notes=(*encoded.notes, note)) if left_out else encoded
 
 
 def _check_ends(rows: Sequence[_Row], tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ OTHER_LEARNED_KEYS = (
     *("learn", "ignore"),
 )
 """What other tools call it, each in another way round: such a key is refused."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 Turn = Mapping[str, Any]
 
 
@@ -58,6 +59,8 @@ def _message(message: Any, name: str) -> Message:
         raise RowError(f"has the role {str(role)[:40]!r} in {name}; allowed: {', '.join(ROLES)}")
     if "function_call" in turn:
         raise RowError(f"has 'function_call' in {name}, which no chat template reads; write it as 'tool_calls'")
+    if media := [key for key in MEDIA if turn.get(key)]:
+        raise RowError(f"has {media[0]!r} in {name}: only text is trained; take the row out")
     learned = _learned(turn, name)
     if "tool_calls" in turn:
         turn["tool_calls"] = _tool_calls(turn["tool_calls"], name)
@@ -136,6 +139,8 @@ def _joined(content: Any, name: str) -> str:
         part_kind = part.get("type", "text") if isinstance(part, Mapping) else None
         if part_kind != "text":
             raise RowError(f"has a part of the type {str(part_kind)[:40]!r} in {name}; only text is trained")
+        if own := [key for key in (*LEARNED_KEYS, *OTHER_LEARNED_KEYS) if key in part]:
+            raise RowError(f"has {own[0]!r} in a part of {name}, which is learned as a whole or not at all")
         parts.append(text_of(part.get("text"), f"a part of {name}"))
     return "".join(parts)
 

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from ..errors import DataError, MissingExtraError
-from ..outside.documents import is_deeper
+from ..outside.documents import is_deeper, without_duplicates
 from ..outside.hub import at_the_hub, why_unreachable
 from .conversation import Example, RowError
 from .rows import collect
@@ -89,6 +89,8 @@ def check_source(source: str | Path) -> None:
     on_hub = isinstance(source, str) and HUB_ID.fullmatch(name) and not name.lower().endswith(FILE_ENDINGS)
     if not path.exists() and not on_hub:
         raise DataError(f"there is no file {name}; {ALLOWED}")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{name} is no plain file, and one is read more than once; write what it gives into a file")
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -192,7 +194,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
 def _parse(text: bytes) -> Any:
     """The JSON value, or a `RowError` that says why there is none."""
     try:
-        value = json.loads(text.decode())
+        value = json.loads(text.decode(), object_pairs_hook=without_duplicates)
         return RowError("is nested too deeply") if is_deeper(value) else value
     except UnicodeDecodeError as error:
         return RowError(f"is not UTF-8 (byte {error.start + 1})")

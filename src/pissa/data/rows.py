@@ -5,19 +5,21 @@
 
 A row of a question and an answer becomes one user and one assistant message. Keys that change what is learned are
 used, or the row is refused by name: `system`, `history`, `tools` and `chat_template_kwargs` beside any shape;
-`tool_calls`, reasoning and `weight` in a message (`messages.py`). Other keys are left alone. A row that cannot be used
-raises `RowError` with the reason; whoever reads the rows gathers the reasons and raises one `DataError`.
+`tool_calls`, reasoning and `weight` in a message (`messages.py`). Other keys are left alone, and one warning names
+them. A row that cannot be used raises `RowError` with the reason; whoever reads the rows gathers the reasons and raises
+one `DataError`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import DataError, listed
-from ..outside.documents import parse
+from ..outside.documents import parse, short
 from .conversation import REASONING, Example, Message, RowError
-from .messages import LEARNED_KEYS, OTHER_LEARNED_KEYS, conversation, kind, text_of
+from .messages import LEARNED_KEYS, MEDIA, OTHER_LEARNED_KEYS, conversation, kind, text_of
 
 SINGLE_TURN = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"))
 CONVERSATIONS = (("messages",), ("conversations",))
@@ -25,8 +27,7 @@ ROW_SHAPES = (
     "{instruction, input?, output}, {question, answer}, {prompt, completion}, {messages: [{role, content}, ...]}, "
     "{conversations: [{from, value}, ...]} or {text}"
 )
-SHOWN_OFFENDERS = 5
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+SHOWN_OFFENDERS, SHOWN_UNREAD = 5, 8
 PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
 INSTEAD = {
     **dict.fromkeys(("functions",), "which no chat template reads; write it as 'tools'"),
@@ -37,7 +38,15 @@ INSTEAD = {
     **dict.fromkeys(("input_ids", "labels", *OTHER_LEARNED_KEYS), "which is not read; take it out, or the row"),
 }
 """Keys that would change what is learned -> what to do about them."""
-WITH_TEXT = ("system", "history", "tools", "input")
+WITH_TEXT = ("system", "history", "tools", "input", "chat_template_kwargs")
+BESIDE = ("system", "history", "tools", "input", "chat_template_kwargs", *LEARNED_KEYS)
+"""Keys that are read beside a shape's own."""
+NOT_OPTIONS = (
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
+"""Arguments of `apply_chat_template` that are training's own."""
 
 
 def example_from_row(row: Any, where: str = "") -> Example:
@@ -104,11 +113,14 @@ def collect(rows: Iterable[tuple[str, Any]], source: str) -> list[Example]:
     """
     examples: list[Example] = []
     offenders: list[str] = []
+    unread: dict[str, int] = {}
     for where, row in rows:
         try:
             if isinstance(row, RowError):
                 raise row
             examples.append(row if isinstance(row, Example) else example_from_row(row, where))
+            for key in _unread(row):
+                unread[key] = unread.get(key, 0) + 1
         except RowError as reason:
             offenders.append(f"{where} {reason}")
     if offenders:
@@ -116,7 +128,23 @@ def collect(rows: Iterable[tuple[str, Any]], source: str) -> list[Example]:
         raise unusable_rows(source, offenders, total, f"A row is one of {ROW_SHAPES}, with text in every field")
     if not examples:
         raise DataError(f"{source} holds no rows; give at least one of {ROW_SHAPES}")
+    if unread:
+        named = listed((f"{short(key)} (in {count})" for key, count in unread.items()), SHOWN_UNREAD)
+        warnings.warn(
+            f"not read in the rows of {source}: {named}; what the model is to see or learn of them belongs into "
+            "the fields of the row's shape",
+            stacklevel=3,
+        )
     return examples
+
+
+def _unread(row: Any) -> list[str]:
+    """The keys of a usable row that say something, and that nothing reads."""
+    if isinstance(row, Example):
+        return []
+    given = {key: value for key, value in row.items() if value is not None}
+    read = {*_shape(given, given), *BESIDE, *(("text",) if "text" in given else ())}
+    return [key for key, value in given.items() if key not in read and value not in ("", [], {})]
 
 
 def _refuse_unused(row: Mapping[str, Any]) -> None:
@@ -237,4 +265,6 @@ def _template_options(row: Mapping[str, Any]) -> Mapping[str, Any]:
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
         raise RowError(f"has {kind(options)} for 'chat_template_kwargs', where an object belongs")
+    if own := [key for key in NOT_OPTIONS if key in options]:
+        raise RowError(f"has {own[0]!r} in 'chat_template_kwargs', which is training's own; take it out")
     return options

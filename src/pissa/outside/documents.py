@@ -113,7 +113,7 @@ def parse(text: bytes, *, integers_only: bool = False) -> Any:
         raise Unreadable(f"is {len(text):,} bytes of JSON; at most {LARGEST:,} are read")
     try:
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_without_duplicates, **(number if integers_only else {})
+            text.decode("utf-8"), object_pairs_hook=without_duplicates, **(number if integers_only else {})
         )
     except RecursionError as error:
         raise Unreadable("is nested too deeply") from error
@@ -196,7 +196,8 @@ def _refuse(token: str) -> NoReturn:
     raise ValueError(f"{token[:40]} is no size")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as `json.loads` calls for it; a key that occurs twice is a ValueError."""
     document = dict(pairs)
     if len(document) != len(pairs):
         seen: set[str] = set()

@@ -1,12 +1,13 @@
 """A tokenizer's chat template, which is a program that a stranger wrote, rendered within limits.
 
 transformers renders it in Jinja's sandbox, from which it cannot reach anything. But it can loop for hours, recurse,
-make gigabytes of text, or divide by zero. Here it has a time and a memory for one conversation, and whatever it raises
-is one kind of error with one line.
+make gigabytes of text, or divide by zero. Here it has a time, a memory and a length for one conversation, and a pace
+for many; whatever it raises is one kind of error with one line.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -16,6 +17,12 @@ from .limits import LimitError, bounded
 SECONDS = 10.0
 """For one conversation; the longest template that is known takes milliseconds."""
 MEMORY = 1 << 30
+PACE, READING, PATIENCE = 0.25, 1e-5, 15.0
+"""Seconds for a conversation, and for each of its characters, on average, once so many were spent on one template."""
+LONGEST, TIMES = 1 << 18, 16
+"""Characters, or tokens, that a template may write, and how many more for each character of the conversation."""
+_spent: dict[int, tuple[int, float, float]] = {}
+"""Hash of a template -> how often it was rendered, in how many seconds, and how many it should have taken at most."""
 T = TypeVar("T")
 
 
@@ -27,7 +34,7 @@ class TemplateLimitError(TemplateRefusedError):
     """The template takes more than its time or memory, as it would for every other conversation."""
 
 
-def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+def apply_template(tokenizer: Any, messages: list[dict[str, Any]], /, **options: Any) -> Any:
     """`tokenizer.apply_chat_template`, within limits.
 
     Args:
@@ -39,28 +46,42 @@ def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: An
         What `apply_chat_template` returns.
 
     Raises:
+        TemplateLimitError: what it writes is out of all proportion to the conversation.
         TemplateRefusedError: as `within_limits`.
     """
     template = options.get("chat_template") or tokenizer.chat_template
-    return within_limits(template, lambda: tokenizer.apply_chat_template(messages, **options))
+    read = len(str((messages, options)))
+    found = within_limits(template, lambda: tokenizer.apply_chat_template(messages, **options), read)
+    written = len(found if isinstance(found, str) else found["input_ids"])
+    if written > LONGEST + TIMES * read:
+        raise TemplateLimitError(f"it writes {written:,} characters or tokens for one conversation")
+    return found
 
 
-def within_limits(template: Any, work: Callable[[], T]) -> T:
+def within_limits(template: Any, work: Callable[[], T], read: int = 0) -> T:
     """What some work gives that renders a template for one conversation or a few.
 
     Args:
         template: what is rendered: a text, or several by name.
         work: renders it.
+        read: characters of the conversation.
 
     Raises:
-        TemplateLimitError: it takes more than its time or memory.
+        TemplateLimitError: it takes more than its time or memory, or too long again and again.
         TemplateRefusedError: the template raises an error, or raises to a power.
     """
+    texts = tuple(_texts(template))
+    count, spent, granted = _spent.get(hash(texts), (0, 0.0, 0.0))
+    if spent > max(PATIENCE, granted):
+        raise TemplateLimitError(f"it takes {spent / count:.1f} s on average for one conversation")
     try:
-        for text in _texts(template):
+        for text in texts:
             _check_powers(text)
+        start = time.monotonic()
         with bounded(SECONDS, MEMORY):
-            return work()
+            found = work()
+        _spent[hash(texts)] = count + 1, spent + time.monotonic() - start, granted + PACE + READING * read
+        return found
     except LimitError as error:
         raise TemplateLimitError(f"{error} for one conversation") from error
     except Exception as error:  # a template can raise whatever an expression can

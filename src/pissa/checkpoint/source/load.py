@@ -14,7 +14,7 @@ from ...live.quantized import keep_unpacked, remember_dtype
 from .files import CONFIG, find_weights
 from .gptq import is_gptq, load_gptq
 from .names import looks_like_path
-from .no_foreign_code import through_transformers
+from .no_foreign_code import model_from, through_transformers
 from .reader import check_source, open_source, read_config
 from .skeleton import check_size
 
@@ -97,17 +97,16 @@ def without_values(source: str | os.PathLike[str], *, dtype: torch.dtype, attent
     Raises:
         CheckpointError: there is no configuration, or no such model.
     """
-    from transformers import AutoModelForCausalLM, initialization
+    from transformers import initialization
 
     plain = attention if attention in (None, "eager", "sdpa") else "sdpa"
     chosen = {"attn_implementation": plain} if plain is not None else {}
-    try:
-        with initialization.no_init_weights():
-            model = AutoModelForCausalLM.from_config(load_config(source), dtype=dtype, **chosen)
-        model.tie_weights()
-        return model
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{source} is no causal language model: {' '.join(str(error).split())[:200]}") from error
+    with initialization.no_init_weights():
+        model = model_from(
+            load_config(source), "AutoModelForCausalLM", source, "a language model", dtype=dtype, **chosen
+        )
+    model.tie_weights()
+    return model
 
 
 def check_model_directory(source: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""The one place in the project that calls `from_pretrained`, so that no code of a stranger runs.
+"""The one place in the project that calls `from_pretrained` and `from_config`, so that no code of a stranger runs.
 
 What lies on a disk or a hub may be a stranger's, and transformers would run a stranger's code in three ways: code that
 comes with a model or its tokenizer (`auto_map`), for which it asks on the terminal; attention kernels of the hub that a
@@ -34,16 +34,34 @@ def through_transformers(kind: str, source: str | os.PathLike[str], what: str, *
         MissingExtraError: it is quantised, and bitsandbytes is not installed.
     """
     with nullcontext() if Path(source).exists() else at_the_hub():
-        return _called(kind, source, what, options)
+        _check_kernels(source)
+        return _called(kind, "from_pretrained", source, source, what, options)
 
 
-def _called(kind: str, source: str | os.PathLike[str], what: str, options: dict[str, Any]) -> Any:
+def model_from(config: Any, kind: str, source: str | os.PathLike[str], what: str, **options: Any) -> Any:
+    """Call a class's `from_config` in the same way.
+
+    Args:
+        config: that `through_transformers` loaded.
+        kind: name of an Auto class of transformers.
+        source: where the configuration is from, for messages.
+        what: as in `through_transformers`.
+        options: passed on.
+
+    Raises:
+        CheckpointError: as `through_transformers`.
+    """
+    return _called(kind, "from_config", config, source, what, options)
+
+
+def _called(
+    kind: str, method: str, given: Any, source: str | os.PathLike[str], what: str, options: dict[str, Any]
+) -> Any:
     import transformers
 
-    _check_kernels(source)
     try:
         with stage(f"loading {what} from {source}"):
-            return getattr(transformers, kind).from_pretrained(source, **options, trust_remote_code=False)
+            return getattr(getattr(transformers, kind), method)(given, **options, trust_remote_code=False)
     except PissaError:
         raise
     except MemoryError as error:
