@@ -17,7 +17,7 @@ from pissa.data.conversation import Message, RowError
 from pissa.data.messages import LEARNED_KEYS, OTHER_LEARNED_KEYS
 from pissa.data.rows import INSTEAD, NOT_OPTIONS, PREFERENCE, example_from_row, examples_from_rows
 from pissa.errors import DataError
-from pissa.outside.documents import short
+from pissa.outside.schema import short
 
 PAIR = (Message("user", "q"), Message("assistant", "r"))
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, listed
-from ..outside.documents import short
+from ..outside.schema import short
 from .chat_tokens import ChatTemplate
 from .conversation import Example, RowError
 from .prompts import Template, prompt_text, resolve_template

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import DataError, listed
-from ..outside.documents import parse, short
+from ..outside.documents import parse
+from ..outside.schema import short
 from .conversation import REASONING, Example, Message, RowError
 from .messages import LEARNED_KEYS, MEDIA, OTHER_LEARNED_KEYS, conversation, kind, text_of
 
