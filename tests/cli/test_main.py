@@ -129,6 +129,33 @@ def test_our_own_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_
         run(["export", str(hollow_adapter(tmp_path)), str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "init LONG out",
+        "init BASE LONG",
+        "inspect LONG",
+        "train LONG --data DATA --out out",
+        "train BASE --data LONG --out out",
+        "train BASE --data DATA --out LONG",
+        "eval BASE --task perplexity --data LONG",
+        "export LONG out",
+        "verify LONG",
+        "compare --model LONG --data DATA --out out",
+        "chat LONG",
+        "demo --out LONG",
+    ],
+)
+def test_a_path_that_the_system_does_not_take_is_one_line(
+    words: str, model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody asks beforehand for each of the reasons for which a system refuses a name."""
+    known = {"LONG": "x" * 5000, "BASE": model, "DATA": data, "out": str(tmp_path / "out")}
+    assert exit_code(*(known.get(word, word) for word in words.split())) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("pissa: ") and "File name too long" in line
+
+
 def test_interruption_exits_with_130(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

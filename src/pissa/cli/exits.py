@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -38,6 +39,8 @@ _interrupted_at = float("-inf")
 _told = False
 """Whether it has been said what the interruption leaves."""
 BEFORE_ANY = "interrupted before anything began: the same command starts again"
+PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
+"""What the system says of a path that the user gave, and that is none or not theirs."""
 
 
 def interruptible(
@@ -138,6 +141,11 @@ def run_app(app: typer.Typer, arguments: list[str] | None, name: str = "pissa") 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None or error.errno not in PLACES:
+            raise
+        complain(f"{str(error.filename)[:200]} cannot be used: {error.strerror}; give another path", name)
+        sys.exit(2)
     except Exception as error:
         usage = _usage_error(error)
         if usage is None:

@@ -157,7 +157,10 @@ def _remove(directory: str) -> None:
         for place in (os.path.dirname(path), path):
             if not os.path.islink(place):
                 os.chmod(place, stat.S_IRWXU)
-        function(path)
+        if function in (os.unlink, os.rmdir):
+            function(path)
+        else:  # a directory that could not be opened, or looked into
+            shutil.rmtree(path, onerror=retry)
 
     try:
         shutil.rmtree(directory, onerror=retry)

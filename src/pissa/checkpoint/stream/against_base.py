@@ -37,6 +37,7 @@ from ..disk.layout import INDEX, raw_bytes
 from ..disk.resumable import as_recorded, differences
 from ..factors import PREFIX
 from ..manifest import MANIFEST
+from ..saved_residual import RESIDUAL
 from ..source.files import read_json
 from ..source.reader import Source
 from .contents import base_tensors, copies, file_names, module_entries, other_names
@@ -50,6 +51,9 @@ QUANTIZED_SLACK = 1.25
 """How many times the error of plain rounding to the same format a quantised residual may have."""
 OWN_FIELDS = ("base_model_name_or_path", "peft_version", "inference_mode")
 """Of an adapter's configuration: what does not change what it computes."""
+
+NOT_OF_INIT = ("trained", "residual", "base_sample", "template")
+"""Fields of the manifests of other directories: they say what else is loaded, and how it is used."""
 
 
 def compare(manifest: Mapping[str, Any], sealed: Sealed, base: Source) -> tuple[dict[str, float], list[str]]:
@@ -74,6 +78,8 @@ def compare(manifest: Mapping[str, Any], sealed: Sealed, base: Source) -> tuple[
         return {}, problems
     plan = _plan_of(manifest, sealed.path, base)
     problems = [
+        *differences({"layout": RESIDUAL}, {"layout": manifest.get("layout")}, MANIFEST),
+        *(f"{MANIFEST} has {key!r}, which pissa init does not write" for key in NOT_OF_INIT if key in manifest),
         *_accounts(manifest, plan, base),
         *_configurations(plan, sealed.path),
         *_small_files(manifest, sealed.path, base),
@@ -178,7 +184,8 @@ def _adapter_settings(document: dict[str, Any]) -> dict[str, Any]:
     """An adapter_config.json with all of its defaults."""
     settings = LoraConfig(**{key: value for key, value in document.items() if key not in OWN_FIELDS}).to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    return {key: value for key, value in as_recorded(plain).items() if key not in OWN_FIELDS}
+    found = {key: value for key, value in as_recorded(plain).items() if key not in OWN_FIELDS}
+    return {**found, "peft_type": document.get("peft_type")}  # LoraConfig writes its own
 
 
 def _small_files(manifest: Mapping[str, Any], path: Path, base: Source) -> Iterator[str]:

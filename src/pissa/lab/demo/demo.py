@@ -32,7 +32,7 @@ from ...data.conversation import Example
 from ...data.encode import token_ids
 from ...data.prompts import Template, prompt_text, resolve_template
 from ...data.read import read_examples
-from ...data.rows import examples_from_rows
+from ...data.rows import example_from_row
 from ...errors import DataError, OutputError
 from ...evaluation.loss import held_out_loss
 from ...evaluation.samples import SampleLog
@@ -232,7 +232,8 @@ def _task(data: str | None, plan: Plan, seed: int) -> Task:
     if data is None:
         rows, held_out = make_problems(seed, plan.train, plan.held_out)
         unseen = tuple(not row["seen_template"] for row in held_out)
-        return Task("arithmetic word problems", examples_from_rows(rows), examples_from_rows(held_out), unseen)
+        examples, tested = ([example_from_row(row) for row in each] for each in (rows, held_out))
+        return Task("arithmetic word problems", examples, tested, unseen)
     examples = read_examples(data)
     if len(examples) < plan.held_out + plan.batch_size:
         raise DataError(f"{data} has {len(examples)} rows; the demo needs {plan.held_out + plan.batch_size} or more")
