@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_rows_of_training_data_are_text_too(tmp_path: Path) -> None:
     rows = [{"question": "a?", "answer": "b", "n": 3}, {"messages": [{"role": "user", "content": "c"}]}]
     path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     assert list(texts_of(path)) == ["a?\nb\n", "c\n"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz"])
+@pytest.mark.parametrize("held", [list, lambda rows: {"data": rows}])
+def test_rows_are_text_however_a_file_holds_them(tmp_path: Path, ending: str, held: Any) -> None:
+    content = b"\xef\xbb\xbf" + json.dumps(held([{"text": "a"}, {"text": "b"}]), indent=1).encode()
+    path = tmp_path / f"rows{ending}"
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    assert list(texts_of(path)) == ["a\n", "b\n"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfabc")
+    assert "".join(texts_of(path)) == "abc"
 
 
 def test_text_that_is_too_short_says_how_much_there_is() -> None:

@@ -1,4 +1,4 @@
-"""Plain text from files: .txt as it is, .jsonl as the strings in its rows, each also as .gz."""
+"""Plain text from files: .txt as it is, also as .gz; of a file of rows the strings in them, however it holds them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..outside.documents import parse
+from .conversation import RowError
+from .read import JSON, LINES, PARQUET, file_rows
 
 TEXT = (".txt", ".txt.gz")
-LINES = (".jsonl", ".jsonl.gz")
-ALLOWED = "calibration text comes as .txt or .jsonl, each also as .gz"
+ROWS = (*LINES, *JSON, *PARQUET)
+ALLOWED = "calibration text comes as .txt, or as rows in .jsonl or .json, each also as .gz, or .parquet"
+UTF8 = "utf-8-sig"
+"""With or without a byte order mark."""
 PIECE = 1 << 16
 """Characters of plain text that are read at a time; cut at line ends."""
 
@@ -25,7 +28,7 @@ def check_text(source: str | Path) -> None:
         DataError: with what is allowed.
     """
     path = Path(source)
-    if not path.name.lower().endswith((*TEXT, *LINES)):
+    if not path.name.lower().endswith((*TEXT, *ROWS)):
         raise DataError(f"{source} is neither; {ALLOWED}")
     if not path.is_file():
         raise DataError(f"there is no file {source}; {ALLOWED}")
@@ -42,9 +45,12 @@ def texts_of(source: str | Path | Iterable[str]) -> Iterator[str]:
         return
     check_text(source)
     path = Path(source)
+    if path.name.lower().endswith(ROWS):
+        yield from texts_in(path)
+        return
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            yield from rows_of(path, file) if path.name.lower().endswith(LINES) else pieces_of(file)
+        with gzip.open(path, "rt", encoding=UTF8) if path.suffix == ".gz" else path.open(encoding=UTF8) as file:
+            yield from pieces_of(file)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{source} cannot be read ({error}); give UTF-8 text, {ALLOWED}") from error
 
@@ -62,15 +68,11 @@ def pieces_of(file: Iterable[str]) -> Iterator[str]:
         yield "".join(piece)
 
 
-def rows_of(path: Path, file: Iterable[str]) -> Iterator[str]:
-    """One text per line of JSON."""
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse(line.encode())
-        except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON ({error})") from error
+def texts_in(path: Path) -> Iterator[str]:
+    """One text of each row of a file."""
+    for where, row in file_rows(path):
+        if isinstance(row, RowError):
+            raise DataError(f"{where} {row}")
         text = row["text"] if isinstance(row, dict) and isinstance(row.get("text"), str) else "\n".join(strings_in(row))
         yield text + "\n"
 

@@ -117,7 +117,7 @@ def check_model_directory(source: str | os.PathLike[str]) -> None:
     """
     if Path(source).exists() or looks_like_path(source):
         check_source(source)
-        if find_weights(Path(source)).form == "safetensors":
+        if find_weights(Path(source)).form != "gguf":
             with open_source(source) as opened:
                 check_size(opened)
 

@@ -90,7 +90,7 @@ class ComparisonPlan:
     curve_accuracy: bool = False
     """Solve them too, each time."""
     forgetting: File | None = None
-    """Text whose perplexity is measured before and after: .txt or .jsonl, each also as .gz."""
+    """Text whose perplexity is measured before and after: .txt, or rows as .jsonl, .json or .parquet."""
     seed: CountFromZero = 0
     """Seed of the parts of the data, and the first of the runs' seeds."""
     keep_runs: bool = False

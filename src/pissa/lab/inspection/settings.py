@@ -48,7 +48,7 @@ class InspectionSettings:
     """Ways to quantise, separated by commas: qlora, loftq-T, qpissa-T, ours-T, each with T iterations, and with
     calibration text also NAME+aware and NAME+gptq. Left out, qlora,loftq-1,loftq-5,qpissa-1,qpissa-5,ours-5,ours-10."""
     calibration: File | None = None
-    """Text, .txt or .jsonl, each also as .gz: adds the held-out error of layer outputs."""
+    """Text, .txt or rows as .jsonl, .json or .parquet: adds the held-out error of layer outputs."""
     held_out: File | None = None
     """Text to measure that on. Left out, a fifth of the calibration text."""
     windows: Count = 80

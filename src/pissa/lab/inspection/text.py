@@ -42,7 +42,7 @@ def read_calibration(
     """Calibration text, a part of it held out.
 
     Args:
-        source: a .txt or .jsonl file, each also as .gz.
+        source: a .txt file, or rows as .jsonl, .json or .parquet.
         tokenizer: the model's.
         held_out: another such file, measured on; None holds out the last fifth of the windows.
         length: tokens per window.
