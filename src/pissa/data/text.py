@@ -27,8 +27,8 @@ def calibration_batches(
     """Windows of a text, ready for `model(**batch)`.
 
     Args:
-        source: a .txt file (also as .gz), rows as `read.py` reads them, or texts. A row gives its "text" or, without one,
-            all the strings in it.
+        source: a .txt file (also as .gz), rows as `read.py` reads them, or texts. A row gives its "text" or,
+            without one, all the strings in it.
         tokenizer: a transformers tokenizer.
         length: tokens per window, special tokens included.
         count: windows in all.

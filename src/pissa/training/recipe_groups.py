@@ -89,9 +89,9 @@ class QuantizationGroup:
     """How often residual and adapter are fitted to each other. Left out, at most 10 times with qpissa,
     until nothing is gained, and 5 times with loftq."""
     calibration: File | None = None
-    """Text that the quantised residual is fitted to: a .txt file, or rows as .jsonl, .json or .parquet; data for the training
-    rows as the model is given them; none for no text. Left out, it is data where nf4 is chosen by this library's own
-    method, and none for the published ones."""
+    """Text that the quantised residual is fitted to: a .txt file, or rows as .jsonl, .json or .parquet; data for the
+    training rows as the model is given them; none for no text. Left out, it is data where nf4 is chosen by this
+    library's own method, and none for the published ones."""
     calibration_windows: Count = 16
     """How many windows of the calibration text are used; of data, as many tokens. Time grows with it."""
     calibration_length: Count = 256
