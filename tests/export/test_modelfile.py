@@ -19,6 +19,7 @@ from pissa.errors import CheckpointError, ConfigError, MissingExtraError, Output
 from pissa.export.gguf_model import export_gguf
 from pissa.export.llama_cpp import PLACE, SCRIPT, find_converter
 from pissa.export.modelfile import literal, modelfile, observed_turns, prompt_jinja, stop_texts
+from pissa.outside.text import for_terminal
 from tiny import BOS, EOS, tiny_llama, tiny_tokenizer
 
 CHATML = (
@@ -154,11 +155,24 @@ def test_an_answer_ends_at_the_turn_s_end_the_eos_and_the_model_s_own_ends() -> 
 
 @given(st.text(st.sampled_from('{}" \n-abc'), max_size=30))
 def test_literal_text_comes_out_as_it_went_in(text: str) -> None:
-    assert '"""' not in literal(text)
+    # wherever it stands: before an action, at the end of three quotation marks
+    assert '"""' not in f'{literal(text)}"' and not literal(text).endswith("{")
     assert written_by_go(literal(text), [("user", "")]) == text
 
 
 # The whole model
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.sampled_from('"\n\x1b\u202e\u2028{}ax'), min_size=1, max_size=12).filter(str.strip))
+def test_no_token_ends_its_line_or_steers_a_terminal(end: str) -> None:
+    given = tokenizer(CHATML)
+    given.add_special_tokens({"eos_token": end})
+    given.chat_template = CHATML.replace("<|im_end|>", "{{ eos_token }}")
+    text, _ = modelfile("model.gguf", given, "chat")
+    assert for_terminal(text) == text
+    outside = re.sub(r'"""(.*?)"""$', "", text, flags=re.MULTILINE | re.DOTALL)
+    assert all(re.match(r'(#|FROM|TEMPLATE|PARAMETER stop ("[^"]*")?$)', line) for line in outside.splitlines())
 
 
 FAKE = """

@@ -7,6 +7,8 @@ read off, and the result is held against further conversations. One that this do
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from ..data.chat_text import end_of_turn, render
 from ..data.conversation import Example, Message, Role, RowError
 from ..data.encode import default_bos
 from ..data.prompts import ALPACA, Template, resolve_template
+from ..outside.text import for_terminal
 
 NAME = "Modelfile"
 SYSTEM: Role = "system"
@@ -68,7 +71,8 @@ def observed_turns(tokenizer: Any) -> Turns | None:
         tokenizer: a transformers tokenizer with a chat template.
 
     Returns:
-        None for a template that writes a message otherwise depending on what stands around it.
+        None for a template that writes a message otherwise depending on what stands around it, or characters that
+        steer a terminal.
     """
     answer, asked = _rendered("uau", tokenizer), _rendered("u", tokenizer)
     open_end = _rendered("u", tokenizer, prompt=False)
@@ -86,7 +90,8 @@ def observed_turns(tokenizer: Any) -> Turns | None:
         between = _between(with_system, first, second)
         around = {SYSTEM: (_cut(with_system, first)[0], between.removesuffix(before_user)), **around}
     turns = Turns(before_first.removesuffix(before_user), around, prompt)
-    return turns if _reproduces(turns, tokenizer) else None
+    shown = for_terminal(turns.go()) == turns.go()
+    return turns if shown and _reproduces(turns, tokenizer) else None
 
 
 def prompt_jinja(template: Template) -> str | None:
@@ -128,7 +133,7 @@ def modelfile(weights: str, tokenizer: Any, template: Template, ends: Sequence[i
         lines.append("# Its chat template cannot be written in Ollama's language: Ollama goes by the one in the GGUF.")
     else:
         lines.append(f'TEMPLATE """{text}"""')
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stop_texts(tokenizer, template, ends)]
+    lines += [_stop(stop) for stop in stop_texts(tokenizer, template, ends)]
     return "\n".join([*lines, ""]), text is not None
 
 
@@ -141,12 +146,13 @@ def write_modelfile(directory: Path, weights: str, tokenizer: Any, template: Tem
 
 def literal(text: str) -> str:
     """Text as a template of Go's puts it out, in a Modelfile between three quotation marks."""
-    return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
+    return re.sub(r'[{"]+', lambda run: f"{{{{ {json.dumps(run[0])} }}}}", text)
 
 
 def _go(tokenizer: Any, template: Template) -> str | None:
     if template != "chat":
-        return literal(ALPACA).replace("{instruction}", "{{ .Prompt }}") if template == "alpaca" else "{{ .Prompt }}"
+        before, after = ALPACA.split("{instruction}") if template == "alpaca" else ("", "")
+        return f"{literal(before)}{{{{ .Prompt }}}}{literal(after)}"
     turns = observed_turns(tokenizer)
     if turns is None:
         return None
@@ -198,5 +204,8 @@ def _jinja(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-def _quoted(text: str) -> str:
-    return f'"{text}"' if '"' not in text else f'"""{text}"""'
+def _stop(text: str) -> str:
+    """The line for a token that ends an answer; what would end the line itself is a comment."""
+    if not text.isprintable() or '"""' in text:
+        return f"# Not written here: answers end at {text!a} too."
+    return "PARAMETER stop " + (f'"{text}"' if '"' not in text else f'"""{text}"""')
