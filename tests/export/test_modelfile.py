@@ -160,9 +160,6 @@ def test_literal_text_comes_out_as_it_went_in(text: str) -> None:
     assert written_by_go(literal(text), [("user", "")]) == text
 
 
-# The whole model
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.text(st.sampled_from('"\n\x1b\u202e\u2028{}ax'), min_size=1, max_size=12).filter(str.strip))
 def test_no_token_ends_its_line_or_steers_a_terminal(end: str) -> None:
@@ -174,6 +171,8 @@ def test_no_token_ends_its_line_or_steers_a_terminal(end: str) -> None:
     outside = re.sub(r'"""(.*?)"""$', "", text, flags=re.MULTILINE | re.DOTALL)
     assert all(re.match(r'(#|FROM|TEMPLATE|PARAMETER stop ("[^"]*")?$)', line) for line in outside.splitlines())
 
+
+# The whole model
 
 FAKE = """
 import json, pathlib, sys
