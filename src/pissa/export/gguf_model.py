@@ -147,7 +147,9 @@ def _convert(script: Path, model: Path, file: Path, form: Form) -> None:
     """
     command = [sys.executable, str(script), str(model), "--outfile", str(file), "--outtype", form]
     with stage("llama.cpp converts the merged model"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # it loads the tokenizer by itself, and asks nobody
+        unasked: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": {**os.environ, "HF_HUB_OFFLINE": "1"}}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, **unasked)
     if done.returncode != 0 or not file.is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise PissaError(

@@ -7,7 +7,6 @@ proof that PiSSA's result is an ordinary LoRA: plain PEFT loads it on the untouc
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -362,7 +361,7 @@ def _check_export(base: str, run: Path, tokenizer: Any, task: Task, progress: Pr
         asked, answered = Path(scratch, "prompts.safetensors"), Path(scratch, "logits.safetensors")
         save_file(prompts, asked)
         command = [sys.executable, "-c", FRESH_PROCESS, base, str(run), str(asked), str(answered)]
-        outcome = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+        outcome = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if outcome.returncode:
             raise RuntimeError(f"plain PEFT could not load {run}:\n{outcome.stderr}")
         found = load_file(answered)
