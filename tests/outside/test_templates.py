@@ -44,8 +44,13 @@ HOSTILE = {
     "gigabytes by a format": "{{ '%9999999999d' % 1 }}",
     "gigabytes by a loop": "{% set ns = namespace(t='aaaaaaaa') %}"
     "{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
-    "a power": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "a power without blanks": "{{9**9**9}}",
+    "a power": "{{ 9 ** 99999999999 }}",
+    "a power without blanks": "{{9**(9**9)}}",
+    "a power by rounding": "{{ 1 | round(999999999, 'ceil') }}",
+    "a power by the name of a filter": "{{ [1] | map('ro' ~ 'und', 999999999, 'ceil') | list }}",
+    "a square of a square": "{% set ns = namespace(n=7) %}"
+    "{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n % 10 }}",
+    "a division": "{% set n = ('f' * 50000000) | int(base=16) %}{{ n // 3 % ((n + 1) // 7) }}",
     "its own error": "{{ raise_exception('no\n\x1b[31msuch role') }}",
     "syntax": "{% for %}",
     "a tag of its own": "{% own %}",
@@ -64,8 +69,9 @@ def test_a_hostile_template_is_one_line(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_template_that_is_given_is_bounded_too() -> None:
-    with pytest.raises(TemplateRefusedError, match="power"):
-        rendered("x", chat_template="{{ 9 ** 9 }}")
+    with pytest.raises(TemplateRefusedError, match="numbers of more than 100,000 bits"):
+        rendered("x", chat_template="{{ 9 ** (9 ** 9) }}")
+    assert rendered("x", chat_template="{{ 9 ** 9 }} {{ 7 // 2 }} {{ 1.26 | round(1) }}") == "387420489 3 1.3"
 
 
 @pytest.mark.parametrize("name", ["loop", "division", "recursion", "a power"])

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .limits import LimitError, bounded
+from .schema import short
 
 SECONDS = 10.0
 """For one conversation; the longest template that is known takes milliseconds."""
 MEMORY = 1 << 30
 PACE, READING, PATIENCE = 0.25, 1e-5, 15.0
 """Seconds for a conversation, and for each of its characters, on average, once so many were spent on one template."""
+BITS, DIGITS = 100_000, 300
+"""Of a number that is multiplied or divided, and to which one is rounded."""
 LONGEST, TIMES = 1 << 18, 16
 """Characters, or tokens, that a template may write, and how many more for each character of the conversation."""
 _spent: dict[int, tuple[int, float, float]] = {}
@@ -68,17 +71,15 @@ def within_limits(template: Any, work: Callable[[], T], read: int = 0) -> T:
 
     Raises:
         TemplateLimitError: it takes more than its time or memory, or too long again and again.
-        TemplateRefusedError: the template raises an error, or raises to a power.
+        TemplateRefusedError: the template raises an error, or computes with enormous numbers.
     """
     texts = tuple(_texts(template))
     count, spent, granted = _spent.get(hash(texts), (0, 0.0, 0.0))
     if spent > max(PATIENCE, granted):
         raise TemplateLimitError(f"it takes {spent / count:.1f} s on average for one conversation")
     try:
-        for text in texts:
-            _check_powers(text)
         start = time.monotonic()
-        with bounded(SECONDS, MEMORY):
+        with _small_numbers(), bounded(SECONDS, MEMORY):
             found = work()
         _spent[hash(texts)] = count + 1, spent + time.monotonic() - start, granted + PACE + READING * read
         return found
@@ -97,14 +98,38 @@ def _texts(template: Any) -> Iterator[str]:
         yield from (text for text in template.values() if isinstance(text, str))
 
 
-@lru_cache(maxsize=64)
-def _check_powers(text: str) -> None:
-    """Refuse powers, one of which can keep the interpreter busy for ever; `**` before keyword arguments is none."""
-    from jinja2 import Environment
+@contextmanager
+def _small_numbers() -> Iterator[None]:
+    """Have Jinja compile templates such that no number in them becomes so large that one operation takes for ever."""
+    from jinja2.filters import FILTERS
+    from jinja2.sandbox import SandboxedEnvironment as Sandbox
 
-    before = ""
-    for _, kind, value in Environment().lex(text):
-        if kind == "operator" and value == "**" and before not in ("(", ","):
-            raise ValueError("it raises to a power (**), which no chat template needs")
-        if kind != "whitespace":
-            before = value
+    before = Sandbox.intercepted_binops, Sandbox.default_binop_table, FILTERS["round"]
+    bounded_ones = {symbol: _of_small_numbers(symbol, before[1][symbol]) for symbol in ("*", "**", "//", "%")}
+    Sandbox.intercepted_binops = before[0] | bounded_ones.keys()
+    Sandbox.default_binop_table = {**before[1], **bounded_ones}
+    FILTERS["round"] = _round
+    try:
+        yield
+    finally:
+        Sandbox.intercepted_binops, Sandbox.default_binop_table, FILTERS["round"] = before
+
+
+def _of_small_numbers(symbol: str, operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def checked(left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * abs(right) if symbol == "**" else left.bit_length() + right.bit_length()
+            if bits > BITS:
+                raise ValueError(f"it computes with numbers of more than {BITS:,} bits, which no chat template needs")
+        return operation(left, right)
+
+    return checked
+
+
+def _round(value: Any, precision: int = 0, method: Any = "common") -> float:
+    """Jinja's filter, which raises ten to the power of what it is given."""
+    from jinja2.filters import do_round
+
+    if abs(precision) > DIGITS:
+        raise ValueError(f"it rounds to {short(precision)} digits, which no chat template needs")
+    return do_round(value, precision, method)
