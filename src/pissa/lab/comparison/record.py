@@ -63,7 +63,19 @@ class BaseScores:
 
     validation_loss: float
     test_losses: list[float]
+    curve_loss: float | None = None
+    test_tokens: list[int] | None = None
+    test_correct: list[bool] | None = None
     perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What was measured during a run."""
+
+    step: int
+    loss: float | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,19 @@ class TrialRecord:
     status: Literal["done", "diverged"]
     validation_loss: float | None
     losses: list[float | None]
+    steps: int | None = None
+    grad_norms: list[float | None] | None = None
     test_losses: list[float] | None = None
+    test_tokens: list[int] | None = None
+    test_correct: list[bool] | None = None
+    during: list[CurvePoint] | None = None
+    perplexity_after: float | None = None
+    seconds: float | None = None
+    init_seconds: float | None = None
+    peak_memory_gib: float | None = None
+    trainable_parameters: int | None = None
+    tokens_per_second: float | None = None
+    quantization_error: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -27,7 +27,7 @@ class WatchRecord:
 
     step: int
     seconds: float
-    loss: Any = None
+    loss: Annotated[Any, lambda loss: loss is None or type(loss) in (int, float), "a number"] = None
     """What was measured; NaN and infinity are kept."""
     accuracy: float | None = None
 
