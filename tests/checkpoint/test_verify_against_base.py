@@ -96,6 +96,7 @@ SEALED_AGAIN: dict[str, tuple[Any, Any, str]] = {
     "another kind of adapter": (lambda o: changed_json(o / ADAPTER, peft_type="IA3"), nothing, "peft_type"),
     "where a trained adapter lies": (nothing, lambda m: m.update(trained="pissa_init"), "has 'trained'"),
     "where its residual lies": (nothing, lambda m: m.update(residual="../other"), "has 'residual'"),
+    "another method": (nothing, lambda m: m.update(method="lora"), "'lora'"),
     "another layout": (nothing, lambda m: m.update(layout="lossless"), "'lossless'"),
     "rms_norm_eps": (lambda o: changed_json(o / "config.json", rms_norm_eps=10.0), nothing, "rms_norm_eps"),
     "another model": (lambda o: changed_json(o / "config.json", model_type="mistral"), nothing, r"config\.json, "),

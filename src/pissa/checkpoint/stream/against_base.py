@@ -78,7 +78,11 @@ def compare(manifest: Mapping[str, Any], sealed: Sealed, base: Source) -> tuple[
         return {}, problems
     plan = _plan_of(manifest, sealed.path, base)
     problems = [
-        *differences({"layout": RESIDUAL}, {"layout": manifest.get("layout")}, MANIFEST),
+        *differences(
+            {"layout": RESIDUAL, "method": _config_of(manifest, sealed.path).method},
+            {key: manifest.get(key) for key in ("layout", "method")},
+            MANIFEST,
+        ),
         *(f"{MANIFEST} has {key!r}, which pissa init does not write" for key in NOT_OF_INIT if key in manifest),
         *_accounts(manifest, plan, base),
         *_configurations(plan, sealed.path),
