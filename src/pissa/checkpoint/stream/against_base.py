@@ -79,7 +79,7 @@ def compare(manifest: Mapping[str, Any], sealed: Sealed, base: Source) -> tuple[
     plan = _plan_of(manifest, sealed.path, base)
     problems = [
         *differences(
-            {"layout": RESIDUAL, "method": _config_of(manifest, sealed.path).method},
+            {"layout": RESIDUAL, "method": _config_of(manifest, sealed.path).title},
             {key: manifest.get(key) for key in ("layout", "method")},
             MANIFEST,
         ),
