@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa.data.conversation import Message, RowError
 from pissa.data.messages import LEARNED_KEYS, OTHER_LEARNED_KEYS
-from pissa.data.rows import INSTEAD, NOT_OPTIONS, PREFERENCE, example_from_row, examples_from_rows
+from pissa.data.rows import BESIDE, INSTEAD, NOT_OPTIONS, PREFERENCE, example_from_row, examples_from_rows
 from pissa.errors import DataError
 from pissa.outside.schema import short
 
@@ -250,7 +250,7 @@ def test_any_other_key_is_read_refused_or_named_in_one_warning(row: dict[str, An
         except DataError as error:
             assert key in str(error) or ascii(key)[1:-1][:20] in str(error)
             return
-    if example.content() == example_from_row(row).content() and key not in {*row, *LEARNED_KEYS}:
+    if example.content() == example_from_row(row).content() and key not in {*row, *BESIDE, "text"}:
         assert len(told) == 1 and f"{short(key)} (in 1)" in str(told[0].message)
 
 
