@@ -3,10 +3,10 @@
     y = x (Q + s·B·A)ᵀ        LoRA: Q = format(W), B = 0        QPiSSA: Q and B·A fitted to W by turns, five times
 
 `split_weight` rounds to the format; what that dequantises to is the frozen fp32 weight, and the adapter is attached
-around it. So NF4, INT8 and GPTQ are compared by the same arithmetic, though no live layer holds GPTQ's format. It is
-the function of the live NF4 layers up to the rounding of fp32; live INT8 layers round their inputs to 8 bits as well,
-which is left out here. GPTQ means both its format and its rounding, which training text calibrates; QPiSSA's
-factors are then fitted to the same inputs, so under GPTQ they are not the weight's own principal components.
+around it. So NF4, INT8 and GPTQ are compared by the same arithmetic. It is the function of the live NF4 and GPTQ
+layers up to the rounding of fp32; live INT8 layers round their inputs to 8 bits as well, which is left out here. GPTQ
+means both its format and its rounding, which training text calibrates; QPiSSA's factors are then fitted to the same
+inputs, so under GPTQ they are not the weight's own principal components.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ FIRST = {ADAMW: {"lora": 8e-3, "pissa": 4e-3}, SPECTRAL: {"lora": default_rate(S
 GROWTH = 8
 """Rates by which a cell's grid grows, at most."""
 VARIANTS: dict[str, dict[str, Any]] = {
+    "momentum 0.5": {"momentum": 0.5},
+    "momentum 0.7": {"momentum": 0.7},
     "momentum 0.8": {"momentum": 0.8},
     "momentum 0.95": {"momentum": 0.95},
     "damping 1e-2": {"damping": 1e-2},
@@ -133,12 +135,18 @@ def run(settings: Settings) -> Outcome:
 
 
 def cells(settings: Settings, task: Task) -> list[Cell]:
-    """The cells of a task: starts by ranks, and at the middle rank twice the alpha and two other batches."""
+    """The cells of a task: starts by ranks, and at the middle rank twice the alpha and two other batches.
+
+    A default pass takes two starts and no more than their ranks of every task but the first, whose runs are short.
+    """
     small, middle, large = settings.pick(quick=(2, 4, 8), default=(4, MIDDLE, 64), full=(4, MIDDLE, 64))
-    starts = settings.pick(quick=STARTS[:2], default=STARTS, full=STARTS)
+    few = settings.scale == "default" and task.name != TASKS[0]
+    starts = STARTS[:2] if few or settings.scale == "quick" else STARTS
     found = []
     for start in starts:
         found += [Cell(task.name, start, rank, 1.0, task.batch) for rank in (small, middle, large)]
+        if few:
+            continue
         found += [Cell(task.name, start, middle, 2.0, task.batch)]
         found += [Cell(task.name, start, middle, 1.0, size) for size in (task.batch // 2, task.batch * 2)]
     return found
@@ -299,7 +307,10 @@ def draw(results: Mapping[str, Any]) -> Any:
             for curve in own:
                 _line(panel, curve, ranks.index(curve["rank"]))
             panel.axvline(results["one_rate"][optimizer], color="black", linewidth=0.8)
-            panel.set(xscale="log", ylim=(-0.03, 1.03), title=f"{task}, {optimizer}", xlabel="learning rate")
+            rates = sorted({float(rate) for curve in own for rate in curve["losses"]})
+            panel.set(xscale="log", ylim=(-0.03, 0.53), title=f"{task}, {optimizer}", xlabel="learning rate")
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+            panel.minorticks_off()
             panel.set_ylabel("share of what is learned that is lost")
     for start in dict.fromkeys(curve["start"] for curve in results["curves"]):
         panels[0].plot([], [], color=COLOURS.get(start, "#228833"), label=start)
@@ -322,5 +333,5 @@ STUDY = Study(
     "rank, alpha and batch, where AdamW's best rate moves, and end at a lower loss (ours)",
     run,
     draw,
-    minutes=30,
+    minutes=20,
 )
