@@ -116,7 +116,7 @@ def training_arguments(recipe: Recipe, state: Path) -> SFTConfig:
 
 
 def _validation(recipe: Recipe, micro: int) -> dict[str, Any]:
-    """Trainer's arguments for a validation loss; the trainer itself keeps the best step, see `trainer.py`."""
+    """Trainer's arguments for a validation loss; the trainer itself keeps the best step, see `measured.py`."""
     if not recipe.validates:
         return {}
     return dict(

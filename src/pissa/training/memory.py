@@ -258,7 +258,7 @@ class _Living(TorchDispatchMode):
 
 
 def _loss(model: Any, ids: Tensor, chosen: Tensor) -> Tensor:
-    """The loss at as many tokens as are learned, computed as `trainer.py` does."""
+    """The loss at as many tokens as are learned, computed as `fused.py` does."""
     from trl.trainer.utils import add_fused_lm_head
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
