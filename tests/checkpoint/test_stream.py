@@ -27,6 +27,7 @@ from pissa import PissaConfig, Quantization, adapt, export_lora, init_checkpoint
 from pissa.checkpoint.disk.journal import read_journals
 from pissa.checkpoint.stream import init as stream
 from pissa.checkpoint.stream import work
+from pissa.checkpoint.stream.process import Step
 from pissa.checkpoint.stream.unfinished import WORK
 from pissa.errors import CheckpointError, ConfigError, Interrupted, OutputError, WeightError
 from pissa.live.quantized import keep_unpacked
@@ -163,7 +164,7 @@ def test_weights_in_work_are_bounded_by_their_memory(tmp_path: Path, monkeypatch
 
 def test_progress_ends_at_the_whole_base(tmp_path: Path) -> None:
     base = llama_on_disk(tmp_path / "base")
-    steps: list[stream.Step] = []
+    steps: list[Step] = []
     init_checkpoint(base, tmp_path / "out", CONFIG, progress=steps.append)
     assert [step.tensors for step in steps] == [*range(1, 22)]
     assert steps[-1].tensors == steps[-1].all_tensors and steps[-1].size == steps[-1].all_size
