@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM
 import pissa
 from pissa import PissaConfig, Quantization, adapt, export_lora, init_checkpoint, save_residual, verify
 from pissa.checkpoint.disk.journal import read_journals
-from pissa.checkpoint.stream import init as stream
-from pissa.checkpoint.stream import work
+from pissa.checkpoint.stream import process, work
 from pissa.checkpoint.stream.process import Step
 from pissa.checkpoint.stream.unfinished import WORK
 from pissa.errors import CheckpointError, ConfigError, Interrupted, OutputError, WeightError
@@ -151,7 +150,7 @@ def test_weights_in_work_are_bounded_by_their_memory(tmp_path: Path, monkeypatch
         finally:
             running.remove(job.memory)
 
-    monkeypatch.setattr(stream, "do", counted)
+    monkeypatch.setattr(process, "do", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # four would outlive the test, and forks die of them
     init_checkpoint(base, tmp_path / "one", CONFIG, memory=1)
@@ -242,7 +241,7 @@ def test_a_run_killed_again_and_again_does_nothing_twice(tmp_path: Path, monkeyp
     assert noted
     done: list[str] = []
     original = work.do
-    monkeypatch.setattr(stream, "do", lambda job, *a: (done.append(job.name), original(job, *a))[1])
+    monkeypatch.setattr(process, "do", lambda job, *a: (done.append(job.name), original(job, *a))[1])
     result = init_checkpoint(base, out, CONFIG)
     assert result.continued == len(noted) and len(done) == 21 - len(noted) and not noted & {*done}
     assert contents(out) == expected

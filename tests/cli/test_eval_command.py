@@ -58,11 +58,11 @@ def test_a_figure_with_its_interval_or_one_json_document(
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(
-    arguments: list[str], complaint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], complaint: str, model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     given = [data if argument == "DATA" else argument for argument in arguments]
-    assert exit_code("eval", "M", *given, "--out", str(out)) == 2
+    assert exit_code("eval", model, *given, "--out", str(out)) == 2
     printed = capsys.readouterr()
     assert complaint in printed.err and printed.out == ""
     assert printed.err.startswith("pissa: ") and printed.err.count("\n") == 1

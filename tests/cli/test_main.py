@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -167,6 +168,15 @@ def test_interruption_exits_with_130(
     assert capsys.readouterr().err == "pissa: nothing is saved\n"
 
 
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Hear Ctrl-C, which a shell's `&` has its children ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_say_what_is_saved_at_any_stage(
     number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -182,6 +192,7 @@ def test_ctrl_c_and_sigterm_say_what_is_saved_at_any_stage(
     assert capsys.readouterr().err == "pissa: interrupted; nothing is written: the same command starts again\n"
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_that_a_library_makes_an_error_of_is_one(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -199,6 +210,7 @@ def test_an_interruption_that_a_library_makes_an_error_of_is_one(
     assert said == "pissa: interrupted; nothing is written: the same command starts again\n"
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_that_python_drops_comes_once_more(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
