@@ -91,6 +91,7 @@ def check_shared(model: nn.Module, modules: dict[str, nn.Module], names: list[st
 
 
 def check_patterns(names: list[str], config: PissaConfig) -> None:
+    """Refuse keys of rank_pattern and alpha_pattern that match no target."""
     unused = [
         f"{field}[{key!r}]"
         for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
@@ -115,6 +116,7 @@ def check_quantized(targets: list[Target], config: PissaConfig) -> None:
 
 
 def check_shapes(targets: list[Target], config: PissaConfig) -> None:
+    """Refuse ranks above the smaller side of a weight, and what a method cannot take from a weight of that size."""
     low = []
     for target in targets:
         shape = target.place.matrix_shape[-2:]
@@ -142,6 +144,7 @@ def _check_residual_triplets(targets: list[Target], fraction: float) -> None:
 
 
 def check_loaded(targets: list[Target]) -> None:
+    """Refuse weights that are not whole in fp32, bf16 or fp16: on the meta device, sharded, or of another dtype."""
     unready = []
     for target in targets:
         weight = target.place.weight
